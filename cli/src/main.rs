@@ -1,0 +1,2 @@
+//! The anyplace command.
+fn main() {}

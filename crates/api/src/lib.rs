@@ -1,0 +1,1 @@
+//! Versioned request and response types and the typed client.

@@ -1,0 +1,1 @@
+//! OCI images: packing, pushing, pulling and unpacking.

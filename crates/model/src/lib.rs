@@ -1,0 +1,1 @@
+//! Identifiers, quantities, specs, desired and observed types, validation.

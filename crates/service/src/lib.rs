@@ -1,0 +1,1 @@
+//! Config loading, tracing, authentication, HTTP serving, shutdown and retry, shared by every daemon.

@@ -1,0 +1,1 @@
+//! Keys, revisions, transactions, watches and leases over an embedded engine.

@@ -1,0 +1,1 @@
+//! Map layouts and wire formats shared by the eBPF programs and their loader.

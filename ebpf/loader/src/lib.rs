@@ -1,0 +1,1 @@
+//! Loads, pins and updates the eBPF programs and maps.

@@ -1,0 +1,1 @@
+//! Decides how many copies of what run in which location (pure).

@@ -1,0 +1,1 @@
+//! The API, placement into locations, virtual IPs and the off-peak queue.

@@ -1,0 +1,1 @@
+//! Machines, reservations, assignments and routes of one location.

@@ -1,0 +1,1 @@
+//! Runs instances on one machine: runtimes, cgroups, network namespaces, images, health checks.

@@ -1,0 +1,1 @@
+//! An OCI distribution registry over object storage, with a pull-through cache.

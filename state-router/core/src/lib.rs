@@ -1,0 +1,1 @@
+//! Chooses the backends of each bucket of a virtual IP (pure).

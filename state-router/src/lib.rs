@@ -1,0 +1,1 @@
+//! Programs the eBPF maps from routes and drives the BGP daemon.
