@@ -1,1 +1,38 @@
-//! Identifiers, quantities, specs, desired and observed types, validation.
+//! The platform's vocabulary as types: identifiers, quantities with units, specs, desired and observed
+//! records, and their validation.
+//!
+//! Every other crate speaks in these types. This crate must not know I/O, clocks, sockets or storage: it turns
+//! text into values, and says precisely what is wrong with text that it refuses.
+
+mod document;
+mod id;
+mod instance;
+mod location;
+mod machine;
+mod naming;
+mod off_peak;
+mod quantity;
+mod reason;
+mod route;
+mod spec;
+mod validate;
+mod workload;
+
+pub use document::{Format, SpecError, parse_spec};
+pub use id::{DeploymentName, InstanceId, InvalidId, JobName, LocationId, MachineId, Team};
+pub use instance::{AttemptStatus, InstancePhase, InstanceStatus, JobPhase};
+pub use location::{
+    Advert, GpuBlock, LocationDesired, LocationRecord, LocationReport, LocationSettings, Placement,
+    PlacementStatus, RemoteBackend, RemoteRoute,
+};
+pub use machine::{Assignment, Condition, Gpu, ImageState, MachineDesired, MachineRecord, MachineReport};
+pub use naming::{GATEWAY, container_mac, host_interface};
+pub use off_peak::{InvalidWindow, OffPeakWindow};
+pub use quantity::{Bytes, DurationMs, InvalidQuantity, MilliCpu};
+pub use reason::{Explanation, LocationExplanation, ReasonCode, Refusal};
+pub use route::{Announcement, Endpoint, RemoteLocation, Route, RouteRecord};
+pub use spec::{
+    Check, CheckKind, DeploymentSpec, GpuRequest, Health, Instances, Isolation, JobSpec, LoadMetric,
+    LoadTarget, PlacementConstraints, Port, Protocol, Resources, SchedulingPolicy, Spec,
+};
+pub use workload::{AttemptId, Workload};

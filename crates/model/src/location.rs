@@ -1,0 +1,210 @@
+//! Records between the global scheduler and the location schedulers.
+
+use std::{collections::BTreeMap, net::Ipv4Addr};
+
+use ipnet::Ipv4Net;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::{
+    AttemptId, AttemptStatus, Bytes, DeploymentName, DeploymentSpec, InstanceStatus, Isolation, JobSpec,
+    LocationId, MilliCpu, OffPeakWindow, Port, Refusal,
+};
+
+/// Free blocks of one size on GPUs of one model.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+pub struct GpuBlock {
+    /// Model.
+    pub model: String,
+    /// Free memory of each.
+    pub memory: Bytes,
+    /// Whether the GPUs are entirely free.
+    pub whole: bool,
+    /// How many GPUs have so much free.
+    pub count: u32,
+    /// The most of them in one machine.
+    pub most_in_one_machine: u32,
+}
+
+/// What a location could take now: a compact hint. The location itself decides.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Advert {
+    /// Region, such as `eu`.
+    pub region: String,
+    /// Country (ISO 3166-1 alpha-2).
+    pub country: String,
+    /// Labels for placement constraints.
+    pub labels: BTreeMap<String, String>,
+    /// Degrees north.
+    pub latitude: f64,
+    /// Degrees east.
+    pub longitude: f64,
+    /// IANA time zone of the off-peak window.
+    pub timezone: String,
+    /// Daily window for off-peak jobs; never off-peak without one.
+    pub off_peak: Option<OffPeakWindow>,
+    /// Machines that report.
+    pub machines: u32,
+    /// CPU of them all.
+    pub cpu: MilliCpu,
+    /// Memory of them all.
+    pub memory: Bytes,
+    /// CPU that nobody has reserved.
+    pub free_cpu: MilliCpu,
+    /// Memory that nobody has reserved.
+    pub free_memory: Bytes,
+    /// Disk that nobody has reserved.
+    pub free_disk: Bytes,
+    /// The most free CPU in one machine.
+    pub largest_free_cpu: MilliCpu,
+    /// The most free memory in one machine.
+    pub largest_free_memory: Bytes,
+    /// The most free disk in one machine.
+    pub largest_free_disk: Bytes,
+    /// All GPUs by model.
+    pub gpus: BTreeMap<String, u32>,
+    /// Free blocks of GPU memory.
+    pub gpu_blocks: Vec<GpuBlock>,
+    /// Isolations that at least one machine offers.
+    pub isolations: Vec<Isolation>,
+    /// Images that are warm on at least one machine.
+    pub warm_images: Vec<String>,
+}
+
+/// What the operator set for a location.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct LocationSettings {
+    /// Withdrawn: announces no virtual IP, and gets no traffic from other locations.
+    pub withdrawn: bool,
+    /// Draining: gets no new instances or jobs.
+    pub draining: bool,
+    /// Replaces the off-peak window of the location's own configuration.
+    pub off_peak: Option<OffPeakWindow>,
+}
+
+/// A location as the API shows it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct LocationRecord {
+    /// The location.
+    pub location: LocationId,
+    /// Whether its lease is alive.
+    pub alive: bool,
+    /// Milliseconds since its last report.
+    pub last_report_ms: Option<u64>,
+    /// The operator's settings.
+    pub settings: LocationSettings,
+    /// Its last advert.
+    pub advert: Option<Advert>,
+    /// Base URL of its location scheduler, by which logs are fetched.
+    pub advertise: Option<String>,
+}
+
+/// What the global scheduler wants of a location: items of its watch stream, by key.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum LocationDesired {
+    /// Key `placements/<deployment>`; deleted when the location should run none.
+    Placement(Box<Placement>),
+    /// Key `attempts/<job>/<attempt>`; deleted when it was cancelled or its result was recorded.
+    Attempt {
+        /// The attempt.
+        attempt: AttemptId,
+        /// What to run.
+        spec: Box<JobSpec>,
+    },
+    /// Where else a deployment is served. Key `routes/<deployment>`.
+    Route(RemoteRoute),
+    /// Key `settings`.
+    Settings {
+        /// The operator's settings.
+        settings: LocationSettings,
+        /// Prefixes of the virtual IP pools, to announce.
+        #[schema(value_type = Vec<String>)]
+        vip_prefixes: Vec<Ipv4Net>,
+    },
+}
+
+/// Instances of a deployment that a location should run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Placement {
+    /// Grows with each change of the deployment's spec.
+    pub generation: u64,
+    /// What to run.
+    pub spec: DeploymentSpec,
+    /// The deployment's virtual IP.
+    #[schema(value_type = String)]
+    pub vip: Ipv4Addr,
+    /// How many instances here.
+    pub count: u32,
+}
+
+/// Where a deployment is served in all locations. A location ignores its own entry.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct RemoteRoute {
+    /// The deployment.
+    pub deployment: DeploymentName,
+    /// Its virtual IP.
+    #[schema(value_type = String)]
+    pub vip: Ipv4Addr,
+    /// Its ports.
+    pub ports: Vec<Port>,
+    /// Locations with ready instances, alive and not withdrawn, by name.
+    pub backends: Vec<RemoteBackend>,
+}
+
+/// A location that serves a deployment.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct RemoteBackend {
+    /// The location.
+    pub location: LocationId,
+    /// Degrees north and east.
+    pub latitude: f64,
+    /// Degrees east.
+    pub longitude: f64,
+    /// Ready instances there.
+    pub ready: u32,
+    /// Addresses of its live machines, to which traffic may be sent.
+    #[schema(value_type = Vec<String>)]
+    pub ingress: Vec<Ipv4Addr>,
+}
+
+/// What a location scheduler tells the global scheduler: at every change, and at every heartbeat. Complete: what
+/// isn't in it isn't there.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct LocationReport {
+    /// The location.
+    pub location: LocationId,
+    /// Changes at each start of the location scheduler.
+    pub epoch: u64,
+    /// Grows by one with each report; an older one never overwrites a newer one.
+    pub sequence: u64,
+    /// Base URL of the location scheduler's API.
+    pub advertise: String,
+    /// What it could take.
+    pub advert: Advert,
+    /// Addresses of its live machines.
+    #[schema(value_type = Vec<String>)]
+    pub ingress: Vec<Ipv4Addr>,
+    /// What became of each placement.
+    pub placements: Vec<PlacementStatus>,
+    /// What became of each attempt.
+    pub attempts: Vec<AttemptStatus>,
+}
+
+/// What became of a placement.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct PlacementStatus {
+    /// The deployment.
+    pub deployment: DeploymentName,
+    /// Generation that the location has acted on.
+    pub generation: u64,
+    /// How many it was asked to run, in that generation.
+    pub count: u32,
+    /// Its instances.
+    pub instances: Vec<InstanceStatus>,
+    /// How many it can't run, and why; empty where it runs all.
+    pub refused: u32,
+    /// Reasons of the refusal, counted over its machines.
+    pub refusals: Vec<Refusal>,
+}

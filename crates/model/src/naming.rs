@@ -1,0 +1,30 @@
+//! Names of an instance's network devices, derived from its address, so that the machine agent (which makes them)
+//! and the state router (which delivers packets into them) agree without talking to each other.
+
+use std::net::Ipv4Addr;
+
+/// The default gateway inside every instance: a link-local address of the host's end of the pair.
+pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
+
+/// The host's end of an instance's veth pair: `apv` and the address in hexadecimal (11 of the 15 bytes allowed).
+pub fn host_interface(address: Ipv4Addr) -> String {
+    format!("apv{:08x}", u32::from(address))
+}
+
+/// The hardware address of `eth0` inside the instance: locally administered, `02:61` and the address.
+pub fn container_mac(address: Ipv4Addr) -> [u8; 6] {
+    let [a, b, c, d] = address.octets();
+    [0x02, 0x61, a, b, c, d]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_follow_the_address() {
+        let address = Ipv4Addr::new(10, 1, 1, 5);
+        assert_eq!(host_interface(address), "apv0a010105");
+        assert_eq!(container_mac(address), [0x02, 0x61, 10, 1, 1, 5]);
+    }
+}

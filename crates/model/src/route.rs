@@ -1,0 +1,71 @@
+//! Records between a location scheduler and its state routers.
+
+use std::net::Ipv4Addr;
+
+use ipnet::Ipv4Net;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::{InstanceId, LocationId, MachineId, Port};
+
+/// Items of a router's watch stream, by key.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum RouteRecord {
+    /// Key `vips/<address>`.
+    Vip(Route),
+    /// Key `announcement`.
+    Announcement(Announcement),
+}
+
+/// Who serves a virtual IP, as seen from one location.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Route {
+    /// The virtual IP.
+    #[schema(value_type = String)]
+    pub vip: Ipv4Addr,
+    /// Its ports.
+    pub ports: Vec<Port>,
+    /// Instances in this location, ended ones excluded.
+    pub local: Vec<Endpoint>,
+    /// Other locations with ready instances, nearest first.
+    pub remote: Vec<RemoteLocation>,
+}
+
+/// One instance behind a virtual IP.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Endpoint {
+    /// The instance.
+    pub instance: InstanceId,
+    /// The machine that runs it.
+    pub machine: MachineId,
+    /// Its address.
+    #[schema(value_type = String)]
+    pub address: Ipv4Addr,
+    /// Takes new connections.
+    pub ready: bool,
+    /// Keeps its connections and takes no new ones.
+    pub draining: bool,
+}
+
+/// Another location that serves a virtual IP.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct RemoteLocation {
+    /// The location.
+    pub location: LocationId,
+    /// Great-circle distance in kilometres.
+    pub distance_km: f64,
+    /// Ready instances there.
+    pub ready: u32,
+    /// Addresses of its live machines.
+    #[schema(value_type = Vec<String>)]
+    pub ingress: Vec<Ipv4Addr>,
+}
+
+/// What the location announces to its BGP neighbours.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Announcement {
+    /// Prefixes; empty when the location is withdrawn.
+    #[schema(value_type = Vec<String>)]
+    pub prefixes: Vec<Ipv4Net>,
+}
