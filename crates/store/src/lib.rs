@@ -1,1 +1,28 @@
 //! Keys, revisions, transactions, watches and leases over an embedded engine.
+//!
+//! The one durable thing in the control plane. [`Store`] has etcd's semantics: ordered keys, a revision for each
+//! change, conditional transactions, watches that resume from a revision, leases. [`EmbeddedStore`] keeps it all in
+//! one local file and is the default; an etcd engine has to pass the same contract tests (`tests/contract.rs`).
+//!
+//! The usual way to follow a prefix without missing anything:
+//!
+//! 1. `list(prefix)` gives the state at revision `r`;
+//! 2. `watch(prefix, r)` gives every later change, in order;
+//! 3. when the stream ends with [`Error::Lagged`], watch again from its `resume_from`; when a watch answers
+//!    [`Error::Compacted`], start again at 1.
+//!
+//! This crate must not know what is stored in it.
+
+mod embedded;
+mod error;
+mod ext;
+mod kv;
+mod store;
+mod txn;
+
+pub use embedded::{EmbeddedStore, Limits};
+pub use error::{Error, Result};
+pub use ext::StoreExt;
+pub use kv::{EventKind, KeyValue, LeaseId, Revision, WatchEvent};
+pub use store::{BoxFuture, Store, WatchStream};
+pub use txn::{Compare, MAX_KEY_BYTES, MAX_TXN_BYTES, MAX_TXN_OPS, MAX_VALUE_BYTES, Op, Txn, TxnOutcome};
