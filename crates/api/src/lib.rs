@@ -1,1 +1,20 @@
-//! Versioned request and response types and the typed client.
+//! The HTTP API: versioned request and response types, the error body, watch streams, and the typed client.
+//!
+//! Servers and clients share these types, so that they can't drift apart. This crate must not know how anything
+//! is stored or served.
+
+mod client;
+mod error;
+mod global;
+mod watch;
+
+pub use client::{Client, ClientError, LogOptions};
+pub use error::{ErrorCode, Problem};
+pub use global::{
+    ApplyOutcome, CapacityView, DeploymentPhase, DeploymentView, Event, EventSeverity, JobView,
+    LocationShare, LogQuery, NewToken, Role, TokenRequest, TokenScope,
+};
+pub use watch::{WatchEvent, WatchQuery, Watcher};
+
+/// Prefix of all paths of this version.
+pub const V1: &str = "/v1";

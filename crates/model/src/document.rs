@@ -99,8 +99,10 @@ pub fn parse_spec(text: &str, format: Format, file: &str) -> Result<Spec, SpecEr
     };
     let kind: Kind = deserialize(text, format).map_err(refused)?;
     let spec = match kind.kind.as_deref() {
-        Some("Deployment") => Spec::Deployment(deserialize::<DeploymentSpec>(text, format).map_err(refused)?),
-        Some("Job") => Spec::Job(deserialize::<JobSpec>(text, format).map_err(refused)?),
+        Some("Deployment") => {
+            Spec::Deployment(Box::new(deserialize::<DeploymentSpec>(text, format).map_err(refused)?))
+        }
+        Some("Job") => Spec::Job(Box::new(deserialize::<JobSpec>(text, format).map_err(refused)?)),
         other => {
             return Err(SpecError {
                 file: file.into(),
@@ -204,11 +206,11 @@ fn line_of(text: &str, path: &str) -> Option<usize> {
         from += offset;
         if let Some(index) = index {
             // The item's own line: the index-th list mark, or table header, from here on.
-            let items = lines[from..].iter().enumerate().filter(|(_, line)| {
+            let mut items = lines[from..].iter().enumerate().filter(|(_, line)| {
                 let line = line.trim_start();
                 line.starts_with("- ") || line.starts_with(&format!("[[{key}")) || line.starts_with('{')
             });
-            if let Some((offset, _)) = items.skip(index).next() {
+            if let Some((offset, _)) = items.nth(index) {
                 found = Some(from + offset);
                 from += offset;
             }

@@ -18,7 +18,7 @@ mod spec;
 mod validate;
 mod workload;
 
-pub use document::{Format, SpecError, parse_spec};
+pub use document::{Format, Problem as InvalidSpec, SpecError, parse_spec};
 pub use id::{DeploymentName, InstanceId, InvalidId, JobName, LocationId, MachineId, Team};
 pub use instance::{AttemptStatus, InstancePhase, InstanceStatus, JobPhase};
 pub use location::{
@@ -32,7 +32,8 @@ pub use quantity::{Bytes, DurationMs, InvalidQuantity, MilliCpu};
 pub use reason::{Explanation, LocationExplanation, ReasonCode, Refusal};
 pub use route::{Announcement, Endpoint, RemoteLocation, Route, RouteRecord};
 pub use spec::{
-    Check, CheckKind, DeploymentSpec, GpuRequest, Health, Instances, Isolation, JobSpec, LoadMetric,
-    LoadTarget, PlacementConstraints, Port, Protocol, Resources, SchedulingPolicy, Spec,
+    Check, CheckKind, DeploymentSpec, ExecCheck, GpuRequest, Health, HttpCheck, Instances, Isolation,
+    JobSpec, LoadMetric, LoadTarget, PlacementConstraints, Port, Protocol, Resources, SchedulingPolicy, Spec,
+    TcpCheck,
 };
 pub use workload::{AttemptId, Workload};

@@ -104,7 +104,7 @@ pub struct MachineRecord {
 #[serde(rename_all = "snake_case")]
 pub enum MachineDesired {
     /// Run this. Key `instances/<instance>`; deleted when it should stop.
-    Instance(Assignment),
+    Instance(Box<Assignment>),
     /// Have this image. Key `images/<reference>`.
     Image(String),
 }

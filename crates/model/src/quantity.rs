@@ -112,7 +112,7 @@ impl FromStr for DurationMs {
 
 impl fmt::Display for MilliCpu {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.0 % 1_000 == 0 {
+        if self.0.is_multiple_of(1_000) {
             f.pad(&(self.0 / 1_000).to_string())
         } else {
             f.pad(&format!("{}m", self.0))
@@ -127,7 +127,7 @@ impl fmt::Display for Bytes {
             units
                 .iter()
                 .rev()
-                .find(|(_, size)| self.0 != 0 && self.0 % size == 0)
+                .find(|(_, size)| self.0 != 0 && self.0.is_multiple_of(*size))
                 .map(|(unit, size)| format!("{}{unit}", self.0 / size))
         };
         let text = exact(&BYTE_UNITS[..4]).or_else(|| exact(&BYTE_UNITS[8..]));
@@ -145,7 +145,7 @@ impl fmt::Display for DurationMs {
         let (unit, size) = DURATION_UNITS
             .iter()
             .rev()
-            .find(|(_, size)| self.0 % size == 0 && self.0 >= *size)
+            .find(|(_, size)| self.0.is_multiple_of(*size) && self.0 >= *size)
             .unwrap_or(&("ms", 1));
         f.pad(&format!("{}{unit}", self.0 / size))
     }

@@ -12,9 +12,9 @@ use crate::{Bytes, DeploymentName, DurationMs, JobName, MilliCpu, Team};
 #[serde(untagged)]
 pub enum Spec {
     /// `kind: Deployment`.
-    Deployment(DeploymentSpec),
+    Deployment(Box<DeploymentSpec>),
     /// `kind: Job`.
-    Job(JobSpec),
+    Job(Box<JobSpec>),
 }
 
 /// A long-running app behind one virtual IP.

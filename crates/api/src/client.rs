@@ -1,0 +1,345 @@
+//! The typed client, for the command line and between the daemons.
+
+use std::time::Duration;
+
+use anyplace_model::{
+    DeploymentName, DeploymentSpec, Explanation, InstanceId, JobName, JobSpec, LocationId, LocationRecord,
+    LocationReport, LocationSettings, MachineId, MachineRecord, MachineReport,
+};
+use reqwest::{Method, RequestBuilder, Response, StatusCode};
+use serde::{Serialize, de::DeserializeOwned};
+
+use crate::{
+    ApplyOutcome, CapacityView, DeploymentView, ErrorCode, Event, JobView, LogQuery, NewToken, Problem,
+    TokenRequest,
+};
+
+/// How long a request may take; watches and logs are streams and have their own bounds.
+const TIMEOUT: Duration = Duration::from_secs(10);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// What to read of a log.
+pub type LogOptions = LogQuery;
+
+/// Why a request failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// No answer.
+    #[error("{url} does not answer ({reason}); check that it runs, and the address in the context or --url")]
+    Unreachable {
+        /// What was asked.
+        url: String,
+        /// What the network said.
+        reason: String,
+    },
+    /// The server refused.
+    #[error("{0}")]
+    Refused(Problem),
+    /// The answer isn't of the API.
+    #[error(
+        "{url} answered something that is not of this API ({reason}); check the address, and that both ends have the same version"
+    )]
+    Unexpected {
+        /// What was asked.
+        url: String,
+        /// What is wrong with the answer.
+        reason: String,
+    },
+    /// The address isn't a URL.
+    #[error("`{url}` is not a URL; write one such as http://127.0.0.1:7600")]
+    InvalidUrl {
+        /// What was given.
+        url: String,
+    },
+}
+
+impl ClientError {
+    /// The server's code, where it answered with a problem.
+    pub fn code(&self) -> Option<ErrorCode> {
+        match self {
+            Self::Refused(problem) => Some(problem.code),
+            _ => None,
+        }
+    }
+}
+
+/// A client of one server. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Client {
+    http: reqwest::Client,
+    base: String,
+    token: Option<String>,
+}
+
+impl Client {
+    /// A client of the server at `base`, such as `http://127.0.0.1:7600`, with a bearer token.
+    ///
+    /// # Errors
+    /// `base` isn't an http or https URL.
+    pub fn new(base: &str, token: Option<String>) -> Result<Self, ClientError> {
+        let invalid = || ClientError::InvalidUrl { url: base.into() };
+        let url = reqwest::Url::parse(base).map_err(|_| invalid())?;
+        if !matches!(url.scheme(), "http" | "https") || url.host().is_none() {
+            return Err(invalid());
+        }
+        let http =
+            reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT).build().map_err(|_| invalid())?;
+        Ok(Self { http, base: base.trim_end_matches('/').into(), token })
+    }
+
+    /// The server's address.
+    pub fn base(&self) -> &str {
+        &self.base
+    }
+
+    /// The same connection pool towards another server with another token.
+    ///
+    /// # Errors
+    /// `base` isn't an http or https URL.
+    pub fn with_base(&self, base: &str, token: Option<String>) -> Result<Self, ClientError> {
+        let url = reqwest::Url::parse(base).map_err(|_| ClientError::InvalidUrl { url: base.into() })?;
+        let base = url.as_str().trim_end_matches('/').to_string();
+        Ok(Self { http: self.http.clone(), base, token })
+    }
+
+    fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        let request = self.http.request(method, format!("{}{path}", self.base));
+        match &self.token {
+            Some(token) => request.bearer_auth(token),
+            None => request,
+        }
+    }
+
+    async fn send(&self, request: RequestBuilder, path: &str) -> Result<Response, ClientError> {
+        let response = request.send().await.map_err(|error| self.unreachable(path, &error))?;
+        let status = response.status();
+        if status.is_success() {
+            return Ok(response);
+        }
+        let body = response.bytes().await.map_err(|error| self.unreachable(path, &error))?;
+        match serde_json::from_slice::<Problem>(&body) {
+            Ok(problem) => Err(ClientError::Refused(problem)),
+            Err(_) => Err(self.broken(path, format!("status {status}"))),
+        }
+    }
+
+    /// Sends a request with an optional JSON body and reads a JSON answer.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn json<B: Serialize, T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&B>,
+    ) -> Result<T, ClientError> {
+        let response = self.send(with_body(self.request(method, path), body).timeout(TIMEOUT), path).await?;
+        response.json().await.map_err(|error| self.broken(path, error.to_string()))
+    }
+
+    async fn no_content<B: Serialize>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&B>,
+    ) -> Result<(), ClientError> {
+        self.send(with_body(self.request(method, path), body).timeout(TIMEOUT), path).await.map(|_| ())
+    }
+
+    async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        self.json::<(), T>(Method::GET, path, None).await
+    }
+
+    /// Opens a stream: a watch or a log.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn open<Q: Serialize>(&self, path: &str, query: &Q) -> Result<Response, ClientError> {
+        self.send(self.request(Method::GET, path).query(query), path).await
+    }
+
+    pub(crate) fn silent(&self, path: &str) -> ClientError {
+        ClientError::Unreachable { url: format!("{}{path}", self.base), reason: "it fell silent".into() }
+    }
+
+    pub(crate) fn broken(&self, path: &str, reason: String) -> ClientError {
+        ClientError::Unexpected { url: format!("{}{path}", self.base), reason }
+    }
+
+    fn unreachable(&self, path: &str, error: &reqwest::Error) -> ClientError {
+        // The outermost message only repeats the URL; the innermost one says what happened.
+        let mut reason: &dyn std::error::Error = error;
+        while let Some(source) = reason.source() {
+            reason = source;
+        }
+        let reason = if error.is_timeout() { "no answer in time".into() } else { reason.to_string() };
+        ClientError::Unreachable { url: format!("{}{path}", self.base), reason }
+    }
+}
+
+fn with_body<B: Serialize>(request: RequestBuilder, body: Option<&B>) -> RequestBuilder {
+    match body {
+        Some(body) => request.json(body),
+        None => request,
+    }
+}
+
+/// The global scheduler's API, for users. Errors: see [`ClientError`].
+#[allow(clippy::missing_errors_doc, reason = "one type of error, said once above")]
+impl Client {
+    /// Creates or changes a deployment.
+    pub async fn apply_deployment(&self, spec: &DeploymentSpec) -> Result<ApplyOutcome, ClientError> {
+        self.json(Method::PUT, &format!("/v1/deployments/{}", spec.name), Some(spec)).await
+    }
+
+    /// All deployments, by name.
+    pub async fn deployments(&self) -> Result<Vec<DeploymentView>, ClientError> {
+        self.get("/v1/deployments").await
+    }
+
+    /// One deployment.
+    pub async fn deployment(&self, name: &DeploymentName) -> Result<DeploymentView, ClientError> {
+        self.get(&format!("/v1/deployments/{name}")).await
+    }
+
+    /// Ends a deployment and frees its virtual IP.
+    pub async fn delete_deployment(&self, name: &DeploymentName) -> Result<(), ClientError> {
+        self.no_content::<()>(Method::DELETE, &format!("/v1/deployments/{name}"), None).await
+    }
+
+    /// Submits a job.
+    pub async fn submit_job(&self, spec: &JobSpec) -> Result<JobView, ClientError> {
+        self.json(Method::POST, "/v1/jobs", Some(spec)).await
+    }
+
+    /// All jobs, oldest first.
+    pub async fn jobs(&self) -> Result<Vec<JobView>, ClientError> {
+        self.get("/v1/jobs").await
+    }
+
+    /// One job.
+    pub async fn job(&self, name: &JobName) -> Result<JobView, ClientError> {
+        self.get(&format!("/v1/jobs/{name}")).await
+    }
+
+    /// Ends a job.
+    pub async fn cancel_job(&self, name: &JobName) -> Result<JobView, ClientError> {
+        self.json::<(), _>(Method::POST, &format!("/v1/jobs/{name}/cancel"), None).await
+    }
+
+    /// Forgets a job that has ended.
+    pub async fn delete_job(&self, name: &JobName) -> Result<(), ClientError> {
+        self.no_content::<()>(Method::DELETE, &format!("/v1/jobs/{name}"), None).await
+    }
+
+    /// Why a deployment is where it is, or isn't.
+    pub async fn why_deployment(&self, name: &DeploymentName) -> Result<Explanation, ClientError> {
+        self.get(&format!("/v1/deployments/{name}/why")).await
+    }
+
+    /// Why a job is where it is, or isn't.
+    pub async fn why_job(&self, name: &JobName) -> Result<Explanation, ClientError> {
+        self.get(&format!("/v1/jobs/{name}/why")).await
+    }
+
+    /// Log of a deployment's instances, as a stream of text.
+    pub async fn deployment_logs(
+        &self,
+        name: &DeploymentName,
+        query: &LogQuery,
+    ) -> Result<Response, ClientError> {
+        self.open(&format!("/v1/deployments/{name}/logs"), query).await
+    }
+
+    /// Log of a job's last attempt, as a stream of text.
+    pub async fn job_logs(&self, name: &JobName, query: &LogQuery) -> Result<Response, ClientError> {
+        self.open(&format!("/v1/jobs/{name}/logs"), query).await
+    }
+
+    /// All locations.
+    pub async fn locations(&self) -> Result<Vec<LocationRecord>, ClientError> {
+        self.get("/v1/locations").await
+    }
+
+    /// One location.
+    pub async fn location(&self, name: &LocationId) -> Result<LocationRecord, ClientError> {
+        self.get(&format!("/v1/locations/{name}")).await
+    }
+
+    /// Replaces an operator's settings of a location.
+    pub async fn set_location(
+        &self,
+        name: &LocationId,
+        settings: &LocationSettings,
+    ) -> Result<LocationRecord, ClientError> {
+        self.json(Method::PATCH, &format!("/v1/locations/{name}"), Some(settings)).await
+    }
+
+    /// Capacity by location.
+    pub async fn capacity(&self) -> Result<Vec<CapacityView>, ClientError> {
+        self.get("/v1/capacity").await
+    }
+
+    /// What happened, oldest first; to one subject where given, such as `deployment/hello`.
+    pub async fn events(&self, subject: Option<&str>) -> Result<Vec<Event>, ClientError> {
+        let request = self.request(Method::GET, "/v1/events").query(&[("subject", subject)]).timeout(TIMEOUT);
+        let response = self.send(request, "/v1/events").await?;
+        response.json().await.map_err(|error| self.broken("/v1/events", error.to_string()))
+    }
+
+    /// Makes a token.
+    pub async fn create_token(&self, request: &TokenRequest) -> Result<NewToken, ClientError> {
+        self.json(Method::POST, "/v1/tokens", Some(request)).await
+    }
+
+    /// Tells the global scheduler what a location has.
+    pub async fn report_location(&self, report: &LocationReport) -> Result<(), ClientError> {
+        self.no_content(Method::PUT, &format!("/v1/locations/{}/report", report.location), Some(report)).await
+    }
+}
+
+/// The location scheduler's API, for its machines and the global scheduler. Errors: see [`ClientError`].
+#[allow(clippy::missing_errors_doc, reason = "one type of error, said once above")]
+impl Client {
+    /// Tells the location scheduler what a machine has.
+    pub async fn report_machine(&self, report: &MachineReport) -> Result<(), ClientError> {
+        self.no_content(Method::PUT, &format!("/v1/machines/{}/report", report.machine), Some(report)).await
+    }
+
+    /// The location's machines.
+    pub async fn machines(&self) -> Result<Vec<MachineRecord>, ClientError> {
+        self.get("/v1/machines").await
+    }
+
+    /// Path of the watch of what a machine should have; items are `MachineDesired`.
+    pub fn machine_desired_path(machine: &MachineId) -> String {
+        format!("/v1/watch/machines/{machine}/desired")
+    }
+
+    /// Path of the watch of routes; items are `RouteRecord`.
+    pub const ROUTES_PATH: &str = "/v1/watch/routes";
+
+    /// Path of the watch of what a location should have; items are `LocationDesired`.
+    pub fn location_desired_path(location: &LocationId) -> String {
+        format!("/v1/watch/locations/{location}/desired")
+    }
+
+    /// Log of one instance, at its location scheduler or its machine agent, as a stream of text.
+    pub async fn instance_logs(
+        &self,
+        instance: &InstanceId,
+        query: &LogQuery,
+    ) -> Result<Response, ClientError> {
+        self.open(&format!("/v1/instances/{instance}/logs"), query).await
+    }
+
+    /// Whether the server answers at all.
+    pub async fn healthz(&self) -> Result<(), ClientError> {
+        let request = self.request(Method::GET, "/healthz").timeout(CONNECT_TIMEOUT);
+        match self.send(request, "/healthz").await {
+            Ok(response) if response.status() == StatusCode::OK => Ok(()),
+            Ok(response) => Err(self.broken("/healthz", format!("status {}", response.status()))),
+            Err(error) => Err(error),
+        }
+    }
+}

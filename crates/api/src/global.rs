@@ -1,0 +1,229 @@
+//! Requests and responses of the global scheduler's API.
+//!
+//! | Method and path | Body | Answer |
+//! |---|---|---|
+//! | `PUT /v1/deployments/{name}` | `DeploymentSpec` | `ApplyOutcome` |
+//! | `GET /v1/deployments[/{name}]` | | `DeploymentView` (list: array) |
+//! | `DELETE /v1/deployments/{name}` | | 204 |
+//! | `POST /v1/jobs` | `JobSpec` | `JobView`; 409 `already_exists` |
+//! | `GET /v1/jobs[/{name}]` | | `JobView` (list: array) |
+//! | `POST /v1/jobs/{name}/cancel` | | `JobView` |
+//! | `DELETE /v1/jobs/{name}` | | 204, once it has ended |
+//! | `GET /v1/{deployments,jobs}/{name}/why` | | `Explanation` |
+//! | `GET /v1/{deployments,jobs}/{name}/logs?instance=&follow=&tail=` | | `text/plain` stream |
+//! | `GET /v1/instances` | | array of `InstanceStatus` with location |
+//! | `GET /v1/locations[/{name}]` | | `LocationRecord` (list: array) |
+//! | `PATCH /v1/locations/{name}` | `LocationSettings` | `LocationRecord` |
+//! | `GET /v1/capacity` | | array of `CapacityView` |
+//! | `GET /v1/events?subject=deployment/hello` | | array of `Event`, oldest first |
+//! | `POST /v1/tokens` | `TokenRequest` | `NewToken` |
+//! | `GET /v1/watch/{deployments,jobs}?epoch=&from_revision=` | | NDJSON of `WatchEvent<DeploymentView / JobView>` |
+//! | `GET /v1/watch/locations/{name}/desired?epoch=&from_revision=` | | NDJSON of `WatchEvent<LocationDesired>` |
+//! | `PUT /v1/locations/{name}/report` | `LocationReport` | 204 |
+//! | `GET /healthz`, `GET /openapi.json` | | without a token |
+
+use std::net::Ipv4Addr;
+
+use anyplace_model::{
+    Advert, DeploymentName, DeploymentSpec, InstanceStatus, JobPhase, JobSpec, LocationId, Refusal,
+};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// What `PUT /v1/deployments/{name}` did.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct ApplyOutcome {
+    /// Whether it is new.
+    pub created: bool,
+    /// Whether anything changed.
+    pub changed: bool,
+    /// The deployment now.
+    pub deployment: DeploymentView,
+}
+
+/// A deployment in a word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum DeploymentPhase {
+    /// Fewer instances placed than asked for; `reasons` say why.
+    Pending,
+    /// All are placed, and not all are ready in the present generation.
+    Progressing,
+    /// All are ready in the present generation.
+    Ready,
+}
+
+/// What one location does for a deployment.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct LocationShare {
+    /// The location.
+    pub location: LocationId,
+    /// Instances that it was asked to run.
+    pub wanted: u32,
+    /// Instances ready in the present generation.
+    pub ready: u32,
+    /// Its instances.
+    pub instances: Vec<InstanceStatus>,
+    /// Why it runs fewer than wanted.
+    pub refusals: Vec<Refusal>,
+}
+
+/// A deployment: what was asked for, and what is.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct DeploymentView {
+    /// Name (also in `spec`).
+    pub name: DeploymentName,
+    /// Grows with each change of the spec.
+    pub generation: u64,
+    /// The address that works from everywhere.
+    #[schema(value_type = String)]
+    pub vip: Ipv4Addr,
+    /// When it was first applied.
+    #[schema(value_type = String, format = DateTime)]
+    pub created_at: jiff::Timestamp,
+    /// In a word.
+    pub phase: DeploymentPhase,
+    /// Instances wanted.
+    pub wanted: u32,
+    /// Instances ready in the present generation.
+    pub ready: u32,
+    /// Why it isn't `ready`, most frequent first.
+    pub reasons: Vec<Refusal>,
+    /// What each location does.
+    pub locations: Vec<LocationShare>,
+    /// What was asked for.
+    pub spec: DeploymentSpec,
+}
+
+/// A job: what was asked for, and what became of it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct JobView {
+    /// Name (also in `spec`).
+    pub name: anyplace_model::JobName,
+    /// In a word.
+    pub phase: JobPhase,
+    /// When it was submitted.
+    #[schema(value_type = String, format = DateTime)]
+    pub created_at: jiff::Timestamp,
+    /// Present or last attempt; 0 before the first.
+    pub attempt: u32,
+    /// Place in the queue, from 1, while queued.
+    pub queue_position: Option<u32>,
+    /// When it can start at the earliest, as far as is known, while it waits for a window.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub predicted_start: Option<jiff::Timestamp>,
+    /// Where the attempt is.
+    pub location: Option<LocationId>,
+    /// The attempt's instance; kept after its end.
+    pub instance: Option<InstanceStatus>,
+    /// Status of the last attempt that ended.
+    pub exit_code: Option<i32>,
+    /// Why it waits or has failed.
+    pub reasons: Vec<Refusal>,
+    /// What was asked for.
+    pub spec: JobSpec,
+}
+
+/// Capacity of a location.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct CapacityView {
+    /// The location.
+    pub location: LocationId,
+    /// Whether it reports.
+    pub alive: bool,
+    /// Withdrawn by an operator.
+    pub withdrawn: bool,
+    /// Draining.
+    pub draining: bool,
+    /// Whether it is inside its off-peak window now.
+    pub off_peak_now: bool,
+    /// Instances there.
+    pub instances: u32,
+    /// What it could take.
+    pub advert: Advert,
+}
+
+/// How much an event matters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum EventSeverity {
+    /// As planned.
+    Normal,
+    /// Someone may want to look.
+    Warning,
+}
+
+/// Something that happened.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Event {
+    /// When.
+    #[schema(value_type = String, format = DateTime)]
+    pub at: jiff::Timestamp,
+    /// To what, such as `deployment/hello` or `location/ams`.
+    pub subject: String,
+    /// How much it matters.
+    pub severity: EventSeverity,
+    /// What, as a sentence.
+    pub message: String,
+}
+
+/// What a token allows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// Read everything.
+    Viewer,
+    /// And apply and delete deployments and jobs.
+    Deployer,
+    /// And everything else.
+    Admin,
+    /// A location scheduler: report and watch its own location.
+    Location,
+}
+
+/// To what a token is limited.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TokenScope {
+    /// The only location, for the role `location`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub location: Option<LocationId>,
+}
+
+/// A wish for a token.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TokenRequest {
+    /// What it allows.
+    pub role: Role,
+    /// To what it is limited.
+    #[serde(default)]
+    pub scope: TokenScope,
+    /// How long it is good; for ever without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ttl: Option<anyplace_model::DurationMs>,
+}
+
+/// A new token. The server keeps only its hash, so this is the only time that it is shown.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct NewToken {
+    /// The secret.
+    pub token: String,
+    /// Until when it is good.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub expires_at: Option<jiff::Timestamp>,
+}
+
+/// Query of the log endpoints, at the global scheduler, the location scheduler and the machine agent alike.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct LogQuery {
+    /// Only this instance.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub instance: Option<String>,
+    /// Keep the stream open and send what comes.
+    pub follow: bool,
+    /// Only the last lines; all that is kept without.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tail: Option<u32>,
+}
