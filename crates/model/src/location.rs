@@ -181,6 +181,9 @@ pub struct LocationReport {
     pub sequence: u64,
     /// Base URL of the location scheduler's API.
     pub advertise: String,
+    /// Secret of this epoch with which the global scheduler may fetch logs there, and nothing else. No API
+    /// shows it.
+    pub log_token: String,
     /// What it could take.
     pub advert: Advert,
     /// Addresses of its live machines.
