@@ -9,6 +9,9 @@ use serde::de::DeserializeOwned;
 use crate::txn::to_json;
 use crate::{Result, Revision, Store, Txn};
 
+/// Key, value, and revision of the last change.
+pub type JsonEntry<T> = (String, T, Revision);
+
 /// Shorthands for every [`Store`], `dyn Store` included.
 pub trait StoreExt: Store {
     /// Reads a JSON value, with the revision of its last change (for [`Txn::when_revision`]).
@@ -22,12 +25,11 @@ pub trait StoreExt: Store {
         }
     }
 
-    /// Reads all JSON values under a prefix: key, value, revision of its last change; and the revision of the list
-    /// (for [`Store::watch`]).
+    /// Reads all JSON values under a prefix, and the revision of the list (for [`Store::watch`]).
     fn list_json<T: DeserializeOwned>(
         &self,
         prefix: &str,
-    ) -> impl Future<Output = Result<(Vec<(String, T, Revision)>, Revision)>> + Send {
+    ) -> impl Future<Output = Result<(Vec<JsonEntry<T>>, Revision)>> + Send {
         async move {
             let (kvs, revision) = self.list(prefix).await?;
             let values = kvs.into_iter().map(|kv| {

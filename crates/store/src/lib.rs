@@ -22,7 +22,7 @@ mod txn;
 
 pub use embedded::{EmbeddedStore, Limits};
 pub use error::{Error, Result};
-pub use ext::StoreExt;
+pub use ext::{JsonEntry, StoreExt};
 pub use kv::{EventKind, KeyValue, LeaseId, Revision, WatchEvent};
 pub use store::{BoxFuture, Store, WatchStream};
 pub use txn::{Compare, MAX_KEY_BYTES, MAX_TXN_BYTES, MAX_TXN_OPS, MAX_VALUE_BYTES, Op, Txn, TxnOutcome};
