@@ -145,7 +145,7 @@ async fn slow_watcher_is_cut_off_and_can_resume() {
                 .unwrap()
                 .revision();
         }
-        let mut seen = 0;
+        let mut seen: u64 = 0;
         let resume_from = loop {
             match slow.next().await.unwrap() {
                 Ok(event) => {
