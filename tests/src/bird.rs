@@ -209,7 +209,8 @@ pub(crate) fn start(node: &Node, files: &Files, config: &str) -> Result<Process>
     std::fs::write(&files.config, config)?;
     let mut command = node.command("bird");
     command.arg("-f").arg("-c").arg(&files.config).arg("-s").arg(&files.control);
-    let daemon = node.spawn(&format!("bird-{}", node.name()), command).context("start bird (package bird2)")?;
+    let daemon =
+        node.spawn(&format!("bird-{}", node.name()), command).context("start bird (package bird2)")?;
     let deadline = Instant::now() + START_TIMEOUT;
     while control(files, &["show", "status"]).is_err() {
         daemon.check()?;
