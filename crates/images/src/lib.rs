@@ -1,1 +1,29 @@
-//! OCI images: packing, pushing, pulling and unpacking.
+//! OCI images: packing a directory, pushing to and pulling from any registry, and the machine's image store.
+//!
+//! The parts, from the bottom up:
+//! - [`Reference`] and [`Digest`]: how images and blobs are named.
+//! - [`manifest`]: the documents of the OCI image specification, as far as they are needed here.
+//! - [`Client`]: one registry over HTTP, each byte checked against its digest.
+//! - [`pack`] and [`push`]: from a directory, an OCI layout or an OCI archive to a registry.
+//! - [`Store`]: from a registry to unpacked layers on disk, ready for an overlay mount.
+//!
+//! This crate must not know about machines, schedulers or runtimes: it moves and keeps images.
+
+mod client;
+mod digest;
+mod error;
+pub mod manifest;
+mod pack;
+mod progress;
+mod push;
+mod reference;
+mod store;
+
+pub use client::{BlobStream, Client, Credentials, ManifestInfo, PutOutcome, RawManifest};
+pub use digest::{Digest, Hasher};
+pub use error::{Error, Result};
+pub use pack::{BlobFile, ImageSpec, PackedImage, Source, pack};
+pub use progress::{Item, NoProgress, Progress, SharedProgress, Stage};
+pub use push::{PushSummary, push};
+pub use reference::{Reference, check_repository, check_tag};
+pub use store::{PulledImage, Store, StoredImage};

@@ -1,0 +1,202 @@
+//! Authorization: Basic, and the token flow of the distribution specification.
+//!
+//! A request is sent with whatever was accepted last for its registry, repository and actions. On 401 the
+//! challenge decides: `Basic` sends the credentials, `Bearer` gets a token from the challenge's realm. Each request
+//! is repeated once at most.
+
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use reqwest::header::{AUTHORIZATION, HeaderValue, WWW_AUTHENTICATE};
+use reqwest::{RequestBuilder, Response, StatusCode, Url};
+use serde::Deserialize;
+
+use super::{Client, Credentials, Target, check};
+use crate::error::{Error, Result};
+
+/// Most authorizations that are remembered; all are dropped when there are more.
+const REMEMBERED_MAX: usize = 4_096;
+
+/// What an authorization is good for.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub(super) struct Scope {
+    registry: String,
+    repository: String,
+    actions: &'static str,
+}
+
+/// A parsed `WWW-Authenticate`.
+#[derive(Debug, PartialEq, Eq)]
+enum Challenge {
+    Basic,
+    Bearer { realm: String, service: Option<String>, scope: Option<String> },
+}
+
+impl Client {
+    /// Sends a request, authorized for `actions` (`pull` or `pull,push`) on the target's repository.
+    pub(super) async fn send(
+        &self,
+        target: &Target,
+        actions: &'static str,
+        request: impl Fn() -> Result<RequestBuilder>,
+    ) -> Result<Response> {
+        let scope = Scope { registry: target.name(), repository: target.repository.clone(), actions };
+        let remembered = match self.inner.authorizations.lock() {
+            Ok(authorizations) => authorizations.get(&scope).cloned(),
+            Err(_) => None,
+        };
+        let first = match (remembered, &target.credentials) {
+            (Some(authorization), _) => Some(authorization),
+            (None, Some(credentials)) => Some(basic(credentials)?),
+            (None, None) => None,
+        };
+        let response = attempt(target, request()?, first.as_ref()).await?;
+        if response.status() != StatusCode::UNAUTHORIZED {
+            return Ok(response);
+        }
+        let challenges = response.headers().get_all(WWW_AUTHENTICATE);
+        let challenge = challenges.iter().find_map(|value| parse(value.to_str().ok()?));
+        let second = match challenge {
+            Some(Challenge::Bearer { realm, service, scope: asked }) => {
+                let asked = asked.unwrap_or_else(|| format!("repository:{}:{actions}", target.repository));
+                self.token(target, &realm, service.as_deref(), &asked).await?
+            }
+            Some(Challenge::Basic) => match &target.credentials {
+                Some(credentials) => basic(credentials)?,
+                None => return Ok(response),
+            },
+            None => return Ok(response),
+        };
+        if first.as_ref() == Some(&second) {
+            return Ok(response);
+        }
+        let response = attempt(target, request()?, Some(&second)).await?;
+        if response.status() != StatusCode::UNAUTHORIZED
+            && let Ok(mut authorizations) = self.inner.authorizations.lock()
+        {
+            if authorizations.len() >= REMEMBERED_MAX {
+                authorizations.clear();
+            }
+            authorizations.insert(scope, second);
+        }
+        Ok(response)
+    }
+
+    async fn token(
+        &self,
+        target: &Target,
+        realm: &str,
+        service: Option<&str>,
+        scope: &str,
+    ) -> Result<HeaderValue> {
+        #[derive(Deserialize)]
+        struct Token {
+            token: Option<String>,
+            access_token: Option<String>,
+        }
+        let bad = |reason: String| Error::InvalidRegistry {
+            what: format!("the token service that {} names", target.name()),
+            reason,
+        };
+        let mut url = Url::parse(realm).map_err(|e| bad(format!("`{realm}` is no URL ({e})")))?;
+        if target.base.scheme() == "https" && url.scheme() != "https" {
+            return Err(bad(format!("`{realm}` would send the password in the clear")));
+        }
+        {
+            let mut query = url.query_pairs_mut();
+            if let Some(service) = service {
+                query.append_pair("service", service);
+            }
+            for one in scope.split(' ') {
+                query.append_pair("scope", one);
+            }
+        }
+        let mut request = self.inner.http.get(url);
+        if let Some(credentials) = &target.credentials {
+            request = request.header(AUTHORIZATION, basic(credentials)?);
+        }
+        let response = request.send().await.map_err(|e| target.unreachable(e))?;
+        let token: Token = check(target, response)
+            .await?
+            .json()
+            .await
+            .map_err(|e| bad(format!("its answer has no token ({e})")))?;
+        let token =
+            token.token.or(token.access_token).ok_or_else(|| bad("its answer has no token".to_owned()))?;
+        let mut value = HeaderValue::try_from(format!("Bearer {token}"))
+            .map_err(|_| bad("its token can't be sent in a header".to_owned()))?;
+        value.set_sensitive(true);
+        Ok(value)
+    }
+}
+
+async fn attempt(
+    target: &Target,
+    request: RequestBuilder,
+    authorization: Option<&HeaderValue>,
+) -> Result<Response> {
+    let request = match authorization {
+        Some(value) => request.header(AUTHORIZATION, value),
+        None => request,
+    };
+    request.send().await.map_err(|e| target.unreachable(e))
+}
+
+fn basic(credentials: &Credentials) -> Result<HeaderValue> {
+    let pair = format!("{}:{}", credentials.user, credentials.password);
+    let mut value =
+        HeaderValue::try_from(format!("Basic {}", BASE64_STANDARD.encode(pair))).map_err(|_| {
+            Error::InvalidRegistry {
+                what: "registry credentials".to_owned(),
+                reason: "can't be sent in a header".to_owned(),
+            }
+        })?;
+    value.set_sensitive(true);
+    Ok(value)
+}
+
+fn parse(header: &str) -> Option<Challenge> {
+    let (scheme, mut rest) = header.trim().split_once(' ').unwrap_or((header.trim(), ""));
+    if scheme.eq_ignore_ascii_case("basic") {
+        return Some(Challenge::Basic);
+    }
+    if !scheme.eq_ignore_ascii_case("bearer") {
+        return None;
+    }
+    let (mut realm, mut service, mut scope) = (None, None, None);
+    while let Some((key, after)) = rest.split_once('=') {
+        let (value, next) = match after.strip_prefix('"') {
+            Some(quoted) => quoted.split_once('"')?,
+            None => after.split_once(',').unwrap_or((after, "")),
+        };
+        match key.trim_matches([' ', ',']).to_ascii_lowercase().as_str() {
+            "realm" => realm = Some(value.to_owned()),
+            "service" => service = Some(value.to_owned()),
+            "scope" => scope = Some(value.to_owned()),
+            _ => {}
+        }
+        rest = next;
+    }
+    Some(Challenge::Bearer { realm: realm?, service, scope })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn challenges_are_parsed() {
+        assert_eq!(parse("Basic realm=\"x\""), Some(Challenge::Basic));
+        assert_eq!(parse("Negotiate"), None);
+        assert_eq!(parse("Bearer service=\"x\""), None);
+        let hub = "Bearer realm=\"https://auth.example/token\",service=\"reg\",\
+                   scope=\"repository:a/b:pull,push\",error=insufficient_scope";
+        assert_eq!(
+            parse(hub),
+            Some(Challenge::Bearer {
+                realm: "https://auth.example/token".into(),
+                service: Some("reg".into()),
+                scope: Some("repository:a/b:pull,push".into()),
+            })
+        );
+    }
+}

@@ -1,0 +1,212 @@
+//! What can go wrong with images, each with what to do about it.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::digest::Digest;
+
+/// Result of this crate's operations.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why an operation on images failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The text is no image reference.
+    #[error("`{text}` is no image reference: {reason}; expected [host[:port]/]repository[:tag][@digest]")]
+    InvalidReference {
+        /// What was given.
+        text: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+
+    /// The text is no digest.
+    #[error("`{text}` is no digest: {reason}")]
+    InvalidDigest {
+        /// What was given.
+        text: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+
+    /// The registry's URL or credentials can't be used.
+    #[error("{what}: {reason}")]
+    InvalidRegistry {
+        /// Which setting.
+        what: String,
+        /// What is wrong, and what was expected.
+        reason: String,
+    },
+
+    /// No answer from the registry.
+    #[error(
+        "no answer from the registry at {url}; check that the registry at {url} runs and is reachable from here"
+    )]
+    RegistryUnreachable {
+        /// Its address.
+        url: String,
+        /// The cause.
+        source: reqwest::Error,
+    },
+
+    /// The registry doesn't accept the credentials.
+    #[error(
+        "the registry at {url} refused access to `{repository}` ({status}); check the user and password in the \
+         registry's credentials file"
+    )]
+    Unauthorized {
+        /// Its address.
+        url: String,
+        /// What was asked for.
+        repository: String,
+        /// HTTP status, 401 or 403.
+        status: u16,
+    },
+
+    /// The registry has no such image.
+    #[error(
+        "no image `{reference}` in the registry at {url}; run `anyplace push DIRECTORY {reference}` or check its name \
+         and tag"
+    )]
+    RepositoryOrTagNotFound {
+        /// What was asked for.
+        reference: String,
+        /// The registry's address.
+        url: String,
+    },
+
+    /// The registry has the image's manifest, but not one of its blobs.
+    #[error("the registry at {url} has no blob {digest} in `{repository}`; push the image again")]
+    BlobNotFound {
+        /// Repository that was asked.
+        repository: String,
+        /// What is missing.
+        digest: Digest,
+        /// The registry's address.
+        url: String,
+    },
+
+    /// Content is not what its digest says. Nothing of it was kept.
+    #[error("{what} has the wrong content: expected {expected}, found {found}; push the image again")]
+    DigestMismatch {
+        /// Which content.
+        what: String,
+        /// The digest that it should have.
+        expected: Digest,
+        /// The digest that it has.
+        found: Digest,
+    },
+
+    /// Content is shorter or longer than its descriptor says. Nothing of it was kept.
+    #[error("{what} has the wrong size: expected {expected} bytes, found {found}; push the image again")]
+    SizeMismatch {
+        /// Which content.
+        what: String,
+        /// The size that it should have.
+        expected: u64,
+        /// The size that it has (or more).
+        found: u64,
+    },
+
+    /// The image or source uses something that isn't supported.
+    #[error("{what} is not supported; {help}")]
+    Unsupported {
+        /// What was found.
+        what: String,
+        /// What to use in its place.
+        help: String,
+    },
+
+    /// The image has no variant for this machine.
+    #[error("`{reference}` has no image for {wanted}, only for {found}; push one built for {wanted}")]
+    NoPlatform {
+        /// The image.
+        reference: String,
+        /// This machine's platform.
+        wanted: String,
+        /// What the index lists.
+        found: String,
+    },
+
+    /// The registry answered with an error.
+    #[error("the registry at {url} answered {status} {code}: {message}")]
+    Registry {
+        /// Its address.
+        url: String,
+        /// HTTP status.
+        status: u16,
+        /// Code of the specification, such as `NAME_INVALID`, or empty.
+        code: String,
+        /// The registry's words.
+        message: String,
+    },
+
+    /// A manifest, index or configuration can't be understood.
+    #[error("{what} can't be understood: {reason}")]
+    InvalidManifest {
+        /// Which document.
+        what: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+
+    /// A layer's archive has an entry that must not be unpacked. Nothing of the layer was kept.
+    #[error("the layer is refused because of its entry `{entry}`: {reason}")]
+    UnsafeEntry {
+        /// Path inside the archive.
+        entry: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+
+    /// A source file or folder can't be packed.
+    #[error("`{path}` can't be packed: {reason}")]
+    InvalidSource {
+        /// Which one.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        reason: String,
+    },
+
+    /// The store belongs to another process.
+    #[error("the image store {path} is in use by another process; stop it first")]
+    StoreInUse {
+        /// The store's folder.
+        path: PathBuf,
+    },
+
+    /// Reading or writing a local file failed.
+    #[error("{doing} `{path}` failed")]
+    Io {
+        /// What was being done.
+        doing: &'static str,
+        /// To which file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+
+    /// The operation was given up because its caller went away.
+    #[error("the operation was cancelled")]
+    Cancelled,
+}
+
+impl Error {
+    /// For `map_err`: an I/O error with what was being done, and to what.
+    pub(crate) fn io(doing: &'static str, path: impl AsRef<Path>) -> impl FnOnce(io::Error) -> Error {
+        let path = path.as_ref().to_owned();
+        move |source| Error::Io { doing, path, source }
+    }
+
+    /// Whether the registry could not be reached at all, so that a local copy may stand in.
+    pub fn is_unreachable(&self) -> bool {
+        matches!(self, Error::RegistryUnreachable { .. })
+            || matches!(self, Error::Registry { status, .. } if *status >= 500)
+    }
+
+    /// Whether the registry answered that it doesn't have what was asked for.
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Error::RepositoryOrTagNotFound { .. } | Error::BlobNotFound { .. })
+    }
+}
