@@ -5,6 +5,8 @@
 
 mod config;
 
+pub use config::window as off_peak_window;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read, Write};
@@ -81,7 +83,7 @@ pub struct Options {
 pub struct Platform {
     bed: Testbed,
     binary: PathBuf,
-    options: Mutex<Options>,
+    options: Options,
     processes: Mutex<BTreeMap<Role, Process>>,
 }
 
@@ -93,7 +95,7 @@ impl Platform {
         if !binary.exists() {
             bail!("{} is not there; run `cargo build -p anyplace`", binary.display());
         }
-        let platform = Self { bed, binary, options: Mutex::new(options), processes: Mutex::default() };
+        let platform = Self { bed, binary, options, processes: Mutex::default() };
         platform.start_all()?;
         Ok(platform)
     }
@@ -198,24 +200,6 @@ impl Platform {
         self.start_role(role)
     }
 
-    /// Gives a location another off-peak window: rewrites its scheduler's config and restarts it.
-    pub fn set_off_peak(&self, location: &str, window: &str) -> Result<()> {
-        let role = Role::Location(location.to_owned());
-        self.options
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .off_peak
-            .insert(location.into(), window.into());
-        self.restart_role(&role)?;
-        self.wait_healthy(&role)
-    }
-
-    /// Opens a location's off-peak window in some seconds, for ten minutes; the demo's way to the night.
-    pub fn open_off_peak_in(&self, location: &str, seconds: u32) -> Result<()> {
-        let window = config::window(self.location(location)?, seconds, 600)?;
-        self.set_off_peak(location, &window)
-    }
-
     /// Waits until a role answers `/healthz`; an error with the end of its log if it doesn't.
     pub fn wait_healthy(&self, role: &Role) -> Result<()> {
         let process = self.process(role)?;
@@ -289,7 +273,7 @@ impl Platform {
 
     fn config(&self, role: &Role) -> Result<String> {
         let data = self.data_dir(role);
-        let options = self.options.lock().unwrap_or_else(PoisonError::into_inner);
+        let options = &self.options;
         Ok(match role {
             Role::Global => config::global(&data),
             Role::Location(at) => {

@@ -1,2 +1,53 @@
-//! The project's own commands.
-fn main() {}
+//! The project's own commands: `cargo xtask demo`, `cargo xtask test` and what they are made of.
+//!
+//! xtask installs the packages that the build needs, so it must itself build where nothing is installed: it depends on
+//! the testbed library and a few small crates, never on the platform's.
+
+mod demo;
+mod ebpf;
+mod setup;
+mod shell;
+mod test;
+
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+
+const HELP: &str = "\
+Usage: cargo xtask COMMAND
+
+Commands:
+  demo           the platform on three locations, step by step; stays up until Ctrl-C
+  demo --check   the same unattended: verifies every step, prints one JSON line, removes everything
+  test [FILTER]  all that CI runs: format, lints, dependencies, licences, eBPF, tests, scenarios
+  ebpf           rebuild the eBPF object that is committed
+  setup          install the Debian packages that the other commands need
+  help           this text
+
+demo and test need root: they make network namespaces, cgroups and containers.";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    match run(&words) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(words: &[&str]) -> Result<ExitCode> {
+    match words {
+        [] | ["help" | "--help" | "-h"] => println!("{HELP}"),
+        ["demo"] => return demo::run(false),
+        ["demo", "--check"] => return demo::run(true),
+        ["test"] => return test::run(None),
+        ["test", filter] if !filter.starts_with('-') => return test::run(Some(filter)),
+        ["ebpf"] => ebpf::build(&shell::root()?)?,
+        ["setup"] => setup::ensure()?,
+        _ => bail!("found `{}`, expected one of the commands in `cargo xtask help`", words.join(" ")),
+    }
+    Ok(ExitCode::SUCCESS)
+}

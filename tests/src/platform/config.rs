@@ -110,7 +110,7 @@ pub(super) fn window_far_away(location: &Location) -> Result<String> {
 }
 
 /// A window in the location's local time that begins `after` seconds from now.
-pub(super) fn window(location: &Location, after: u32, length: u32) -> Result<String> {
+pub fn window(location: &Location, after: u32, length: u32) -> Result<String> {
     let at = |seconds: u32| -> Result<String> {
         let when = format!("now + {seconds} seconds");
         let mut command = Command::new("date");

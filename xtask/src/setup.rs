@@ -1,0 +1,76 @@
+//! The Debian packages that the build, the demo and the tests need.
+
+use anyhow::{Context, Result, bail};
+
+use crate::shell;
+
+/// What a package is recognised by.
+enum Sign {
+    Program(&'static str),
+    File(&'static str),
+}
+
+use Sign::{File, Program};
+
+/// Package, how to see that it is there, and what it is for.
+const PACKAGES: &[(&str, Sign, &str)] = &[
+    ("gcc", Program("cc"), "linking, and the C parts of ring and zstd"),
+    ("libc6-dev", File("/usr/include/stdlib.h"), "linking"),
+    ("iproute2", Program("ip"), "network namespaces and links"),
+    ("ethtool", Program("ethtool"), "offloads of the testbed's links"),
+    ("bird2", Program("bird"), "BGP between locations and clients"),
+    ("nftables", Program("nft"), "what containers may reach"),
+    ("runc", Program("runc"), "containers"),
+    ("crun", Program("crun"), "containers, where the cgroup set-up allows it"),
+    ("busybox-static", File("/bin/busybox"), "the demo's image"),
+    ("skopeo", Program("skopeo"), "the registry's tests with a foreign client"),
+    ("curl", Program("curl"), "looking at the platform from outside"),
+    ("procps", Program("ps"), "looking at the platform from outside"),
+    ("tzdata", File("/usr/share/zoneinfo/Asia/Tokyo"), "the locations' time zones"),
+    ("ca-certificates", File("/etc/ssl/certs/ca-certificates.crt"), "fetching crates"),
+];
+
+/// Installs what is missing; says what it does.
+pub(crate) fn ensure() -> Result<()> {
+    let missing = missing();
+    if missing.is_empty() {
+        println!("packages: all {} are installed", PACKAGES.len());
+        return Ok(());
+    }
+    println!("packages: missing");
+    for (package, _, purpose) in &missing {
+        println!("  {package:<16} {purpose}");
+    }
+    let names: Vec<_> = missing.iter().map(|(package, _, _)| *package).collect();
+    let install = format!("apt-get install --yes --no-install-recommends {}", names.join(" "));
+    if !nix::unistd::geteuid().is_root() {
+        bail!("run as root: {install}");
+    }
+    if !shell::has_program("apt-get") {
+        bail!("no apt-get here; install these with your distribution's tool: {}", names.join(" "));
+    }
+    let apt = |words: &str| -> Result<()> {
+        let words: Vec<_> = words.split(' ').skip(1).collect();
+        let mut command = shell::command("apt-get", &words)?;
+        command.env("DEBIAN_FRONTEND", "noninteractive");
+        shell::show(command)
+    };
+    // Package lists may be absent or old; try without first, it is faster.
+    if apt(&install).is_err() {
+        apt("apt-get update").context("fetch the package lists")?;
+        apt(&install)?;
+    }
+    let still: Vec<_> = self::missing().iter().map(|(package, _, _)| *package).collect();
+    if !still.is_empty() {
+        bail!("installed, and still not found: {}", still.join(", "));
+    }
+    Ok(())
+}
+
+fn missing() -> Vec<&'static (&'static str, Sign, &'static str)> {
+    let is_missing = |(_, sign, _): &&(&str, Sign, &str)| match sign {
+        Program(name) => !shell::has_program(name),
+        File(path) => !std::path::Path::new(path).exists(),
+    };
+    PACKAGES.iter().filter(is_missing).collect()
+}
