@@ -1,1 +1,24 @@
 //! An OCI distribution registry over object storage, with a pull-through cache.
+//!
+//! Any OCI tool can push to it and pull from it. With an `[upstream]` it also answers for what another registry has,
+//! keeps a verified copy, and goes on serving that when the upstream is gone; pushes stay here.
+//!
+//! From a request to the disk: [`routes`](self) tells the endpoints apart, `manifests`, `blobs`, `uploads` and `tags`
+//! answer them, `storage` keeps content and links, `upstream` fills in what is missing.
+//!
+//! This crate must not know about schedulers, machines or deployments.
+
+mod auth;
+mod blobs;
+mod config;
+mod errors;
+mod manifests;
+mod routes;
+mod server;
+mod storage;
+mod tags;
+mod uploads;
+mod upstream;
+
+pub use config::{Config, Upstream};
+pub use server::{Server, run};

@@ -1,0 +1,45 @@
+//! The registry's settings, `registry.toml`.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+
+use serde::Deserialize;
+
+/// Settings of a registry.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Folder for blobs, manifests and uploads in progress.
+    pub data_dir: PathBuf,
+    /// Address to listen on.
+    #[serde(default = "default_listen")]
+    pub listen: SocketAddr,
+    /// Lines of `user:password`; made at the first start. By default `credentials` in the data folder.
+    #[serde(default)]
+    pub credentials_file: Option<PathBuf>,
+    /// Another registry, which this one caches.
+    #[serde(default)]
+    pub upstream: Option<Upstream>,
+}
+
+/// The registry behind a cache.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Upstream {
+    /// Its address, such as `http://10.1.0.10:5000`.
+    pub url: String,
+    /// A file with a line `user:password` for it.
+    #[serde(default)]
+    pub credentials_file: Option<PathBuf>,
+}
+
+impl Config {
+    /// The file with the users and passwords.
+    pub fn credentials_path(&self) -> PathBuf {
+        self.credentials_file.clone().unwrap_or_else(|| self.data_dir.join("credentials"))
+    }
+}
+
+fn default_listen() -> SocketAddr {
+    (Ipv4Addr::LOCALHOST, 5000).into()
+}

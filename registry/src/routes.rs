@@ -1,0 +1,158 @@
+//! Tells the endpoints of the distribution specification apart.
+//!
+//! Repository names have slashes, so a path is read from its end: the last parts say what is asked for, and all
+//! before them is the repository.
+
+use std::sync::Arc;
+
+use anyplace_images::{Digest, check_repository};
+use axum::extract::{Request, State};
+use axum::http::{HeaderName, HeaderValue, Method, StatusCode};
+use axum::response::{IntoResponse as _, Response};
+
+use crate::errors::{Answer, Refusal};
+use crate::server::App;
+use crate::{blobs, manifests, tags, uploads};
+
+const API_VERSION: HeaderName = HeaderName::from_static("docker-distribution-api-version");
+
+/// What a path asks for.
+#[derive(Debug, PartialEq, Eq)]
+enum Endpoint<'a> {
+    Base,
+    Tags { name: String },
+    Manifest { name: String, key: &'a str },
+    Blob { name: String, digest: &'a str },
+    Uploads { name: String },
+    Upload { name: String, id: &'a str },
+}
+
+/// Answers every request.
+pub(crate) async fn dispatch(State(app): State<Arc<App>>, request: Request) -> Response {
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let mut response = match app.users.check(request.headers()) {
+        Ok(_) => answer(&app, request).await.unwrap_or_else(Refusal::into_response),
+        Err(refusal) => refusal.into_response(),
+    };
+    // Old docker clients take nothing else for a registry.
+    response.headers_mut().insert(API_VERSION, HeaderValue::from_static("registry/2.0"));
+    tracing::debug!(%method, path, status = response.status().as_u16(), "answered");
+    response
+}
+
+async fn answer(app: &Arc<App>, request: Request) -> Answer {
+    let path = decode(request.uri().path());
+    let endpoint = parse(&path).ok_or_else(|| {
+        Refusal::new(StatusCode::NOT_FOUND, "UNSUPPORTED", format!("no endpoint `{path}`; expected /v2/..."))
+    })?;
+    let method = request.method().clone();
+    match (endpoint, method) {
+        (Endpoint::Base, Method::GET | Method::HEAD) => Ok(axum::Json(serde_json::json!({})).into_response()),
+        (Endpoint::Tags { name }, Method::GET) => tags::list(app, &checked(name)?, request.uri()).await,
+        (Endpoint::Manifest { name, key }, Method::GET | Method::HEAD) => {
+            manifests::get(app, &checked(name)?, key).await
+        }
+        (Endpoint::Manifest { name, key }, Method::PUT) => {
+            manifests::put(app, &checked(name)?, key, request).await
+        }
+        (Endpoint::Manifest { name, key }, Method::DELETE) => {
+            manifests::delete(app, &checked(name)?, key).await
+        }
+        (Endpoint::Blob { name, digest }, method) => {
+            let (name, digest) = (checked(name)?, parse_digest(digest)?);
+            match method {
+                Method::HEAD => blobs::head(app, &name, &digest).await,
+                Method::GET => blobs::get(app, &name, &digest, request.headers()).await,
+                Method::DELETE => blobs::delete(app, &name, &digest).await,
+                other => Err(Refusal::unsupported(format!("{other} on a blob is not supported"))),
+            }
+        }
+        (Endpoint::Uploads { name }, Method::POST) => uploads::post(app, &checked(name)?, request).await,
+        (Endpoint::Upload { name, id }, method) => {
+            let name = checked(name)?;
+            match method {
+                Method::GET => uploads::status(app, &name, id).await,
+                Method::PATCH => uploads::patch(app, &name, id, request).await,
+                Method::PUT => uploads::put(app, &name, id, request).await,
+                Method::DELETE => uploads::cancel(app, &name, id).await,
+                other => Err(Refusal::unsupported(format!("{other} on an upload is not supported"))),
+            }
+        }
+        (_, method) => Err(Refusal::unsupported(format!("{method} on `{path}` is not supported"))),
+    }
+}
+
+pub(crate) fn parse_digest(text: &str) -> Answer<Digest> {
+    text.parse().map_err(|e: anyplace_images::Error| Refusal::digest_invalid(e.to_string()))
+}
+
+fn checked(name: String) -> Answer<String> {
+    match check_repository(&name) {
+        Ok(()) => Ok(name),
+        Err(reason) => Err(Refusal::new(StatusCode::BAD_REQUEST, "NAME_INVALID", reason)),
+    }
+}
+
+fn parse(path: &str) -> Option<Endpoint<'_>> {
+    let rest = path.strip_prefix("/v2")?;
+    if rest.is_empty() || rest == "/" {
+        return Some(Endpoint::Base);
+    }
+    let parts: Vec<&str> = rest.strip_prefix('/')?.split('/').collect();
+    let name = |parts: &[&str]| parts.join("/");
+    match parts.as_slice() {
+        [before @ .., "tags", "list"] => Some(Endpoint::Tags { name: name(before) }),
+        [before @ .., "manifests", key] => Some(Endpoint::Manifest { name: name(before), key }),
+        [before @ .., "blobs", "uploads"] | [before @ .., "blobs", "uploads", ""] => {
+            Some(Endpoint::Uploads { name: name(before) })
+        }
+        [before @ .., "blobs", "uploads", id] => Some(Endpoint::Upload { name: name(before), id }),
+        [before @ .., "blobs", digest] => Some(Endpoint::Blob { name: name(before), digest }),
+        _ => None,
+    }
+}
+
+/// Undoes percent encoding; some clients send the colon of a digest that way.
+fn decode(path: &str) -> String {
+    let bytes = path.as_bytes();
+    let mut decoded = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while let Some(&byte) = bytes.get(at) {
+        let hex = path.get(at + 1..at + 3).filter(|_| byte == b'%');
+        let value = hex.and_then(|hex| u8::from_str_radix(hex, 16).ok());
+        decoded.push(value.unwrap_or(byte));
+        at += if value.is_some() { 3 } else { 1 };
+    }
+    String::from_utf8_lossy(&decoded).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_read_from_their_end() {
+        let name = || "a/blobs/b".to_owned();
+        for (path, expected) in [
+            ("/v2", Endpoint::Base),
+            ("/v2/", Endpoint::Base),
+            ("/v2/a/blobs/b/tags/list", Endpoint::Tags { name: name() }),
+            ("/v2/a/blobs/b/manifests/v1", Endpoint::Manifest { name: name(), key: "v1" }),
+            ("/v2/a/blobs/b/blobs/uploads/", Endpoint::Uploads { name: name() }),
+            ("/v2/a/blobs/b/blobs/uploads", Endpoint::Uploads { name: name() }),
+            ("/v2/a/blobs/b/blobs/uploads/1f", Endpoint::Upload { name: name(), id: "1f" }),
+            ("/v2/a/blobs/b/blobs/sha256:0", Endpoint::Blob { name: name(), digest: "sha256:0" }),
+        ] {
+            assert_eq!(parse(path), Some(expected), "{path}");
+        }
+        for path in ["/", "/v1/", "/v2/a", "/v2a/manifests/b", "/v2/a/b/c"] {
+            assert_eq!(parse(path), None, "{path}");
+        }
+    }
+
+    #[test]
+    fn percent_encoding_is_undone() {
+        assert_eq!(decode("/v2/a/blobs/sha256%3Aab"), "/v2/a/blobs/sha256:ab");
+        assert_eq!(decode("/%zz%4"), "/%zz%4");
+    }
+}

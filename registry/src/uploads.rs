@@ -1,0 +1,179 @@
+//! Uploads: in one request, in parts, or by a mount of what is there already.
+//!
+//! An upload is a file, `uploads/<id>`, that grows by whatever arrives; its length is the offset to go on from, also
+//! after a restart. The id ends in a hash of the repository, so an upload can't be finished in another one. Content
+//! is hashed while it is written; after a restart what is there is hashed again when the upload is finished.
+//!
+//! Writing and hashing run on a blocking thread that owns the upload's lock. When a client goes away in the middle,
+//! that thread writes what it has and lets go, so the file and its hash never disagree.
+
+mod session;
+
+use std::sync::Arc;
+
+use anyplace_images::Digest;
+use axum::body::Body;
+use axum::extract::{Query, Request};
+use axum::http::header::{CONTENT_LENGTH, CONTENT_RANGE, LOCATION, RANGE};
+use axum::http::{HeaderMap, HeaderName, StatusCode};
+use axum::response::IntoResponse as _;
+use serde::Deserialize;
+
+use crate::blobs::CONTENT_DIGEST;
+use crate::errors::{Answer, Refusal, internal};
+use crate::routes::parse_digest;
+use crate::server::App;
+use crate::storage::Link;
+pub(crate) use session::{Session, Uploads};
+
+const UPLOAD_ID: HeaderName = HeaderName::from_static("docker-upload-uuid");
+const CHUNK_MAX: HeaderName = HeaderName::from_static("oci-chunk-max-length");
+/// The part size that clients are asked for, as proxies commonly stop there. Larger parts are taken too.
+const CHUNK_MAX_BYTES: u64 = 500_000_000;
+
+#[derive(Deserialize)]
+struct Start {
+    digest: Option<String>,
+    mount: Option<String>,
+    from: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Finish {
+    digest: Option<String>,
+}
+
+pub(crate) async fn post(app: &Arc<App>, name: &str, request: Request) -> Answer {
+    let query = Query::<Start>::try_from_uri(request.uri());
+    let Query(start) = query.map_err(|e| Refusal::upload_invalid(e.to_string()))?;
+    if let Some(mount) = &start.mount
+        && try_mount(app, name, &parse_digest(mount)?, start.from.as_deref()).await?
+    {
+        return Ok(created(name, &parse_digest(mount)?));
+    }
+    let digest = start.digest.as_deref().map(parse_digest).transpose()?;
+    let id = app.uploads.start(name).await.map_err(|e| internal("starting an upload", e))?;
+    let Some(digest) = digest else {
+        let headers = [
+            (LOCATION, location(name, &id)),
+            (RANGE, "0-0".to_owned()),
+            (UPLOAD_ID, id.clone()),
+            (CHUNK_MAX, CHUNK_MAX_BYTES.to_string()),
+        ];
+        return Ok((StatusCode::ACCEPTED, headers).into_response());
+    };
+    let session = app.uploads.resume(name, &id).await?;
+    let declared = length(request.headers())?;
+    let result = async {
+        let session = append(app, session, request.into_body(), declared).await?;
+        finish(app, name, session, &digest).await
+    }
+    .await;
+    if result.is_err() {
+        // Nobody knows this upload's id, so nobody can go on with it.
+        app.uploads.discard(&id).await;
+    }
+    result.map(|()| created(name, &digest))
+}
+
+pub(crate) async fn status(app: &Arc<App>, name: &str, id: &str) -> Answer {
+    let session = app.uploads.resume(name, id).await?;
+    Ok((StatusCode::NO_CONTENT, progress(name, id, session.size())).into_response())
+}
+
+pub(crate) async fn patch(app: &Arc<App>, name: &str, id: &str, request: Request) -> Answer {
+    let session = app.uploads.resume(name, id).await?;
+    let declared = check_range(name, id, &session, request.headers())?;
+    let session = append(app, session, request.into_body(), declared).await?;
+    Ok((StatusCode::ACCEPTED, progress(name, id, session.size())).into_response())
+}
+
+pub(crate) async fn put(app: &Arc<App>, name: &str, id: &str, request: Request) -> Answer {
+    let query = Query::<Finish>::try_from_uri(request.uri());
+    let Query(Finish { digest }) = query.map_err(|e| Refusal::upload_invalid(e.to_string()))?;
+    let digest = digest.ok_or_else(|| Refusal::digest_invalid("expected ?digest=sha256:..."))?;
+    let digest = parse_digest(&digest)?;
+    let session = app.uploads.resume(name, id).await?;
+    let declared = check_range(name, id, &session, request.headers())?;
+    let session = append(app, session, request.into_body(), declared).await?;
+    finish(app, name, session, &digest).await?;
+    Ok(created(name, &digest))
+}
+
+pub(crate) async fn cancel(app: &Arc<App>, name: &str, id: &str) -> Answer {
+    let session = app.uploads.resume(name, id).await?;
+    drop(session);
+    app.uploads.discard(id).await;
+    Ok(StatusCode::NO_CONTENT.into_response())
+}
+
+async fn try_mount(app: &App, name: &str, digest: &Digest, from: Option<&str>) -> Answer<bool> {
+    let failed = |e| internal("mounting a blob", e);
+    let there = match from {
+        Some(from) => app.storage.is_linked(Link::Blob, from, digest).await.map_err(failed)?,
+        None => app.storage.has_content(digest).await.map_err(failed)?,
+    };
+    if there {
+        app.storage.link_blob(name, digest).await.map_err(failed)?;
+    }
+    Ok(there)
+}
+
+async fn append(app: &App, session: Session, body: Body, declared: Option<u64>) -> Answer<Session> {
+    app.uploads.append(session, body.into_data_stream(), declared).await
+}
+
+/// Verifies an upload, makes it content, and links it into the repository.
+async fn finish(app: &App, name: &str, session: Session, digest: &Digest) -> Answer<()> {
+    app.uploads.finish(session, digest).await?;
+    app.storage.link_blob(name, digest).await.map_err(|e| internal("storing a blob", e))
+}
+
+/// The length that the request declares; where it declares a range, that has to start at the upload's offset.
+fn check_range(name: &str, id: &str, session: &Session, headers: &HeaderMap) -> Answer<Option<u64>> {
+    let declared = length(headers)?;
+    let Some(range) = headers.get(CONTENT_RANGE) else { return Ok(declared) };
+    let parsed = range.to_str().ok().and_then(|text| {
+        let (first, last) = text.strip_prefix("bytes=").unwrap_or(text).split_once('-')?;
+        let (first, last) = (first.trim().parse::<u64>().ok()?, last.trim().parse::<u64>().ok()?);
+        (last >= first).then_some((first, last - first + 1))
+    });
+    let (first, len) = parsed.ok_or_else(|| Refusal::upload_invalid("Content-Range: expected START-END"))?;
+    if first != session.size() {
+        let message = format!("the upload is at {}, the part starts at {first}", session.size());
+        let mut refusal = Refusal::new(StatusCode::RANGE_NOT_SATISFIABLE, "BLOB_UPLOAD_INVALID", message);
+        for (header, value) in progress(name, id, session.size()) {
+            refusal = refusal.header(header, value);
+        }
+        return Err(refusal);
+    }
+    if declared.is_some_and(|declared| declared != len) {
+        let message = format!("Content-Range has {len} bytes, Content-Length {}", declared.unwrap_or(0));
+        return Err(Refusal::new(StatusCode::BAD_REQUEST, "SIZE_INVALID", message));
+    }
+    Ok(Some(len))
+}
+
+fn length(headers: &HeaderMap) -> Answer<Option<u64>> {
+    let Some(value) = headers.get(CONTENT_LENGTH) else { return Ok(None) };
+    let length = value.to_str().ok().and_then(|text| text.parse().ok());
+    length.map(Some).ok_or_else(|| Refusal::new(StatusCode::BAD_REQUEST, "SIZE_INVALID", "Content-Length"))
+}
+
+fn location(name: &str, id: &str) -> String {
+    format!("/v2/{name}/blobs/uploads/{id}")
+}
+
+/// Where an upload is; the last byte's number, which for an empty upload can only be written as 0.
+fn progress(name: &str, id: &str, size: u64) -> [(HeaderName, String); 3] {
+    [
+        (LOCATION, location(name, id)),
+        (RANGE, format!("0-{}", size.saturating_sub(1))),
+        (UPLOAD_ID, id.to_owned()),
+    ]
+}
+
+fn created(name: &str, digest: &Digest) -> axum::response::Response {
+    let headers = [(LOCATION, format!("/v2/{name}/blobs/{digest}")), (CONTENT_DIGEST, digest.to_string())];
+    (StatusCode::CREATED, headers).into_response()
+}
