@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyplace_store::{EmbeddedStore, Error, Limits, Store, StoreExt, Txn};
+use anyplace_store::{EmbeddedStore, Error, Limits, Store, StoreExt, Txn, WatchEvent, WatchStream};
 use futures_util::StreamExt;
 
 fn open_error(path: &Path) -> Error {
@@ -14,6 +14,12 @@ fn open_error(path: &Path) -> Error {
         Ok(_) => panic!("{} must not open", path.display()),
         Err(error) => error,
     }
+}
+
+/// The next event. Fails a test that would hang.
+async fn next(stream: &mut WatchStream) -> WatchEvent {
+    let event = tokio::time::timeout(Duration::from_secs(120), stream.next()).await;
+    event.expect("an event within two minutes").expect("the stream goes on").expect("no error")
 }
 
 #[tokio::test]
@@ -79,7 +85,7 @@ async fn everything_survives_reopening() {
     let mut stream = store.watch("", 4).await.unwrap();
     let mut events = Vec::new();
     while events.len() < 6 + 3 {
-        events.push(stream.next().await.unwrap().unwrap());
+        events.push(next(&mut stream).await);
     }
     drop((store, stream));
 
@@ -88,13 +94,13 @@ async fn everything_survives_reopening() {
     assert!(matches!(store.watch("", 3).await.err().unwrap(), Error::Compacted { oldest: 4 }));
     let mut stream = store.watch("", 4).await.unwrap();
     for event in events {
-        assert_eq!(stream.next().await.unwrap().unwrap(), event);
+        assert_eq!(next(&mut stream).await, event);
     }
     // The short lease runs on, from its beginning, and the long one still has its key.
-    let event = stream.next().await.unwrap().unwrap();
+    let event = next(&mut stream).await;
     assert_eq!((event.kv.key.as_str(), event.revision), ("l/short", last + 1));
     store.revoke_lease(long).await.unwrap();
-    assert_eq!(stream.next().await.unwrap().unwrap().kv.key, "l/long");
+    assert_eq!(next(&mut stream).await.kv.key, "l/long");
     let next = store.grant_lease(Duration::from_secs(1)).await.unwrap();
     assert!(next > long, "lease ids are not reused");
 }
@@ -111,7 +117,7 @@ async fn history_is_bounded_by_revisions_and_bytes() {
     assert!(matches!(store.watch("", 14).await.err().unwrap(), Error::Compacted { oldest: 15 }));
     let mut stream = store.watch("", 15).await.unwrap();
     for revision in 16..=25 {
-        assert_eq!(stream.next().await.unwrap().unwrap().revision, revision);
+        assert_eq!(next(&mut stream).await.revision, revision);
     }
     drop((store, stream));
 
@@ -162,11 +168,11 @@ async fn slow_watcher_is_cut_off_and_can_resume() {
         let mut again = store.watch("s/", resume_from).await.unwrap();
         while seen < 80 {
             seen += 1;
-            assert_eq!(again.next().await.unwrap().unwrap().revision, seen.div_ceil(2));
+            assert_eq!(next(&mut again).await.revision, seen.div_ceil(2));
         }
         // Who watches something quiet has no trouble.
         store.put("elsewhere/a", "").await.unwrap();
-        assert_eq!(elsewhere.next().await.unwrap().unwrap().revision, 41);
+        assert_eq!(next(&mut elsewhere).await.revision, 41);
     }
 }
 
@@ -184,12 +190,12 @@ async fn long_history_is_read_in_pages() {
     store.delete("1/001").await.unwrap();
     for revision in 2..=9 {
         for n in 0..75 {
-            let event = stream.next().await.unwrap().unwrap();
+            let event = next(&mut stream).await;
             assert_eq!((event.revision, event.more), (revision, n < 74));
             assert_eq!(event.kv.key, format!("1/{:03}", 2 * n + 1));
         }
     }
-    assert_eq!(stream.next().await.unwrap().unwrap().revision, 10);
+    assert_eq!(next(&mut stream).await.revision, 10);
 }
 
 /// Many transactions at once, also more bytes than the queue holds, all come through.
