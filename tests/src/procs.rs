@@ -72,7 +72,20 @@ impl Selection {
                 || netns_inode(*pid).is_some_and(|inode| inode != own && self.netns.contains(&inode))
                 || has_marks(*pid, &self.marks)
         };
-        all().into_iter().filter(|pid| !spared.contains(pid) && !is_dead(*pid)).filter(selected).collect()
+        let processes: Vec<i32> =
+            all().into_iter().filter(|pid| !spared.contains(pid) && !is_dead(*pid)).collect();
+        let mut found: BTreeSet<i32> = processes.iter().copied().filter(selected).collect();
+        // What they started, too: a container has neither mark nor namespace, and its cgroup may have failed.
+        loop {
+            let more = |pid: &i32| {
+                !found.contains(pid) && parent(*pid).is_some_and(|parent| found.contains(&parent))
+            };
+            let children: Vec<i32> = processes.iter().copied().filter(more).collect();
+            if children.is_empty() {
+                return found.into_iter().collect();
+            }
+            found.extend(children);
+        }
     }
 
     /// Kills until none is left; an error names what would not go.
@@ -138,14 +151,17 @@ fn has_marks(pid: i32, marks: &[String]) -> bool {
     !marks.is_empty() && marks.iter().all(|mark| entries.contains(&mark.as_bytes()))
 }
 
+fn parent(pid: i32) -> Option<i32> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().parse().ok()
+}
+
 /// This process and its parents, which no clean-up may end.
 fn own_line() -> BTreeSet<i32> {
     let mut line = BTreeSet::new();
     let mut pid = std::process::id() as i32;
     while pid > 0 && line.insert(pid) {
-        let Ok(status) = std::fs::read_to_string(format!("/proc/{pid}/status")) else { break };
-        let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"));
-        pid = parent.and_then(|text| text.trim().parse().ok()).unwrap_or(0);
+        pid = parent(pid).unwrap_or(0);
     }
     line
 }

@@ -4,7 +4,6 @@
 //! error if what it shows isn't so; `--check` adds the promised numbers and ends by itself. Whatever happens, all is
 //! removed at the end, and what a killed demo left is removed at the next start.
 
-mod image;
 mod interrupt;
 mod job;
 mod outage;
@@ -15,7 +14,7 @@ use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use anyplace_tests::{Platform, Testbed, Topology, cleanup, leftovers, platform};
+use anyplace_tests::{Platform, Testbed, Topology, cleanup, leftovers, platform, write_hello_image};
 use serde_json::Value;
 
 use crate::{setup, shell};
@@ -87,7 +86,7 @@ fn show(check: bool, report: &mut Report) -> Result<()> {
     let bed = Testbed::create(BED, &Topology::three_locations())?;
     steps::describe_network(&bed);
     let rootfs = bed.state_dir().join("image");
-    image::write(&rootfs)?;
+    write_hello_image(&rootfs)?;
     interrupt::check()?;
     let started = Instant::now();
     let platform = Platform::start(bed, platform::Options::default())?;

@@ -69,11 +69,13 @@ pub(super) fn agent(on: &OnMachine, credentials: &Path, gpus: &[(String, String)
 advertise = \"http://{address}:7620\"
 registry = \"http://{control}:5000\"
 registry_credentials_file = {credentials:?}
+instance_cidr = \"{instances}\"
 protected_cidrs = [\"10.0.0.0/8\"]
 cgroup_parent = {parent:?}
 resources = {{ cpu = \"4\", memory = \"8Gi\", disk = \"50Gi\" }}
 ",
         control = on.control,
+        instances = on.machine.instance_cidr(),
         parent = on.cgroup_parent,
     );
     for (model, memory) in gpus {
@@ -96,11 +98,9 @@ location_scheduler = \"http://{control}:7610\"
 token_file = {token_file:?}
 address = \"{}\"
 uplink = \"eth0\"
-instance_cidr = \"{}\"
 ",
         machine.name,
         machine.address(),
-        machine.instance_cidr()
     )
 }
 

@@ -4,10 +4,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use anyplace_tests::{Testbed, http_get};
+use anyplace_tests::{HELLO_ENTRY, Testbed, http_get};
 
+use super::Demo;
 use super::interrupt::wait_for;
-use super::{Demo, image};
 
 /// The example specs, as a user would write them.
 const HELLO: &str = "docs/examples/hello.yaml";
@@ -34,7 +34,7 @@ pub(super) fn describe_network(bed: &Testbed) {
 impl Demo {
     pub(super) fn push(&self, rootfs: &Path) -> Result<()> {
         let folder = rootfs.to_string_lossy();
-        self.show_cli(&["push", &folder, "hello:1", "--entrypoint", image::ENTRY])
+        self.show_cli(&["push", &folder, "hello:1", "--entrypoint", HELLO_ENTRY])
     }
 
     pub(super) fn apply(&mut self) -> Result<()> {

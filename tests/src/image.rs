@@ -1,4 +1,4 @@
-//! The demo's image: a root file system with busybox and a page that says where it is served.
+//! The image of the demo and the scenarios: a root file system with busybox and a page that says where it is served.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -11,7 +11,7 @@ const BUSYBOX: &str = "/bin/busybox";
 /// Commands worth having inside, for checks and for people who look around.
 const APPLETS: &[&str] = &["cat", "date", "echo", "hostname", "ls", "ps", "sh", "sleep", "wget"];
 /// The image's entrypoint, inside.
-pub(super) const ENTRY: &str = "/entry.sh";
+pub const HELLO_ENTRY: &str = "/entry.sh";
 /// It ends as the server itself, so that signals and exit codes are the server's.
 const ENTRY_TEXT: &str = "#!/bin/sh
 /bin/busybox mkdir -p /www
@@ -21,7 +21,7 @@ exec /bin/busybox httpd -f -v -p 8080 -h /www
 ";
 
 /// Writes the root file system into a new folder.
-pub(super) fn write(rootfs: &Path) -> Result<()> {
+pub fn write_hello_image(rootfs: &Path) -> Result<()> {
     let bin = rootfs.join("bin");
     for folder in ["bin", "tmp", "www", "etc"] {
         fs::create_dir_all(rootfs.join(folder))?;
@@ -32,7 +32,7 @@ pub(super) fn write(rootfs: &Path) -> Result<()> {
         symlink("busybox", bin.join(applet))?;
     }
     fs::write(rootfs.join("etc/passwd"), "root:x:0:0:root:/:/bin/sh\n")?;
-    let entry = rootfs.join(ENTRY.trim_start_matches('/'));
+    let entry = rootfs.join(HELLO_ENTRY.trim_start_matches('/'));
     fs::write(&entry, ENTRY_TEXT)?;
     fs::set_permissions(entry, fs::Permissions::from_mode(0o755))?;
     Ok(())
