@@ -24,7 +24,7 @@ fn start_and_wait() {
     write_hello_image(&rootfs).unwrap();
     let platform = Platform::start(bed, platform::Options::default()).unwrap();
     let folder = rootfs.to_string_lossy().into_owned();
-    platform.cli_output(["push", &folder, "hello:1", "--entrypoint", HELLO_ENTRY]).unwrap();
+    platform.cli_output(["push", &folder, "hello:v1", "--entrypoint", HELLO_ENTRY]).unwrap();
     let spec = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/examples/hello.yaml");
     platform.cli_output(["apply", "-f", spec, "--wait"]).unwrap();
     std::thread::sleep(Duration::from_secs(600));

@@ -34,7 +34,7 @@ pub(super) fn describe_network(bed: &Testbed) {
 impl Demo {
     pub(super) fn push(&self, rootfs: &Path) -> Result<()> {
         let folder = rootfs.to_string_lossy();
-        self.show_cli(&["push", &folder, "hello:1", "--entrypoint", HELLO_ENTRY])
+        self.show_cli(&["push", &folder, "hello:v1", "--entrypoint", HELLO_ENTRY])
     }
 
     pub(super) fn apply(&mut self) -> Result<()> {
@@ -96,19 +96,19 @@ impl Demo {
         println!("\nand a spec that asks for a GPU, which no machine here has:");
         self.show_cli(&["apply", "-f", GPU])?;
         let why = wait_for("a reason", Duration::from_secs(10), || {
-            let why = self.json(&["why", "painter"])?;
+            let why = self.json(&["why", "gpu"])?;
             let reasons = why["refusals"].as_array().map(Vec::as_slice).unwrap_or_default();
             let says_gpu = reasons.iter().any(|refusal| {
                 let reason = refusal["reason"].as_str().unwrap_or_default();
                 reason.contains("gpu") && refusal["count"].as_u64().unwrap_or(0) > 0
             });
-            if says_gpu { Ok(why) } else { bail!("`why painter` names no GPU reason with a count: {why}") }
+            if says_gpu { Ok(why) } else { bail!("`why gpu` names no GPU reason with a count: {why}") }
         })?;
         if why["ready"].as_u64() != Some(0) {
             bail!("an instance that needs a GPU runs on machines without one: {why}");
         }
-        self.show_cli(&["why", "painter"])?;
-        self.show_cli(&["delete", "deployment", "painter"])
+        self.show_cli(&["why", "gpu"])?;
+        self.show_cli(&["delete", "deployment", "gpu"])
     }
 
     /// Three commands to go on with.
