@@ -1,1 +1,54 @@
-//! Map layouts and wire formats shared by the eBPF programs and their loader.
+//! What the eBPF programs and their loader must agree on: map layouts, the wire format, the flow hash.
+//!
+//! Addresses and ports in these structures hold the bytes of the packet (network byte order) in a `u32` or `u16`,
+//! so that the programs compare and copy them without swapping. [`address`] and [`port`] convert.
+//!
+//! A change of any layout needs a new [`SCHEMA`]: maps outlive the process that made them, and a loader adopts the
+//! maps that it finds only under its own schema's folder.
+
+#![cfg_attr(not(test), no_std)]
+
+mod counters;
+mod hash;
+mod layout;
+mod wire;
+
+pub use counters::{Counter, Counters, VipCounters};
+pub use hash::{bucket_index, flow_hash, source_port};
+pub use layout::{
+    Bucket, Config, FlowKey, FlowValue, INTERFACE_NAME_BYTES, InstanceValue, Layout, PortKey, PortValue,
+    Range, ReplyKey, ReplyValue, VipKey, VipValue,
+};
+pub use wire::{
+    ENCAPSULATION_BYTES, Encapsulation, GUE_FLAGS_AND_PROTOCOL, GUE_PORT, HOPS, Ipv4Header, Ports, TTL,
+    UdpHeader, ipv4_checksum,
+};
+
+/// Version of the map layouts and of the wire format; also the name of the pin folder.
+pub const SCHEMA: &str = "v1";
+
+/// Slots of the bucket arena (8 bytes each): 8 MiB, enough for 1,024 VIPs of 512 buckets with both their tables.
+pub const ARENA_BUCKETS: u32 = 1 << 20;
+/// Bound on VIPs (address, port, protocol), address markers included.
+pub const MAX_VIPS: u32 = 16_384;
+/// Bound on instances of one machine.
+pub const MAX_INSTANCES: u32 = 4_096;
+/// Bound on served ports of all instances of one machine.
+pub const MAX_PORTS: u32 = 16_384;
+/// Bound on remembered flows of one machine (about 100 bytes each); the least recently used is forgotten first.
+pub const MAX_FLOWS: u32 = 131_072;
+
+/// IP protocol number of TCP.
+pub const TCP: u8 = 6;
+/// IP protocol number of UDP.
+pub const UDP: u8 = 17;
+
+/// An IPv4 address as it stands in a packet.
+pub const fn address(octets: [u8; 4]) -> u32 {
+    u32::from_ne_bytes(octets)
+}
+
+/// A port as it stands in a packet; its own inverse.
+pub const fn port(host_order: u16) -> u16 {
+    host_order.to_be()
+}

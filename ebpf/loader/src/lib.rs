@@ -1,1 +1,35 @@
-//! Loads, pins and updates the eBPF programs and maps.
+//! Loads, pins and updates the data plane: the eBPF programs of `ebpf/programs` and their maps.
+//!
+//! Everything that forwards packets is pinned in a bpffs, so the process that owns a [`DataPlane`] may be killed at
+//! any moment: the last tables stay in force. The next process adopts the maps, and puts its own programs into the
+//! existing links, each in one atomic step.
+//!
+//! ```text
+//! PIN_DIR/v1/                  one folder for each layout version
+//!   CONFIG VIPS BUCKETS INSTANCES PORTS REPLIES FLOWS COUNTERS VIP_COUNTERS
+//!   links/ingress_IFINDEX  links/target_IFINDEX  links/reply_IFINDEX
+//! ```
+//!
+//! All calls are synchronous and must come from a thread in the machine's network namespace. This crate must not know
+//! why a table looks as it does: it takes finished buckets.
+
+mod allocator;
+mod arena;
+mod attach;
+mod counters;
+mod error;
+mod instances;
+mod maps;
+mod pass;
+mod plane;
+mod sys;
+mod types;
+mod vips;
+
+pub use anyplace_ebpf_common::{Counter, VipCounters, bucket_index, flow_hash};
+pub use attach::XdpMode;
+pub use counters::Totals;
+pub use error::Error;
+pub use pass::attach_pass;
+pub use plane::{DataPlane, Options};
+pub use types::{Bucket, Instance, Port, Protocol, VipKey, VipTable};

@@ -1,0 +1,99 @@
+//! What the programs count. Each counter exists once for each CPU; the loader adds them up.
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident => $text:literal),* $(,)?) => {
+        /// A global counter.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[repr(u32)]
+        pub enum Counter {
+            $($(#[$doc])* $name),*
+        }
+
+        impl Counter {
+            /// All of them, in the order of the array.
+            pub const ALL: &[Counter] = &[$(Counter::$name),*];
+
+            /// The name that metrics use.
+            pub const fn name(self) -> &'static str {
+                match self {
+                    $(Counter::$name => $text),*
+                }
+            }
+        }
+    };
+}
+
+counters! {
+    /// Packets for a VIP that entered the fleet at this machine.
+    Packets => "packets",
+    /// Their bytes, from the IP header on.
+    Bytes => "bytes",
+    /// Packets handed to an instance of this machine.
+    Delivered => "delivered",
+    /// Packets passed on because this hop doesn't own the flow.
+    SecondHop => "second_hop",
+    /// Packets from another location that were given an instance here.
+    Relayed => "relayed",
+    /// Replies rewritten and sent.
+    Replies => "replies",
+    /// Flows recorded as owned by an instance of this machine.
+    NewFlows => "new_flows",
+    /// Dropped: the VIP has no backend (for relayed packets: none in this location).
+    NoBackend => "no_backend",
+    /// Dropped: the last hop names an instance that isn't here or doesn't serve that port.
+    NoInstance => "no_instance",
+    /// Dropped: a VIP's address, but none of its ports.
+    UnknownPort => "unknown_port",
+    /// Dropped: shorter than its headers say, or an encapsulation that isn't ours.
+    Malformed => "malformed",
+    /// Dropped: a fragment to or from a VIP.
+    Fragment => "fragment",
+    /// Dropped: IP options in a packet for a VIP.
+    Options => "options",
+    /// Dropped: with the encapsulation it wouldn't fit the uplink.
+    TooBig => "too_big",
+    /// Dropped: passed on too often.
+    TtlExceeded => "ttl_exceeded",
+    /// Dropped: a helper of the kernel failed.
+    HelperFailed => "helper_failed",
+}
+
+/// Number of global counters.
+const COUNT: usize = Counter::ALL.len();
+
+/// All global counters of one CPU.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counters {
+    /// Indexed by [`Counter`].
+    pub values: [u64; COUNT],
+}
+
+/// Counters of one VIP on one CPU, at ingress.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VipCounters {
+    /// Packets.
+    pub packets: u64,
+    /// Bytes from the IP header on.
+    pub bytes: u64,
+    /// TCP connection attempts (SYN), repeats included.
+    pub connections: u64,
+}
+
+// SAFETY: repr(C) of u64 only.
+unsafe impl crate::Layout for Counters {}
+// SAFETY: repr(C) of u64 only.
+unsafe impl crate::Layout for VipCounters {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_counter_stands_at_its_own_index() {
+        for (index, counter) in Counter::ALL.iter().enumerate() {
+            assert_eq!(*counter as usize, index);
+        }
+    }
+}

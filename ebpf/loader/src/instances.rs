@@ -1,0 +1,162 @@
+//! Instances of this machine.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::Ipv4Addr,
+};
+
+use anyplace_ebpf_common::{
+    self as common, INTERFACE_NAME_BYTES, InstanceValue, PortKey, PortValue, ReplyKey, ReplyValue,
+};
+
+use crate::{
+    DataPlane, Error,
+    attach::REPLY,
+    sys,
+    types::{Instance, Port, Protocol, VipKey, address, container_mac, ipv4},
+};
+
+impl DataPlane {
+    /// Makes an instance reachable: its replies are rewritten first, then packets go to it. Repeating it is harmless,
+    /// and it changes what the instance serves.
+    pub fn set_instance(&mut self, instance: &Instance) -> Result<(), Error> {
+        check_replies(instance)?;
+        let name = &instance.host_interface;
+        let failed = |source| Error::Interface { name: name.clone(), call: "if_nametoindex", source };
+        let interface = sys::interface_index(name).map_err(failed)?;
+        let mut name_bytes = [0; INTERFACE_NAME_BYTES];
+        name_bytes
+            .get_mut(..name.len())
+            .ok_or_else(|| failed(std::io::ErrorKind::InvalidInput.into()))?
+            .copy_from_slice(name.as_bytes());
+        let key = address(instance.address);
+        let value = InstanceValue {
+            interface,
+            mac: container_mac(instance.address),
+            reserved: [0; 2],
+            name: name_bytes,
+        };
+        let old = self.maps.instances.get(key)?;
+
+        for port in &instance.ports {
+            let (reply, original) = reply_entry(key, port);
+            self.maps.replies.set(reply, original)?;
+        }
+        self.links.attach_classifier(&mut self.object, REPLY, interface, name)?;
+        for port in &instance.ports {
+            let value = PortValue { port: common::port(port.container_port), reserved: 0 };
+            self.maps.ports.set(port_key(key, port.vip), value)?;
+        }
+        self.maps.instances.set(key, value)?;
+        self.remove_ports(key, &instance.ports)?;
+        if let Some(old) = old.filter(|old| old.interface != interface) {
+            self.links.remove(REPLY, old.interface)?;
+        }
+        Ok(())
+    }
+
+    /// Takes an instance away: its packets go to the next hop from now on. One that isn't there is fine, also one
+    /// whose interface is gone already.
+    pub fn remove_instance(&mut self, instance: Ipv4Addr) -> Result<(), Error> {
+        let key = address(instance);
+        let old = self.maps.instances.get(key)?;
+        self.maps.instances.remove(key)?;
+        self.remove_ports(key, &[])?;
+        match old {
+            Some(old) => self.links.remove(REPLY, old.interface),
+            None => Ok(()),
+        }
+    }
+
+    /// The instances that are set, by address; after a restart, those of the process before.
+    pub fn instances(&self) -> Result<Vec<Instance>, Error> {
+        let mut ports: HashMap<u32, Vec<Port>> = HashMap::new();
+        for (key, value) in self.maps.ports.entries()? {
+            let Some(protocol) = Protocol::from_number(key.protocol) else { continue };
+            let vip = VipKey { address: ipv4(key.vip), port: common::port(key.vip_port), protocol };
+            let port = Port { vip, container_port: common::port(value.port) };
+            ports.entry(key.instance).or_default().push(port);
+        }
+        let mut found = BTreeMap::new();
+        for (key, value) in self.maps.instances.entries()? {
+            let mut ports = ports.remove(&key).unwrap_or_default();
+            ports.sort();
+            let instance = Instance { address: ipv4(key), host_interface: interface_name(&value), ports };
+            found.insert(instance.address, instance);
+        }
+        Ok(found.into_values().collect())
+    }
+
+    /// Drops instances of an earlier process whose interface is gone or is another one by now.
+    pub(crate) fn forget_lost_instances(&mut self) -> Result<(), Error> {
+        let entries = self.maps.instances.entries()?;
+        let mut live = BTreeSet::new();
+        for (key, value) in entries {
+            if sys::interface_index(&interface_name(&value)).ok() == Some(value.interface) {
+                live.insert(value.interface);
+            } else {
+                self.remove_instance(ipv4(key))?;
+            }
+        }
+        // A process that was killed between two steps can leave a link that no instance names.
+        for interface in self.links.interfaces(REPLY)? {
+            if !live.contains(&interface) {
+                self.links.remove(REPLY, interface)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes what the maps say of an instance's ports, but for `keep`.
+    fn remove_ports(&mut self, instance: u32, keep: &[Port]) -> Result<(), Error> {
+        let ports: BTreeSet<PortKey> = keep.iter().map(|port| port_key(instance, port.vip)).collect();
+        for (key, _) in self.maps.ports.entries()? {
+            if key.instance == instance && !ports.contains(&key) {
+                self.maps.ports.remove(key)?;
+            }
+        }
+        let replies: BTreeSet<(u16, u8)> =
+            keep.iter().map(|port| (common::port(port.container_port), port.vip.protocol.number())).collect();
+        for (key, _) in self.maps.replies.entries()? {
+            if key.instance == instance && !replies.contains(&(key.port, key.protocol)) {
+                self.maps.replies.remove(key)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn interface_name(value: &InstanceValue) -> String {
+    value.name.iter().take_while(|byte| **byte != 0).map(|byte| char::from(*byte)).collect()
+}
+
+fn port_key(instance: u32, vip: VipKey) -> PortKey {
+    let key = vip.to_map();
+    PortKey { instance, vip: key.address, vip_port: key.port, protocol: key.protocol, reserved: 0 }
+}
+
+fn reply_entry(instance: u32, port: &Port) -> (ReplyKey, ReplyValue) {
+    let vip = port.vip.to_map();
+    (
+        ReplyKey { instance, port: common::port(port.container_port), protocol: vip.protocol, reserved: 0 },
+        ReplyValue { vip: vip.address, port: vip.port, reserved: 0 },
+    )
+}
+
+/// A reply is known by the container's port alone, so each may stand for one VIP port only.
+fn check_replies(instance: &Instance) -> Result<(), Error> {
+    let mut seen: HashMap<(u16, Protocol), VipKey> = HashMap::new();
+    for port in &instance.ports {
+        let vip = port.vip;
+        if vip.port == 0 {
+            return Err(Error::ReservedKey(vip));
+        }
+        if let Some(first) = seen.insert((port.container_port, vip.protocol), vip)
+            && first != vip
+        {
+            let (instance, port) = (instance.address, port.container_port);
+            return Err(Error::AmbiguousReply { instance, port, first, second: vip });
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,159 @@
+//! Start and state of the data plane.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File, TryLockError},
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+};
+
+use anyplace_ebpf_common as common;
+use aya::{Ebpf, EbpfLoader, util::KernelVersion};
+
+use crate::{
+    Error, XdpMode,
+    attach::{self, INGRESS, Links, REPLY, TARGET},
+    maps::{self, CONFIG, Maps, Plain},
+    sys,
+    types::address,
+};
+
+/// The object built by `cargo xtask ebpf`; `build.rs` has compared it with the sources.
+static OBJECT: &[u8] = aya::include_bytes_aligned!("../anyplace.bpf.o");
+
+/// What a [`DataPlane`] needs to know of its machine.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The interface to the fabric.
+    pub uplink: String,
+    /// The machine's address: other locations relay to it.
+    pub address: Ipv4Addr,
+    /// A folder on a bpffs, for this machine alone.
+    pub pin_dir: PathBuf,
+    /// An object to load instead of the built-in one.
+    pub object: Option<PathBuf>,
+}
+
+/// The machine's data plane. Dropping it leaves everything in force; [`DataPlane::unload`] takes it away.
+pub struct DataPlane {
+    pub(crate) object: Ebpf,
+    pub(crate) links: Links,
+    pub(crate) maps: Maps,
+    /// What stands in the VIPS map, markers included.
+    pub(crate) vips: BTreeMap<common::VipKey, common::VipValue>,
+    mode: XdpMode,
+    folder: PathBuf,
+    /// Held to keep a second router out; the kernel lets go when the process ends, however it ends.
+    _lock: File,
+}
+
+impl DataPlane {
+    /// Loads the programs, adopts or makes the maps, and attaches; what was pinned before goes on without a gap.
+    pub fn load(options: Options) -> Result<Self, Error> {
+        let folder = options.pin_dir.join(common::SCHEMA);
+        let links = folder.join("links");
+        check_system(&options.pin_dir)?;
+        fs::create_dir_all(&links).map_err(|source| Error::File {
+            call: "mkdir",
+            path: links.clone(),
+            source,
+        })?;
+        let lock = lock(&folder)?;
+        let interface = |call| {
+            let name = options.uplink.clone();
+            move |source| Error::Interface { name, call, source }
+        };
+        let uplink = sys::interface_index(&options.uplink).map_err(interface("if_nametoindex"))?;
+        let uplink_mtu = sys::interface_mtu(&options.uplink).map_err(interface("ioctl SIOCGIFMTU"))?;
+        maps::check_pinned(&folder)?;
+
+        let mut loader = EbpfLoader::new();
+        loader.default_map_pin_directory(&folder);
+        let object = match &options.object {
+            Some(path) => loader.load_file(path),
+            None => loader.load(OBJECT),
+        };
+        let mut object = object.map_err(|source| Error::Load(Box::new(source)))?;
+        attach::load_programs(&mut object)?;
+        let mut maps = Maps::take(&mut object)?;
+        let config = common::Config { address: address(options.address), uplink, uplink_mtu, reserved: 0 };
+        maps.config.set(0, Plain(config), 0).map_err(|source| CONFIG.error("bpf_map_update_elem", source))?;
+        let vips = maps.vips.entries()?.into_iter().collect();
+
+        let links = Links::new(links);
+        let mut plane = Self { object, links, maps, vips, mode: XdpMode::Native, folder, _lock: lock };
+        plane.attach(uplink, &options.uplink)?;
+        plane.forget_lost_instances()?;
+        Ok(plane)
+    }
+
+    /// How `ingress` is attached.
+    pub fn xdp_mode(&self) -> XdpMode {
+        self.mode
+    }
+
+    /// Detaches the programs and removes the maps: packets for VIPs are the kernel's again.
+    pub fn unload(self) -> Result<(), Error> {
+        fs::remove_dir_all(&self.folder).map_err(|source| Error::File {
+            call: "rmdir",
+            path: self.folder.clone(),
+            source,
+        })
+    }
+
+    /// The loaded programs, for tests that run single packets through them.
+    #[doc(hidden)]
+    pub fn object(&self) -> &Ebpf {
+        &self.object
+    }
+
+    fn attach(&mut self, uplink: u32, uplink_name: &str) -> Result<(), Error> {
+        // Deliverers first, ingress last: no packet is encapsulated that nobody would take.
+        for interface in self.links.interfaces(REPLY)? {
+            self.links.update_classifier(&mut self.object, REPLY, interface)?;
+        }
+        self.links.attach_classifier(&mut self.object, TARGET, uplink, uplink_name)?;
+        self.mode = self.links.attach_ingress(&mut self.object, uplink)?;
+        for program in [INGRESS, TARGET] {
+            for other in self.links.interfaces(program)? {
+                if other != uplink {
+                    self.links.remove(program, other)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What must hold before the first bpf() call, so that the message names the cause.
+fn check_system(pin_dir: &Path) -> Result<(), Error> {
+    let read = |path: &str| {
+        let path = path.into();
+        move |source| Error::File { call: "read", path, source }
+    };
+    if let Some(found) = sys::missing_capabilities().map_err(read("/proc/thread-self/status"))? {
+        return Err(Error::Privilege { found });
+    }
+    if KernelVersion::current().is_ok_and(|version| version < KernelVersion::new(6, 6, 0)) {
+        return Err(Error::KernelTooOld);
+    }
+    let found = sys::file_system_type(pin_dir).map_err(|source| Error::File {
+        call: "statfs",
+        path: pin_dir.into(),
+        source,
+    })?;
+    if found == sys::BPF_FS_MAGIC { Ok(()) } else { Err(Error::NotBpffs { path: pin_dir.into(), found }) }
+}
+
+fn lock(folder: &Path) -> Result<File, Error> {
+    let failed = |call| {
+        let path = folder.to_path_buf();
+        move |source| Error::File { call, path, source }
+    };
+    let file = File::open(folder).map_err(failed("open"))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Error::Locked(folder.into())),
+        Err(TryLockError::Error(source)) => Err(failed("flock")(source)),
+    }
+}

@@ -1,0 +1,203 @@
+//! A machine with two instances and a few VIPs, and the rows of packet tables that run on it.
+
+use std::net::Ipv4Addr;
+
+use anyplace_ebpf::{
+    Bucket, Counter, DataPlane, Instance, Options, Port, Protocol, VipKey, VipTable, flow_hash,
+};
+use anyplace_ebpf_common as common;
+use aya::programs::{Program, TestRun as _, TestRunOptions};
+
+use crate::{
+    namespaces::{BpfFs, Namespace, object},
+    packets::{Ip, assert_checksums, gue},
+};
+
+pub(crate) const XDP_DROP: u32 = 1;
+pub(crate) const XDP_PASS: u32 = 2;
+pub(crate) const XDP_TX: u32 = 3;
+pub(crate) const TC_UNSPEC: u32 = u32::MAX;
+pub(crate) const TC_SHOT: u32 = 2;
+pub(crate) const TC_REDIRECT: u32 = 7;
+
+pub(crate) const CLIENT: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 9);
+pub(crate) const OTHER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 7);
+pub(crate) const VIP: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
+pub(crate) const MACHINE: Ipv4Addr = Ipv4Addr::new(10, 1, 1, 1);
+/// Two instances of this machine.
+pub(crate) const HERE: Ipv4Addr = Ipv4Addr::new(10, 1, 1, 65);
+pub(crate) const HERE_TOO: Ipv4Addr = Ipv4Addr::new(10, 1, 1, 66);
+/// In this machine's range, but nobody's.
+pub(crate) const GONE: Ipv4Addr = Ipv4Addr::new(10, 1, 1, 99);
+/// Instances of another machine.
+pub(crate) const THERE: Ipv4Addr = Ipv4Addr::new(10, 1, 2, 65);
+pub(crate) const THERE_TOO: Ipv4Addr = Ipv4Addr::new(10, 1, 2, 66);
+/// A machine of another location.
+pub(crate) const FAR: Ipv4Addr = Ipv4Addr::new(10, 2, 1, 1);
+/// Who encapsulated what `target` receives.
+pub(crate) const SENDER: (Ipv4Addr, u16) = (Ipv4Addr::new(10, 1, 9, 1), 50_000);
+pub(crate) const CONTAINER_PORT: u16 = 8080;
+
+/// The machine under test.
+pub(crate) struct Bed {
+    pub(crate) plane: DataPlane,
+    pub(crate) namespace: Namespace,
+    _bpffs: BpfFs,
+}
+
+impl Bed {
+    pub(crate) fn new() -> Self {
+        let namespace = Namespace::new("packets");
+        namespace.ip("link add eth0 mtu 1500 type veth peer name router\n\
+             link add apv0a010141 type veth peer name inner1\n\
+             link add apv0a010142 type veth peer name inner2\n");
+        let bpffs = BpfFs::new();
+        let options = Options {
+            uplink: "eth0".into(),
+            address: MACHINE,
+            pin_dir: bpffs.path.join("anyplace"),
+            object: object(),
+        };
+        let plane =
+            namespace.enter(|| DataPlane::load(options).unwrap_or_else(|error| panic!("{}", chain(&error))));
+        let mut bed = Self { plane, namespace, _bpffs: bpffs };
+        bed.vip(80, bucket(THERE, THERE), bucket(HERE, HERE));
+        bed.vip(81, bucket(THERE, THERE_TOO), bucket(THERE, THERE));
+        bed.vip(82, bucket(HERE, HERE), bucket(HERE, HERE));
+        bed.vip(83, bucket(FAR, HERE), bucket(THERE, HERE));
+        bed.vip(84, bucket(HERE, THERE), bucket(HERE, HERE_TOO));
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            bed.plane.set_vip(key(85, protocol), &VipTable::default()).unwrap();
+        }
+        for (address, name) in [(HERE, "apv0a010141"), (HERE_TOO, "apv0a010142")] {
+            let ports = (80..85)
+                .flat_map(|port| [key(port, Protocol::Tcp), key(port, Protocol::Udp)])
+                .map(|vip| Port { vip, container_port: CONTAINER_PORT + vip.port - 80 })
+                .collect();
+            let instance = Instance { address, host_interface: name.into(), ports };
+            let Bed { plane, namespace, .. } = &mut bed;
+            namespace.enter(|| plane.set_instance(&instance).unwrap());
+        }
+        bed
+    }
+
+    pub(crate) fn vip(&mut self, port: u16, full: Bucket, local: Bucket) {
+        let table = VipTable { buckets: vec![full], local: vec![local] };
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            self.plane.set_vip(key(port, protocol), &table).unwrap();
+        }
+    }
+
+    /// Runs one frame through a program.
+    pub(crate) fn run(&self, program: &str, frame: &[u8]) -> (u32, Vec<u8>) {
+        let mut out = vec![0; 4096];
+        let options =
+            TestRunOptions { data_in: Some(frame), data_out: Some(&mut out), ..TestRunOptions::default() };
+        let result = self.namespace.enter(|| match self.plane.object().program(program).unwrap() {
+            Program::Xdp(program) => program.test_run(options).unwrap(),
+            Program::SchedClassifier(program) => program.test_run(options).unwrap(),
+            _ => panic!("{program} is of an unknown kind"),
+        });
+        out.truncate(result.data_size_out as usize);
+        (result.return_value, out)
+    }
+
+    pub(crate) fn count(&self, counter: Counter) -> u64 {
+        self.plane.counters().unwrap().get(counter)
+    }
+
+    /// Runs a fixture and compares everything.
+    pub(crate) fn check(&self, fixture: Fixture) {
+        let Fixture { what, program, packet, verdict, out, counter } = fixture;
+        let before = counter.map(|counter| self.count(counter));
+        let (got, bytes) = self.run(program, &packet);
+        assert_eq!(got, verdict, "{what}: verdict");
+        let expected = out.unwrap_or(packet);
+        assert!(bytes == expected, "{what}: packet\n got {}\nwant {}", hex(&bytes), hex(&expected));
+        if verdict == XDP_TX || verdict == TC_REDIRECT {
+            assert_checksums(what, &bytes);
+        }
+        if let Some(counter) = counter {
+            assert_eq!(Some(self.count(counter) - 1), before, "{what}: counter {}", counter.name());
+        }
+    }
+}
+
+/// One row of the table.
+pub(crate) struct Fixture {
+    pub(crate) what: &'static str,
+    pub(crate) program: &'static str,
+    pub(crate) packet: Vec<u8>,
+    pub(crate) verdict: u32,
+    /// `None`: the packet as it came.
+    pub(crate) out: Option<Vec<u8>>,
+    pub(crate) counter: Option<Counter>,
+}
+
+/// A packet that `ingress` drops or leaves alone.
+pub(crate) fn unchanged(
+    what: &'static str,
+    program: &'static str,
+    packet: Vec<u8>,
+    verdict: u32,
+    counter: Option<Counter>,
+) -> Fixture {
+    Fixture { what, program, packet, verdict, out: None, counter }
+}
+
+pub(crate) fn changed(
+    what: &'static str,
+    program: &'static str,
+    packet: Vec<u8>,
+    verdict: u32,
+    out: Vec<u8>,
+    counter: Counter,
+) -> Fixture {
+    Fixture { what, program, packet, verdict, out: Some(out), counter: Some(counter) }
+}
+
+/// What `ingress` makes of a client's packet.
+pub(crate) fn encapsulated(hop: Ipv4Addr, hops: &[Ipv4Addr], inner: &Ip) -> Ip {
+    let ports = |at: usize| u16::from_ne_bytes([inner.payload[at], inner.payload[at + 1]]);
+    let hash = flow_hash(
+        common::address(inner.source.octets()),
+        common::address(inner.destination.octets()),
+        ports(0),
+        ports(2),
+        inner.protocol,
+    );
+    let source = u16::from_be(common::source_port(hash));
+    assert!(source >= 49_152);
+    let mut outer = gue((MACHINE, source), hop, hops, inner);
+    outer.tos = inner.tos;
+    outer
+}
+
+impl Fixture {
+    pub(crate) fn counter(mut self, counter: Option<Counter>) -> Self {
+        self.counter = counter;
+        self
+    }
+}
+
+pub(crate) fn key(port: u16, protocol: Protocol) -> VipKey {
+    VipKey { address: VIP, port, protocol }
+}
+
+pub(crate) fn bucket(now: Ipv4Addr, before: Ipv4Addr) -> Bucket {
+    Bucket { now, before }
+}
+
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(error) = next {
+        text += &format!(": {error}");
+        next = error.source();
+    }
+    text
+}

@@ -1,0 +1,189 @@
+//! `ingress`: where clients' packets enter the fleet.
+//!
+//! No flow state: the hash of the 5-tuple picks a bucket, the bucket names the owner now and the owner before, and
+//! both travel with the packet. So any machine may take any packet of a flow.
+
+use core::mem::offset_of;
+
+use anyplace_ebpf_common::{
+    Config, Counter, ENCAPSULATION_BYTES, Encapsulation, GUE_FLAGS_AND_PROTOCOL, GUE_PORT, HOPS, Ipv4Header,
+    Ports, TCP, TTL, UdpHeader, VipKey, flow_hash, ipv4_checksum, source_port,
+};
+use aya_ebpf::{
+    bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_TX},
+    helpers::bpf_xdp_adjust_head,
+    macros::xdp,
+    programs::XdpContext,
+};
+
+use crate::{
+    maps,
+    packet::{self, ETHERNET, ETHERTYPE_IPV4, IPV4, TCP_FLAGS},
+};
+
+/// Ethernet header; even alignment, as the kernel guarantees for received frames.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Ethernet {
+    destination: [u16; 3],
+    source: [u16; 3],
+    ethertype: u16,
+}
+
+#[xdp]
+pub fn ingress(ctx: XdpContext) -> u32 {
+    match try_ingress(&ctx) {
+        Ok(action) => action,
+        Err(reason) => {
+            maps::count(reason);
+            XDP_DROP
+        }
+    }
+}
+
+/// A verdict, or the reason for a drop.
+#[inline(always)]
+fn try_ingress(ctx: &XdpContext) -> Result<u32, Counter> {
+    let Some(ethernet) = at::<Ethernet>(ctx, 0) else { return Ok(XDP_PASS) };
+    // SAFETY: `at` checked the bounds, and no helper moved the packet since.
+    let ethernet = unsafe { *ethernet };
+    if ethernet.ethertype != ETHERTYPE_IPV4 {
+        return Ok(XDP_PASS);
+    }
+    let Some(ip) = at::<Ipv4Header>(ctx, ETHERNET) else { return Ok(XDP_PASS) };
+    // SAFETY: as above.
+    let ip = unsafe { &*ip };
+    if ip.version_ihl & 0xf0 != 0x40 || !packet::is_tcp_or_udp(ip.protocol) {
+        return Ok(XDP_PASS);
+    }
+    let vip_address = u32::from_ne_bytes(ip.destination);
+    if ip.version_ihl != 0x45 {
+        return refuse_if_vip(vip_address, Counter::Options);
+    }
+    if packet::is_fragment(ip) {
+        return refuse_if_vip(vip_address, Counter::Fragment);
+    }
+    let Some(ports) = at::<Ports>(ctx, ETHERNET + IPV4) else {
+        return refuse_if_vip(vip_address, Counter::Malformed);
+    };
+    // SAFETY: as above.
+    let ports = unsafe { *ports };
+    let Some(vip) = maps::vip(&VipKey::new(vip_address, ports.destination, ip.protocol)) else {
+        return refuse_if_vip(vip_address, Counter::UnknownPort);
+    };
+
+    let length = u16::from_be(ip.total_length);
+    if (length as usize) < IPV4 + packet::transport_bytes(ip.protocol)
+        || ETHERNET + length as usize > ctx.data_end() - ctx.data()
+    {
+        return Err(Counter::Malformed);
+    }
+    let mut opens = false;
+    if ip.protocol == TCP {
+        let flags = at::<u8>(ctx, ETHERNET + IPV4 + TCP_FLAGS).ok_or(Counter::Malformed)?;
+        // SAFETY: as above.
+        opens = packet::opens_connection(unsafe { *flags });
+    }
+    maps::count(Counter::Packets);
+    maps::add(Counter::Bytes, u64::from(length));
+    maps::count_vip(vip.counter, u64::from(length), opens);
+
+    let config = maps::config().ok_or(Counter::HelperFailed)?;
+    let outer_length = u32::from(length) + ENCAPSULATION_BYTES as u32;
+    if outer_length > config.uplink_mtu {
+        return Err(Counter::TooBig);
+    }
+    let source = u32::from_ne_bytes(ip.source);
+    let hash = flow_hash(source, vip_address, ports.source, ports.destination, ip.protocol);
+    let bucket = maps::bucket(&vip.full, hash).ok_or(Counter::NoBackend)?;
+    let outer = encapsulation(config, ip, outer_length as u16, hash, bucket.now, bucket.before);
+    let local = bucket.now == config.address || maps::instance(bucket.now).is_some();
+
+    // SAFETY: the context is the kernel's; every packet pointer is fetched anew below.
+    if unsafe { bpf_xdp_adjust_head(ctx.ctx, -(ENCAPSULATION_BYTES as i32)) } != 0 {
+        return Err(Counter::HelperFailed);
+    }
+    let new_ethernet = at::<Ethernet>(ctx, 0).ok_or(Counter::HelperFailed)?;
+    let new_outer = at::<Encapsulation>(ctx, ETHERNET).ok_or(Counter::HelperFailed)?;
+    // A hop on this machine: `target` takes it as if it had been received. Else back to the fabric's router, which
+    // forwards by the outer destination.
+    let (destination, source, action) = if local {
+        (ethernet.destination, ethernet.source, XDP_PASS)
+    } else {
+        (ethernet.source, ethernet.destination, XDP_TX)
+    };
+    // SAFETY: `at` checked the bounds after the packet moved.
+    unsafe {
+        *new_ethernet = Ethernet { destination, source, ethertype: ETHERTYPE_IPV4 };
+        *new_outer = outer;
+    }
+    Ok(action)
+}
+
+/// The header for a flow's packet: first hop as the destination, the rest right-aligned in the list.
+#[inline(always)]
+fn encapsulation(
+    config: &Config,
+    inner: &Ipv4Header,
+    outer_length: u16,
+    hash: u64,
+    now: u32,
+    before: u32,
+) -> Encapsulation {
+    let mut ip = Ipv4Header {
+        version_ihl: 0x45,
+        // The client's class and congestion marks, as RFC 6040 asks.
+        tos: inner.tos,
+        total_length: outer_length.to_be(),
+        id: 0,
+        fragment: 0x4000u16.to_be(),
+        ttl: TTL,
+        protocol: anyplace_ebpf_common::UDP,
+        checksum: 0,
+        source: config.address.to_ne_bytes(),
+        destination: now.to_ne_bytes(),
+    };
+    ip.checksum = ipv4_checksum(&ip);
+    let none = [0; 4];
+    // A TCP flow unknown to its owner can only be the former owner's. UDP has no first packet, so an unknown flow
+    // asks the former owner and, if it is unknown there too, comes back and is new.
+    let (next_hop, hops) = if before == now || before == 0 {
+        (HOPS, [none, none, none])
+    } else if inner.protocol == TCP {
+        (HOPS - 1, [none, none, before.to_ne_bytes()])
+    } else {
+        (HOPS - 2, [none, before.to_ne_bytes(), now.to_ne_bytes()])
+    };
+    Encapsulation {
+        ip,
+        udp: UdpHeader {
+            source: source_port(hash),
+            destination: GUE_PORT.to_be(),
+            length: (outer_length - IPV4 as u16).to_be(),
+            checksum: 0,
+        },
+        gue: GUE_FLAGS_AND_PROTOCOL,
+        private_type: 0,
+        next_hop,
+        hop_count: HOPS,
+        hops,
+    }
+}
+
+/// A packet that can't be forwarded: a drop if it was for a VIP, else none of our business.
+#[inline(always)]
+fn refuse_if_vip(address: u32, reason: Counter) -> Result<u32, Counter> {
+    if maps::is_vip(address) { Err(reason) } else { Ok(XDP_PASS) }
+}
+
+/// A pointer to a `T` at `offset`, if the frame has that many bytes.
+#[inline(always)]
+fn at<T>(ctx: &XdpContext, offset: usize) -> Option<*mut T> {
+    let start = ctx.data();
+    if start + offset + size_of::<T>() > ctx.data_end() {
+        return None;
+    }
+    Some((start + offset) as *mut T)
+}
+
+const _: () = assert!(offset_of!(Ethernet, ethertype) == 12);

@@ -1,0 +1,59 @@
+//! Offsets and small readings of packets.
+
+use anyplace_ebpf_common::{Ipv4Header, TCP, UDP};
+
+/// Length of an Ethernet header; VLAN tags are not looked into.
+pub(crate) const ETHERNET: usize = 14;
+/// Length of an IPv4 header without options.
+pub(crate) const IPV4: usize = 20;
+/// Ethernet type of IPv4, as it stands in the packet.
+pub(crate) const ETHERTYPE_IPV4: u16 = 0x0800u16.to_be();
+/// Offset of the flags in a TCP header.
+pub(crate) const TCP_FLAGS: usize = 13;
+/// Length of a TCP header without options.
+pub(crate) const TCP_BYTES: usize = 20;
+/// Length of a UDP header.
+pub(crate) const UDP_BYTES: usize = 8;
+
+const SYN: u8 = 0x02;
+const RST: u8 = 0x04;
+const FIN: u8 = 0x01;
+const ACK: u8 = 0x10;
+
+/// "More fragments" or an offset.
+const FRAGMENT_MASK: u16 = 0x3fffu16.to_be();
+/// The offset alone.
+const FRAGMENT_OFFSET_MASK: u16 = 0x1fffu16.to_be();
+
+#[inline(always)]
+pub(crate) fn is_fragment(ip: &Ipv4Header) -> bool {
+    ip.fragment & FRAGMENT_MASK != 0
+}
+
+#[inline(always)]
+pub(crate) fn is_later_fragment(ip: &Ipv4Header) -> bool {
+    ip.fragment & FRAGMENT_OFFSET_MASK != 0
+}
+
+#[inline(always)]
+pub(crate) fn is_tcp_or_udp(protocol: u8) -> bool {
+    protocol == TCP || protocol == UDP
+}
+
+/// Length of the fixed part of the transport header.
+#[inline(always)]
+pub(crate) fn transport_bytes(protocol: u8) -> usize {
+    if protocol == TCP { TCP_BYTES } else { UDP_BYTES }
+}
+
+/// The first packet of a connection: it may be served by whoever gets it.
+#[inline(always)]
+pub(crate) fn opens_connection(tcp_flags: u8) -> bool {
+    tcp_flags & (SYN | ACK | RST | FIN) == SYN
+}
+
+/// A packet in the middle of a connection, which shows that the connection is worth remembering.
+#[inline(always)]
+pub(crate) fn continues_connection(tcp_flags: u8) -> bool {
+    tcp_flags & (SYN | ACK | RST | FIN) == ACK
+}
