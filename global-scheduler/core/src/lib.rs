@@ -1,1 +1,22 @@
 //! Decides how many copies of what run in which location (pure).
+//!
+//! The narrow door: a caller fills one [`State`] and gets a value back, a [`Plan`] for deployments or a list of
+//! [`JobDecision`]s for jobs. What locations advertise is a hint: a location may still refuse, and the refused part
+//! is then planned again elsewhere. So a plan from old adverts costs a round trip, never a double booking.
+//!
+//! This crate must not know clocks, randomness, sockets, storage, machines or packets. Time comes in as an argument.
+
+mod explain;
+mod filter;
+mod jobs;
+mod plan;
+mod room;
+mod state;
+
+pub use explain::{explain_deployment, explain_job};
+pub use jobs::{JobDecision, JobOutcome, plan_jobs, window_is_open};
+pub use plan::{Missing, Plan, plan};
+pub use state::{Deployment, Liveness, Location, QueuedJob, RefusedUntil, Share, State};
+
+#[cfg(test)]
+mod tests;

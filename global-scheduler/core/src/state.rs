@@ -1,0 +1,105 @@
+//! What the planner sees: one value, made by the caller from what is desired and what was last reported.
+
+use std::collections::BTreeMap;
+
+use anyplace_model::{
+    Advert, DeploymentName, DeploymentSpec, JobName, JobSpec, LocationId, LocationSettings, Refusal,
+    Resources,
+};
+use jiff::{Timestamp, tz::TimeZone};
+
+/// Everything a plan is made from.
+#[derive(Debug, Clone, Default)]
+pub struct State {
+    /// Deployments.
+    pub deployments: BTreeMap<DeploymentName, Deployment>,
+    /// Jobs that wait for an attempt, in the order of the queue.
+    pub queue: Vec<QueuedJob>,
+    /// Locations.
+    pub locations: BTreeMap<LocationId, Location>,
+}
+
+/// A deployment and where it is now.
+#[derive(Debug, Clone)]
+pub struct Deployment {
+    /// What was asked for.
+    pub spec: DeploymentSpec,
+    /// Where it was placed so far.
+    pub shares: BTreeMap<LocationId, Share>,
+}
+
+/// What one location has of a deployment.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Share {
+    /// Instances that it was asked to run.
+    pub count: u32,
+    /// How many of them its advert already accounts for. The others are on their way, and are deducted here.
+    pub reserved: u32,
+    /// How many of `count` it refuses to run.
+    pub refused: u32,
+    /// How many are ready.
+    pub ready: u32,
+}
+
+/// A job that waits for an attempt.
+#[derive(Debug, Clone)]
+pub struct QueuedJob {
+    /// Its name.
+    pub name: JobName,
+    /// What was asked for.
+    pub spec: JobSpec,
+    /// Locations that refused it of late.
+    pub refused: BTreeMap<LocationId, RefusedUntil>,
+}
+
+/// Whether a location is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Liveness {
+    /// It reports.
+    Alive,
+    /// Its lease has expired.
+    Lost,
+    /// It hasn't reported to this process yet, and its lease hasn't expired: what it has stays, and nothing new
+    /// goes there.
+    Unknown,
+}
+
+/// A location.
+#[derive(Debug, Clone)]
+pub struct Location {
+    /// Whether it is there.
+    pub liveness: Liveness,
+    /// What the operator set.
+    pub settings: LocationSettings,
+    /// Its last advert.
+    pub advert: Option<Advert>,
+    /// The advert's time zone; none where its name isn't known.
+    pub zone: Option<TimeZone>,
+    /// Deployments that it refused of late.
+    pub refused: BTreeMap<DeploymentName, RefusedUntil>,
+    /// Attempts of jobs that are on their way, and not in the advert yet.
+    pub incoming: Vec<Resources>,
+}
+
+/// A refusal that is remembered for a while, so that the same wish isn't sent straight back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RefusedUntil {
+    /// When to try again.
+    pub until: Timestamp,
+    /// The location's reasons.
+    pub refusals: Vec<Refusal>,
+}
+
+impl State {
+    /// The deployment's instances in locations that aren't lost and don't refuse them.
+    pub(crate) fn placed(&self, deployment: &Deployment) -> u32 {
+        deployment
+            .shares
+            .iter()
+            .filter(|(location, _)| {
+                self.locations.get(*location).is_some_and(|location| location.liveness != Liveness::Lost)
+            })
+            .map(|(_, share)| share.count.saturating_sub(share.refused))
+            .sum()
+    }
+}
