@@ -27,7 +27,8 @@ pub use wire::{
 /// Version of the map layouts and of the wire format; also the name of the pin folder.
 pub const SCHEMA: &str = "v1";
 
-/// Slots of the bucket arena (8 bytes each): 8 MiB, enough for 1,024 VIPs of 512 buckets with both their tables.
+/// Slots of the bucket arena (8 bytes each): 8 MiB. 1,024 VIP ports with two tables of 256 take half of it; an update
+/// needs room for the new tables beside the old.
 pub const ARENA_BUCKETS: u32 = 1 << 20;
 /// Bound on VIPs (address, port, protocol), address markers included.
 pub const MAX_VIPS: u32 = 16_384;

@@ -22,6 +22,7 @@ use anyplace_ebpf::{
     Bucket, Counter, DataPlane, Error, Instance, Options, Port, Protocol, VipKey, VipTable, XdpMode,
     attach_pass,
 };
+use aya::maps::{HashMap, Map, MapData};
 use namespaces::{BpfFs, Namespace, object, root_or_skip};
 
 const VIP: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
@@ -75,7 +76,6 @@ impl Machine {
         host.sysctl("net.ipv4.ip_forward", "1");
         container.ip(&format!(
             "link set eth0 address 02:61:0a:01:{number:02x}:41\n\
-             link set eth0 mtu 1400\n\
              addr add {inside}/32 dev eth0\n\
              link set eth0 up\n\
              route add 169.254.1.1 dev eth0\n\
@@ -110,6 +110,17 @@ impl Machine {
 
     fn plane(&mut self) -> &mut DataPlane {
         self.plane.as_mut().unwrap()
+    }
+
+    /// What a flood does to the flow table.
+    fn forget_flows(&self) {
+        let map = MapData::from_pin(self.bpffs.path.join("anyplace/v1/FLOWS")).unwrap();
+        let mut flows: HashMap<_, [u8; 16], [u8; 4]> = Map::LruHashMap(map).try_into().unwrap();
+        let keys: Vec<[u8; 16]> = flows.keys().collect::<Result<_, _>>().unwrap();
+        assert!(!keys.is_empty());
+        for key in keys {
+            flows.remove(&key).unwrap();
+        }
     }
 
     /// Line echo servers that say who they are and who asks.
@@ -297,6 +308,11 @@ fn connections_find_their_owner_and_keep_it() {
     assert_eq!(at_c1.ask(&"5".repeat(100_000)), "c1");
     assert_eq!(udp_at_c1.ask("five"), "c1");
     assert_eq!(at_c2.ask(&"6".repeat(100_000)), "c2");
+
+    // A flow that its owner forgot comes back to it, by way of the other hop.
+    bed.machines[1].forget_flows();
+    assert_eq!(at_c2.ask("forgotten"), "c2");
+    assert_eq!(udp_at_c2.ask("forgotten"), "c2");
 
     // No second router beside the first.
     let options = bed.machines[0].options();

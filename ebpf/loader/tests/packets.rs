@@ -18,7 +18,9 @@ use anyplace_ebpf::{Bucket, Counter, Protocol, VipTable, bucket_index, flow_hash
 use anyplace_ebpf_common as common;
 use bed::*;
 use namespaces::root_or_skip;
-use packets::{ACK, Ip, SYN, frame, gue, gue_raw, received, sent, tcp, udp, udp_without_checksum};
+use packets::{
+    ACK, Ip, SYN, frame, gue, gue_raw, received, sent, tcp, tcp_with_segment_size, udp, udp_without_checksum,
+};
 
 #[test]
 fn ingress_sends_clients_packets_to_their_owners() {
@@ -67,8 +69,8 @@ fn ingress_sends_clients_packets_to_their_owners() {
     let local_out = received(&encapsulated(HERE, &[], &local));
     for fixture in [
         through("SYN to an owner on another machine", &syn, THERE, &[]),
-        through("TCP in a bucket that changed: the former owner is the next hop", &data, THERE, &[THERE_TOO]),
-        through("UDP in a bucket that changed: three hops", &datagram, THERE, &[THERE_TOO, THERE]),
+        through("TCP with a former owner: three hops", &data, THERE, &[THERE_TOO, THERE]),
+        through("UDP with a former owner: three hops", &datagram, THERE, &[THERE_TOO, THERE]),
         through("the client's traffic class and congestion marks are kept", &marked, THERE, &[]),
         through("an owner in another location", &far, FAR, &[HERE, FAR]),
         through("the largest packet that fits the uplink", &fits, THERE, &[]),
@@ -266,14 +268,9 @@ fn target_delivers_or_passes_on() {
         ),
         relay("relayed to another machine", &[], &segment(7, 81, SYN), THERE, &[]),
         relay("relayed, with the sender's other hop kept", &[FAR], &segment(7, 81, ACK), THERE, &[FAR]),
-        relay("relayed into a bucket that changed", &[], &segment(7, 83, ACK), THERE, &[HERE]),
-        relay(
-            "relayed UDP into a bucket that changed: three hops",
-            &[],
-            &datagram(7, 83),
-            THERE,
-            &[HERE, THERE],
-        ),
+        relay("relayed to one of two: three hops", &[], &segment(7, 83, ACK), THERE, &[HERE, THERE]),
+        relay("relayed, the sender's hop after ours", &[FAR], &segment(7, 83, ACK), THERE, &[HERE, FAR]),
+        relay("relayed UDP to one of two: three hops", &[], &datagram(7, 83), THERE, &[HERE, THERE]),
         relay(
             "relayed UDP, all slots in use",
             &[FAR, MACHINE],
@@ -282,7 +279,7 @@ fn target_delivers_or_passes_on() {
             &[HERE, FAR, MACHINE],
         ),
         deliver(
-            "relayed UDP, changed and unknown, all on this machine",
+            "relayed UDP, unknown to both, all on this machine",
             MACHINE,
             &[],
             &datagram(8, 84),
@@ -384,6 +381,16 @@ fn reply_leaves_as_the_vips() {
             "another served port",
             &tcp((HERE, CONTAINER_PORT + 2), client, SYN | ACK, b""),
             &tcp((VIP, 82), client, SYN | ACK, b""),
+        ),
+        rewritten(
+            "a segment size that would not fit with the encapsulation is lowered",
+            &tcp_with_segment_size(inside, client, SYN | ACK, 1460),
+            &tcp_with_segment_size((VIP, 80), client, SYN | ACK, 1500 - 48 - 40),
+        ),
+        rewritten(
+            "a segment size that fits stays",
+            &tcp_with_segment_size(inside, client, SYN | ACK, 1360),
+            &tcp_with_segment_size((VIP, 80), client, SYN | ACK, 1360),
         ),
         pass("a connection that the container opens", &tcp((HERE, 55_555), client, SYN, b"")),
         pass(

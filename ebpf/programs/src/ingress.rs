@@ -145,12 +145,10 @@ fn encapsulation(
     };
     ip.checksum = ipv4_checksum(&ip);
     let none = [0; 4];
-    // A TCP flow unknown to its owner can only be the former owner's. UDP has no first packet, so an unknown flow
-    // asks the former owner and, if it is unknown there too, comes back and is new.
+    // A flow that its owner doesn't know is the former owner's; if it is unknown there too, it is new (UDP) or was
+    // forgotten by whom it most likely belongs to, and comes back.
     let (next_hop, hops) = if before == now || before == 0 {
         (HOPS, [none, none, none])
-    } else if inner.protocol == TCP {
-        (HOPS - 1, [none, none, before.to_ne_bytes()])
     } else {
         (HOPS - 2, [none, before.to_ne_bytes(), now.to_ne_bytes()])
     };

@@ -52,6 +52,12 @@ pub(crate) fn opens_connection(tcp_flags: u8) -> bool {
     tcp_flags & (SYN | ACK | RST | FIN) == SYN
 }
 
+/// SYN or SYN+ACK: the packets that carry a maximum segment size.
+#[inline(always)]
+pub(crate) fn negotiates(tcp_flags: u8) -> bool {
+    tcp_flags & SYN != 0
+}
+
 /// A packet in the middle of a connection, which shows that the connection is worth remembering.
 #[inline(always)]
 pub(crate) fn continues_connection(tcp_flags: u8) -> bool {

@@ -5,7 +5,7 @@
 
 use core::mem::offset_of;
 
-use anyplace_ebpf_common::{Counter, Ipv4Header, Ports, ReplyKey, TCP};
+use anyplace_ebpf_common::{Config, Counter, ENCAPSULATION_BYTES, Ipv4Header, Ports, ReplyKey, TCP};
 use aya_ebpf::{
     bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC},
     helpers::bpf_redirect_neigh,
@@ -15,7 +15,7 @@ use aya_ebpf::{
 
 use crate::{
     maps,
-    packet::{self, ETHERNET, ETHERTYPE_IPV4, IPV4},
+    packet::{self, ETHERNET, ETHERTYPE_IPV4, IPV4, TCP_BYTES, TCP_FLAGS},
 };
 
 #[classifier]
@@ -69,9 +69,35 @@ fn try_reply(ctx: &TcContext) -> Result<i32, Counter> {
         .map_err(helper)?;
     ctx.store(ETHERNET + offset_of!(Ipv4Header, source), &reply.vip, 0).map_err(helper)?;
     ctx.store(TRANSPORT + offset_of!(Ports, source), &reply.port, 0).map_err(helper)?;
+    if ip.protocol == TCP {
+        clamp_segment_size(ctx, config, checksum)?;
+    }
     maps::count(Counter::Replies);
     // SAFETY: no parameters beyond numbers; a null neighbour asks the kernel to look the route up.
     Ok(unsafe { bpf_redirect_neigh(config.uplink, core::ptr::null_mut(), 0, 0) } as i32)
+}
+
+/// Tells the client to send segments that still fit the uplink once they are encapsulated, whatever MTU the container
+/// has. Only where the option comes first, as Linux, BSD, macOS and Windows send it; larger packets are dropped at
+/// ingress and counted as too big.
+#[inline(always)]
+fn clamp_segment_size(ctx: &TcContext, config: &Config, checksum: usize) -> Result<(), Counter> {
+    const OPTIONS: usize = ETHERNET + IPV4 + TCP_BYTES;
+    /// Kind and length of the option.
+    const MAXIMUM_SEGMENT_SIZE: [u8; 2] = [2, 4];
+    let Ok(flags) = ctx.load::<u8>(ETHERNET + IPV4 + TCP_FLAGS) else { return Ok(()) };
+    if !packet::negotiates(flags) {
+        return Ok(());
+    }
+    let Ok([kind, length, high, low]) = ctx.load::<[u8; 4]>(OPTIONS) else { return Ok(()) };
+    let limit = config.uplink_mtu.saturating_sub((ENCAPSULATION_BYTES + IPV4 + TCP_BYTES) as u32);
+    let size = u16::from_be_bytes([high, low]);
+    if [kind, length] != MAXIMUM_SEGMENT_SIZE || u32::from(size) <= limit {
+        return Ok(());
+    }
+    let (from, to) = (size.to_be(), (limit as u16).to_be());
+    ctx.l4_csum_replace(checksum, u64::from(from), u64::from(to), 2).map_err(helper)?;
+    ctx.store(OPTIONS + 2, &to, 0).map_err(helper)
 }
 
 #[inline(always)]

@@ -27,7 +27,7 @@ use crate::{
 
 /// Offset of the client's packet.
 const INNER: usize = ETHERNET + ENCAPSULATION_BYTES;
-/// Hops tried on this machine for one packet: the list's three, and one that a relay adds at each of two relays.
+/// Hops tried on this machine for one packet: a relay, its two instances, the first of them again, and one to spare.
 const MAX_TRIES: usize = 5;
 
 #[classifier]
@@ -125,8 +125,7 @@ fn try_target(ctx: &TcContext) -> Result<i32, Counter> {
         }
         pass_on(&mut route)?;
     }
-    // A SYN belongs to whom it is offered: what was remembered of an older connection with this tuple is void.
-    let owner = if inner.opens { 0 } else { maps::flow_owner(&inner.flow) };
+    let owner = maps::flow_owner(&inner.flow);
 
     for _ in 0..MAX_TRIES {
         if route.hop == config.address {
@@ -215,8 +214,8 @@ fn relay(inner: &Inner, route: &mut Route) -> Result<(), Counter> {
     };
     maps::count(Counter::Relayed);
     if bucket.before != bucket.now && bucket.before != 0 {
-        // The end of the list is ours to extend, so that a UDP flow which nobody knows finds its new owner.
-        if route.left == 0 && flow.protocol == UDP {
+        // The end of the list is ours to extend, so that a flow which nobody knows comes to its owner after all.
+        if route.left == 0 {
             route.push(bucket.now);
         }
         route.push(bucket.before);

@@ -68,6 +68,17 @@ pub(crate) fn tcp(source: End, destination: End, flags: u8, payload: &[u8]) -> I
     Ip::new(6, source.0, destination.0, segment)
 }
 
+/// A SYN or SYN+ACK with a maximum segment size and one more option.
+pub(crate) fn tcp_with_segment_size(source: End, destination: End, flags: u8, size: u16) -> Ip {
+    let [high, low] = size.to_be_bytes();
+    let mut packet = tcp(source, destination, flags, &[2, 4, high, low, 1, 3, 3, 7]);
+    packet.payload[12] = 0x70;
+    packet.payload[16..18].copy_from_slice(&[0, 0]);
+    let sum = transport_checksum(6, source.0, destination.0, &packet.payload);
+    packet.payload[16..18].copy_from_slice(&sum.to_be_bytes());
+    packet
+}
+
 pub(crate) fn udp(source: End, destination: End, payload: &[u8]) -> Ip {
     let mut packet = udp_without_checksum(source, destination, payload);
     let sum = match transport_checksum(17, source.0, destination.0, &packet.payload) {
