@@ -177,16 +177,22 @@ impl Cache {
                 "the upstream registry {url} didn't answer a moment ago"
             )));
         }
-        let failure = match tokio::time::timeout(limit, question).await {
+        let (failure, silent) = match tokio::time::timeout(limit, question).await {
             Ok(Ok(answer)) => return Ok(answer),
-            Ok(Err(error)) => Failure::of(error),
-            Err(_) => Failure::Unreachable(format!("no answer from {url} within {} s", limit.as_secs())),
+            Ok(Err(error)) => {
+                let silent = matches!(error, Error::RegistryUnreachable { .. });
+                (Failure::of(error), silent)
+            }
+            Err(_) => {
+                (Failure::Unreachable(format!("no answer from {url} within {} s", limit.as_secs())), true)
+            }
         };
         if let Failure::Unreachable(reason) = &failure {
-            tracing::warn!(reason, "the upstream can't be reached; serving what is here");
-            if let Ok(mut until) = self.inner.left_alone_until.lock() {
-                *until = Some(Instant::now() + LEFT_ALONE);
-            }
+            tracing::warn!(reason, "the upstream can't be asked; serving what is here");
+        }
+        // One that answers with an error may be well for the next question.
+        if silent && let Ok(mut until) = self.inner.left_alone_until.lock() {
+            *until = Some(Instant::now() + LEFT_ALONE);
         }
         Err(failure)
     }

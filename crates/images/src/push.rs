@@ -51,14 +51,15 @@ pub async fn push(
         let what = format!("the image for `{reference}`");
         return Err(Error::DigestMismatch { what, expected: expected.clone(), found: top.digest.clone() });
     }
-    let outcomes: Vec<PutOutcome> = stream::iter(&image.blobs)
-        .map(|blob| async move {
+    // A list, because the compiler can't see that a future made inside a stream's closure may change threads.
+    let mut sends = Vec::with_capacity(image.blobs.len());
+    for blob in &image.blobs {
+        sends.push(async move {
             let item = Item { stage: Stage::Send, name: blob.digest.short().to_owned() };
             client.put_blob(reference, blob, &item, progress).await
-        })
-        .buffer_unordered(PARALLEL)
-        .try_collect()
-        .await?;
+        });
+    }
+    let outcomes: Vec<PutOutcome> = stream::iter(sends).buffer_unordered(PARALLEL).try_collect().await?;
     for child in children {
         client.put_manifest(&reference.at(&child.digest), child).await?;
     }

@@ -165,7 +165,9 @@ fn check_host(host: &str) -> Result<(), String> {
     if port.is_some_and(|port| port.parse::<u16>().is_err()) {
         return Err(format!("`{host}` has no valid port after the `:`"));
     }
-    if name.is_empty() || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b".-".contains(&b)) {
+    let is_label =
+        |label: &str| !label.is_empty() && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+    if !name.split('.').all(is_label) {
         return Err(format!("`{host}` is no host name or IPv4 address"));
     }
     Ok(())

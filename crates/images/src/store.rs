@@ -10,6 +10,7 @@
 //! Everything is made in `tmp`, synced, and renamed into place once it is complete and verified, so whatever has a
 //! name is whole. The order is layers, blobs, image: an image that is listed can be mounted.
 
+mod archive;
 mod pull;
 mod stream;
 mod unpack;

@@ -4,7 +4,7 @@
 //! name, all belong to root, and all times are 0. Overlayfs' whiteouts (character device 0:0, opaque folders) become
 //! the layer format's (`.wh.` files), so that an overlay's upper folder packs as the change that it is.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::fs::{File, Metadata};
 use std::io::{self, BufWriter, Read, Write};
@@ -79,7 +79,13 @@ pub(super) fn write_layer(root: &Path, to: &Path, progress: &SharedProgress) -> 
     }
     let mut entries = vec![Entry { relative: PathBuf::new(), metadata }];
     walk(root, Path::new(""), 0, &mut entries)?;
-    let total_bytes = entries.iter().map(|e| if e.metadata.is_file() { e.metadata.len() } else { 0 }).sum();
+    let mut counted = HashSet::new();
+    let total_bytes = entries
+        .iter()
+        .map(|entry| &entry.metadata)
+        .filter(|m| m.is_file() && (m.nlink() == 1 || counted.insert((m.dev(), m.ino()))))
+        .map(Metadata::len)
+        .sum();
     let item = Item { stage: Stage::Pack, name: "layer".to_owned() };
     progress.started(&item, total_bytes);
 

@@ -80,11 +80,12 @@ impl Store {
                 reason: format!("{} diff_ids for {} layers", diff_ids.len(), manifest.layers.len()),
             });
         }
-        stream::iter(manifest.layers.iter().zip(diff_ids))
-            .map(|(layer, diff_id)| self.ensure_layer(reference, layer, diff_id, client, progress))
-            .buffer_unordered(PARALLEL)
-            .try_collect::<()>()
-            .await?;
+        // A list, because the compiler can't see that a future made inside a stream's closure may change threads.
+        let mut fetches = Vec::with_capacity(diff_ids.len());
+        for (layer, diff_id) in manifest.layers.iter().zip(diff_ids) {
+            fetches.push(self.ensure_layer(reference, layer, diff_id, client, progress));
+        }
+        stream::iter(fetches).buffer_unordered(PARALLEL).try_collect::<()>().await?;
         let layers = diff_ids.iter().map(|id| self.layer_path(id)).collect();
         let record = StoredImage {
             reference: reference.canonical(),

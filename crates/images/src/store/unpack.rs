@@ -25,6 +25,7 @@ use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, fchownat, linkat, symlinkat, 
 use tar::EntryType;
 use xattr::FileExt as _;
 
+use super::archive::{Archive, Entry};
 use super::{OPAQUE_MARKER, OPAQUE_XATTR, WHITEOUT_PREFIX};
 use crate::error::{Error, Result};
 
@@ -55,9 +56,9 @@ pub(super) fn unpack(archive: &mut dyn Read, dest: &Path) -> Result<()> {
     let root = File::open(dest).map_err(failed)?.into();
     let mut unpacker =
         Unpacker { dest, root, parent: None, dir_times: Vec::new(), buffer: vec![0; COPY_BYTES] };
-    let mut archive = tar::Archive::new(archive);
-    for entry in archive.entries().map_err(failed)? {
-        unpacker.entry(&mut entry.map_err(failed)?)?;
+    let mut archive = Archive::new(archive);
+    while let Some(entry) = archive.next_entry().map_err(failed)? {
+        unpacker.entry(entry, &mut archive)?;
     }
     for (path, mtime) in std::mem::take(&mut unpacker.dir_times).into_iter().rev() {
         // A folder that a later entry replaced has no time to set any more.
@@ -69,13 +70,17 @@ pub(super) fn unpack(archive: &mut dyn Read, dest: &Path) -> Result<()> {
 }
 
 impl Unpacker<'_> {
-    fn entry<R: Read>(&mut self, entry: &mut tar::Entry<'_, R>) -> Result<()> {
-        let kind = entry.header().entry_type();
-        if kind == EntryType::XGlobalHeader {
-            return Ok(());
+    /// Unpacks one entry; `contents` gives its contents.
+    fn entry(&mut self, entry: Entry, contents: &mut dyn Read) -> Result<()> {
+        let kind = entry.header.entry_type();
+        let path = inside(&entry.path)?;
+        if entry.sparse {
+            return Err(Error::Unsupported {
+                what: format!("a layer with the sparse file `{}`", path.display()),
+                help: "build the image without sparse files (`tar` without `--sparse`)".to_owned(),
+            });
         }
-        let path = inside(&entry.path_bytes())?;
-        let attributes = read_attributes(entry, &path)?;
+        let attributes = read_attributes(&entry, &path)?;
         let Some(name) = path.file_name().map(OsStr::to_owned) else {
             if kind == EntryType::Directory {
                 let root = self.open_dir(Path::new(""))?;
@@ -107,45 +112,33 @@ impl Unpacker<'_> {
                 }
                 self.finish_dir(&path, &dir, attributes)
             }
-            EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
+            EntryType::Regular | EntryType::Continuous => {
                 let flags =
                     OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
                 let file =
                     openat(parent, name.as_os_str(), flags, Mode::S_IRUSR | Mode::S_IWUSR).map_err(io)?;
                 let mut file = File::from(file);
-                let mut left = entry.size();
                 loop {
-                    let read = entry.read(&mut self.buffer).map_err(|e| self.io_std(&path, e))?;
-                    if read == 0 {
-                        break;
+                    match contents.read(&mut self.buffer).map_err(|e| self.io_std(&path, e))? {
+                        0 => break,
+                        read => file.write_all(&self.buffer[..read]).map_err(|e| self.io_std(&path, e))?,
                     }
-                    left = left.saturating_sub(read as u64);
-                    file.write_all(&self.buffer[..read]).map_err(|e| self.io_std(&path, e))?;
-                }
-                if left > 0 && kind != EntryType::GNUSparse {
-                    return Err(unsafe_entry(&path, "the archive ends in the middle of it"));
                 }
                 self.finish_open(&path, &file, &attributes)
             }
             EntryType::Symlink => {
-                let target =
-                    entry.link_name_bytes().ok_or_else(|| unsafe_entry(&path, "a link without target"))?;
-                symlinkat(OsStr::from_bytes(&target), parent, name.as_os_str()).map_err(io)?;
+                symlinkat(OsStr::from_bytes(&entry.link), parent, name.as_os_str()).map_err(io)?;
                 self.finish_named(&path, parent, &name, &attributes, true)
             }
-            EntryType::Link => {
-                let target =
-                    entry.link_name_bytes().ok_or_else(|| unsafe_entry(&path, "a link without target"))?;
-                self.hard_link(&path, &target, parent, &name)
-            }
+            EntryType::Link => self.hard_link(&path, &entry.link, parent, &name),
             EntryType::Char | EntryType::Block | EntryType::Fifo => {
                 let number = |n: std::io::Result<Option<u32>>| match n {
                     Ok(Some(n)) => Ok(u64::from(n)),
                     _ if kind == EntryType::Fifo => Ok(0),
                     _ => Err(unsafe_entry(&path, "a device without its numbers")),
                 };
-                let major = number(entry.header().device_major())?;
-                let minor = number(entry.header().device_minor())?;
+                let major = number(entry.header.device_major())?;
+                let minor = number(entry.header.device_minor())?;
                 let sflag = match kind {
                     EntryType::Char => SFlag::S_IFCHR,
                     EntryType::Block => SFlag::S_IFBLK,
@@ -355,48 +348,20 @@ fn inside(name: &[u8]) -> Result<PathBuf> {
     Ok(path)
 }
 
-fn read_attributes<R: Read>(entry: &mut tar::Entry<'_, R>, path: &Path) -> Result<Attributes> {
+fn read_attributes(entry: &Entry, path: &Path) -> Result<Attributes> {
     let bad = |what: &str| unsafe_entry(path, &format!("its {what} is no number in range"));
-    let header = entry.header();
-    let mode = header.mode().map_err(|_| bad("mode"))?;
-    let id = |id: std::io::Result<u64>| id.ok().and_then(|id| u32::try_from(id).ok());
-    let uid = id(header.uid()).ok_or_else(|| bad("owner"))?;
-    let gid = id(header.gid()).ok_or_else(|| bad("group"))?;
-    // A time out of range is no reason to refuse an image.
-    let mut mtime = TimeSpec::new(header.mtime().ok().and_then(|t| i64::try_from(t).ok()).unwrap_or(0), 0);
-    let mut xattrs = Vec::new();
-    let extensions = entry.pax_extensions().map_err(|_| bad("pax record"))?;
-    for extension in extensions.into_iter().flatten() {
-        let extension = extension.map_err(|_| bad("pax record"))?;
-        let (key, value) = (extension.key_bytes(), extension.value_bytes());
-        if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
-            // Overlayfs' own attributes would change what other layers show.
-            if !name.starts_with(b"trusted.overlay.") && !name.starts_with(b"user.overlay.") {
-                xattrs.push((OsStr::from_bytes(name).to_owned(), value.to_vec()));
-            }
-        } else if key.starts_with(b"GNU.sparse.") {
-            return Err(Error::Unsupported {
-                what: format!("a layer with the sparse file `{}` in pax form", path.display()),
-                help: "build the image without sparse files (`tar` without `--sparse`)".to_owned(),
-            });
-        } else if key == b"mtime" {
-            mtime = std::str::from_utf8(value).ok().and_then(pax_time).unwrap_or(mtime);
-        }
-    }
+    let mode = entry.header.mode().map_err(|_| bad("mode"))?;
+    // Overlayfs' own attributes would change what other layers show.
+    let is_overlay =
+        |name: &[u8]| name.starts_with(b"trusted.overlay.") || name.starts_with(b"user.overlay.");
+    let kept = entry.xattrs.iter().filter(|(name, _)| !is_overlay(name));
     Ok(Attributes {
-        uid: Uid::from_raw(uid),
-        gid: Gid::from_raw(gid),
+        uid: Uid::from_raw(u32::try_from(entry.uid).map_err(|_| bad("owner"))?),
+        gid: Gid::from_raw(u32::try_from(entry.gid).map_err(|_| bad("group"))?),
         mode: Mode::from_bits_truncate(mode & 0o7777),
-        mtime,
-        xattrs,
+        mtime: TimeSpec::new(entry.mtime.0, entry.mtime.1),
+        xattrs: kept.map(|(name, value)| (OsStr::from_bytes(name).to_owned(), value.clone())).collect(),
     })
-}
-
-/// `seconds[.fraction]`
-fn pax_time(text: &str) -> Option<TimeSpec> {
-    let (seconds, fraction) = text.split_once('.').unwrap_or((text, ""));
-    let digits: String = fraction.chars().chain("000000000".chars()).take(9).collect();
-    Some(TimeSpec::new(seconds.parse().ok()?, digits.parse().ok()?))
 }
 
 /// The same folder, opened for reading, which attributes need.

@@ -1,0 +1,10 @@
+//! The registry over HTTP: by the specification's rows, by skopeo, through caches, and by our own client.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests are tests too")]
+
+mod api;
+mod cache;
+mod images;
+mod skopeo;
+mod support;
+mod uploads;

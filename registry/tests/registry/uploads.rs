@@ -1,0 +1,211 @@
+//! Uploads: in parts, resumed, cancelled, broken off, and across a kill -9 of the registry.
+
+use std::io::Write as _;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyplace_images::{Credentials, Digest};
+use anyplace_registry::Config;
+use reqwest::Method;
+use tokio_util::sync::CancellationToken;
+
+use crate::support::{Registry, code, header, noise};
+
+/// Makes the test binary a registry; see [`a_registry_for_kill`].
+const CHILD_DIR: &str = "ANYPLACE_REGISTRY_TEST_DIR";
+
+async fn start(registry: &Registry, name: &str) -> String {
+    let answer = registry.request(Method::POST, &format!("/v2/{name}/blobs/uploads/")).send().await.unwrap();
+    assert_eq!(answer.status(), 202);
+    assert_eq!(header(&answer, "range"), "0-0");
+    assert_eq!(header(&answer, "oci-chunk-max-length"), "500000000");
+    header(&answer, "location")
+}
+
+#[tokio::test]
+async fn parts_go_on_where_the_last_one_ended() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = Registry::start(dir.path()).await;
+    let bytes = noise(5, 3_000_000);
+    let location = start(&registry, "a").await;
+    let patch = async |range: &str, part: &[u8]| {
+        let request = registry.request(Method::PATCH, &location).header("content-range", range);
+        request.body(part.to_vec()).send().await.unwrap()
+    };
+    let first = patch("0-999999", &bytes[..1_000_000]).await;
+    assert_eq!((first.status().as_u16(), header(&first, "range")), (202, "0-999999".into()));
+    // A gap, a repeat, and lengths that disagree.
+    for range in ["1000001-1000002", "0-1", "999999-1000000"] {
+        let refused = patch(range, b"xx").await;
+        assert_eq!(header(&refused, "range"), "0-999999");
+        assert_eq!(header(&refused, "location"), location);
+        assert_eq!(code(refused).await, (416, "BLOB_UPLOAD_INVALID".into()), "{range}");
+    }
+    assert_eq!(code(patch("1000000-1000005", b"xx").await).await, (400, "SIZE_INVALID".into()));
+    assert_eq!(code(patch("x-y", b"xx").await).await, (400, "BLOB_UPLOAD_INVALID".into()));
+    let status = registry.request(Method::GET, &location).send().await.unwrap();
+    assert_eq!((status.status().as_u16(), header(&status, "range")), (204, "0-999999".into()));
+    assert_eq!(patch("1000000-1999999", &bytes[1_000_000..2_000_000]).await.status(), 202);
+    // Another repository can't see the upload.
+    let elsewhere = location.replace("/v2/a/", "/v2/b/");
+    let answer = registry.request(Method::GET, &elsewhere).send().await.unwrap();
+    assert_eq!(code(answer).await, (404, "BLOB_UPLOAD_UNKNOWN".into()));
+    let digest = Digest::of(&bytes);
+    let last = registry.request(Method::PUT, &format!("{location}?digest={digest}"));
+    let put = last.body(bytes[2_000_000..].to_vec()).send().await.unwrap();
+    assert_eq!(put.status(), 201);
+    assert_eq!(header(&put, "location"), format!("/v2/a/blobs/{digest}"));
+    let get = registry.request(Method::GET, &format!("/v2/a/blobs/{digest}")).send().await.unwrap();
+    assert_eq!(get.bytes().await.unwrap(), bytes);
+    let again = registry.request(Method::GET, &location).send().await.unwrap();
+    assert_eq!(code(again).await, (404, "BLOB_UPLOAD_UNKNOWN".into()));
+    assert_eq!(uploads_left(dir.path()), 0);
+    registry.stop().await;
+}
+
+#[tokio::test]
+async fn wrong_content_is_discarded() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = Registry::start(dir.path()).await;
+    let wrong = Digest::of(b"expected");
+    let path = format!("/v2/a/blobs/uploads/?digest={wrong}");
+    let answer = registry.request(Method::POST, &path).body("found").send().await.unwrap();
+    assert_eq!(code(answer).await, (400, "DIGEST_INVALID".into()));
+    let location = start(&registry, "a").await;
+    let answer = registry.request(Method::PUT, &location).body("found").send().await.unwrap();
+    assert_eq!(code(answer).await, (400, "DIGEST_INVALID".into()));
+    let put = registry.request(Method::PUT, &format!("{location}?digest={wrong}")).body("found");
+    assert_eq!(code(put.send().await.unwrap()).await, (400, "DIGEST_INVALID".into()));
+    let cancelled = start(&registry, "a").await;
+    let answer = registry.request(Method::DELETE, &cancelled).send().await.unwrap();
+    assert_eq!(answer.status(), 204);
+    let answer = registry.request(Method::DELETE, &cancelled).send().await.unwrap();
+    assert_eq!(code(answer).await, (404, "BLOB_UPLOAD_UNKNOWN".into()));
+    for digest in [&wrong, &Digest::of(b"found")] {
+        assert!(!registry.blob_file(digest).exists());
+    }
+    assert_eq!(uploads_left(dir.path()), 0);
+    registry.stop().await;
+}
+
+#[tokio::test]
+async fn a_client_that_goes_away_can_resume() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = Registry::start(dir.path()).await;
+    let bytes = noise(6, 400_000);
+    let location = start(&registry, "a").await;
+    // By hand: declare everything, send half, and hang up.
+    let Credentials { user, password } = registry.credentials();
+    let mut stream = std::net::TcpStream::connect(registry.address).unwrap();
+    let pair = base64_of(&format!("{user}:{password}"));
+    write!(
+        stream,
+        "PATCH {location} HTTP/1.1\r\nhost: x\r\nauthorization: Basic {pair}\r\ncontent-length: 400000\r\n\r\n"
+    )
+    .unwrap();
+    stream.write_all(&bytes[..200_000]).unwrap();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    drop(stream);
+    let status = registry.request(Method::GET, &location).send().await.unwrap();
+    let range = header(&status, "range");
+    let at: usize = range.strip_prefix("0-").unwrap().parse::<usize>().unwrap() + 1;
+    assert_eq!(at, 200_000);
+    let digest = Digest::of(&bytes);
+    let put = registry.request(Method::PUT, &format!("{location}?digest={digest}"));
+    assert_eq!(put.body(bytes[at..].to_vec()).send().await.unwrap().status(), 201);
+    registry.stop().await;
+}
+
+#[tokio::test]
+async fn an_upload_survives_kill_9_of_the_registry() {
+    let dir = tempfile::tempdir().unwrap();
+    let bytes = noise(7, 2_000_000);
+    anyplace_service::install_crypto_provider();
+    let http = reqwest::Client::builder().no_proxy().build().unwrap();
+    let mut running = Killable::start(dir.path()).await;
+    let auth = Credentials::from_file(&dir.path().join("credentials")).unwrap();
+    let request =
+        |method: Method, url: String| http.request(method, url).basic_auth(&auth.user, Some(&auth.password));
+    let post = request(Method::POST, format!("{}/v2/a/blobs/uploads/", running.url)).send().await.unwrap();
+    let location = header(&post, "location");
+    let patch = request(Method::PATCH, format!("{}{location}", running.url));
+    let patch = patch.header("content-range", "0-1199999").body(bytes[..1_200_000].to_vec());
+    assert_eq!(patch.send().await.unwrap().status(), 202);
+    running.kill();
+    running = Killable::start(dir.path()).await;
+    let status = request(Method::GET, format!("{}{location}", running.url)).send().await.unwrap();
+    assert_eq!((status.status().as_u16(), header(&status, "range")), (204, "0-1199999".into()));
+    let digest = Digest::of(&bytes);
+    let put = request(Method::PUT, format!("{}{location}?digest={digest}", running.url));
+    let put = put.header("content-range", "1200000-1999999").body(bytes[1_200_000..].to_vec());
+    assert_eq!(put.send().await.unwrap().status(), 201);
+    running.kill();
+    running = Killable::start(dir.path()).await;
+    let get = request(Method::GET, format!("{}/v2/a/blobs/{digest}", running.url)).send().await.unwrap();
+    assert_eq!(get.bytes().await.unwrap(), bytes);
+    running.kill();
+}
+
+/// Not a test by itself: the process that [`an_upload_survives_kill_9_of_the_registry`] starts and kills.
+#[tokio::test]
+async fn a_registry_for_kill() {
+    let Some(dir) = std::env::var_os(CHILD_DIR) else { return };
+    let dir = Path::new(&dir);
+    let config = Config {
+        data_dir: dir.to_owned(),
+        listen: "127.0.0.1:0".parse().unwrap(),
+        credentials_file: None,
+        upstream: None,
+    };
+    let server = anyplace_registry::Server::bind(config).await.unwrap();
+    std::fs::write(dir.join("address.new"), server.local_addr().unwrap().to_string()).unwrap();
+    std::fs::rename(dir.join("address.new"), dir.join("address")).unwrap();
+    server.serve(CancellationToken::new()).await.unwrap();
+}
+
+struct Killable {
+    child: Child,
+    url: String,
+}
+
+impl Killable {
+    async fn start(dir: &Path) -> Killable {
+        let _ = std::fs::remove_file(dir.join("address"));
+        #[allow(clippy::zombie_processes, reason = "kill and drop wait for it")]
+        let child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "uploads::a_registry_for_kill"])
+            .env(CHILD_DIR, dir)
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let begun = Instant::now();
+        loop {
+            if let Ok(address) = std::fs::read_to_string(dir.join("address")) {
+                return Killable { child, url: format!("http://{address}") };
+            }
+            assert!(begun.elapsed() < Duration::from_secs(20), "the registry didn't start");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Killable {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+fn uploads_left(dir: &Path) -> usize {
+    std::fs::read_dir(dir.join("uploads")).unwrap().count()
+}
+
+fn base64_of(text: &str) -> String {
+    use base64::Engine as _;
+    base64::prelude::BASE64_STANDARD.encode(text)
+}
