@@ -3,7 +3,7 @@
 //! Any OCI tool can push to it and pull from it. With an `[upstream]` it also answers for what another registry has,
 //! keeps a verified copy, and goes on serving that when the upstream is gone; pushes stay here.
 //!
-//! From a request to the disk: [`routes`](self) tells the endpoints apart, `manifests`, `blobs`, `uploads` and `tags`
+//! From a request to the disk: `routes` tells the endpoints apart, `manifests`, `blobs`, `uploads` and `tags`
 //! answer them, `storage` keeps content and links, `upstream` fills in what is missing.
 //!
 //! This crate must not know about schedulers, machines or deployments.
