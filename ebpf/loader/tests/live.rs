@@ -186,6 +186,8 @@ impl Bed {
         ));
         // A veth leaves checksums to hardware that it doesn't have, and XDP_TX forgets that they are unfinished.
         client.ethtool("eth0", ETHTOOL_STXCSUM, 0);
+        // And here the answers' checksums are finished in software, so that the client checks them.
+        edge.ethtool("client", ETHTOOL_STXCSUM, 0);
         let machines = [Machine::new(&edge, 1), Machine::new(&edge, 2)];
         edge.ip(&format!("route add {VIP}/32 via 10.1.1.1\n"));
         Self { machines, client, _edge: edge }
