@@ -1,2 +1,38 @@
-//! The anyplace command.
-fn main() {}
+//! The `anyplace` command: every role of the platform, and everything that its users run.
+//!
+//! `main.rs` chooses between the three ways to run: the shim (no threads), a role (until a signal), a client
+//! command (until it is done). This crate must not know how anything is stored, or how packets travel.
+
+mod args;
+mod commands;
+mod context;
+mod output;
+mod progress;
+mod reference;
+mod roles;
+mod schema;
+mod target;
+mod wait;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use args::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match cli.command {
+        Command::Role(role) => roles::run(role).map(|()| ExitCode::SUCCESS),
+        Command::Client(command) => commands::run(&cli.connection, command),
+    };
+    match result {
+        Ok(code) => code,
+        // `anyplace get ... | head` is no failure.
+        Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            output::note(format_args!("error: {}", output::chain(&error)));
+            ExitCode::FAILURE
+        }
+    }
+}

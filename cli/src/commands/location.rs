@@ -1,0 +1,33 @@
+//! `location ...`: an operator's settings of a location.
+
+use anyplace_model::LocationSettings;
+
+use crate::{args::LocationCommand, context::Session, output};
+
+/// What becomes of the settings.
+type Change = Box<dyn FnOnce(&mut LocationSettings)>;
+
+pub(super) async fn run(session: &Session, command: LocationCommand) -> anyhow::Result<()> {
+    let client = session.api()?;
+    let (name, change): (_, Change) = match command {
+        LocationCommand::Withdraw { name } => (name, Box::new(|settings| settings.withdrawn = true)),
+        LocationCommand::Announce { name } => (name, Box::new(|settings| settings.withdrawn = false)),
+        LocationCommand::Drain { name } => (name, Box::new(|settings| settings.draining = true)),
+        LocationCommand::Undrain { name } => (name, Box::new(|settings| settings.draining = false)),
+        LocationCommand::Set(args) => {
+            // None with `--no-off-peak`.
+            let window = args.off_peak.window;
+            (args.name, Box::new(move |settings| settings.off_peak = window))
+        }
+    };
+    let mut settings = client.location(&name).await?.settings;
+    change(&mut settings);
+    let settings = client.set_location(&name, &settings).await?.settings;
+    let off_peak = settings.off_peak.map_or("its own".into(), |window| window.to_string());
+    output::note(format_args!(
+        "location {name}: withdrawn {}, draining {}, off-peak window {off_peak}",
+        output::yes_no(settings.withdrawn),
+        output::yes_no(settings.draining),
+    ));
+    Ok(())
+}
