@@ -6,8 +6,8 @@
 //! The compiler is Debian's `rustc-web` with `libstd-rust-web-dev-bpf` (a prebuilt `core` for bpfel-unknown-none, so
 //! neither nightly nor rust-src), and bpf-linker from crates.io on Debian's libLLVM. The packages conflict with other
 //! Rust installations, so they are unpacked into a cache folder and never installed:
-//! `$XDG_CACHE_HOME/anyplace/ebpf-toolchain`, or `~/.cache/...`. [`install`] takes about two minutes on two cores, so
-//! [`check`] doesn't call it by itself.
+//! `$XDG_CACHE_HOME/anyplace/ebpf-toolchain`, or `~/.cache/...`. [`install`] downloads 100 MB and takes a minute on two
+//! cores; [`check`] doesn't call it by itself.
 //!
 //! The same sources give the same bytes only at the same path: debug information (which becomes BTF) names files, and
 //! remapping doesn't reach all of it. So every build happens in [`BUILD`], with vendored dependencies inside.
@@ -45,15 +45,13 @@ const MANIFEST: &str = "ebpf/loader/manifest.json";
 
 /// What [`check`] did.
 #[derive(Debug)]
-pub enum CheckOutcome {
+pub(crate) enum CheckOutcome {
     /// The sources were compiled; run the packet tests with `ANYPLACE_BPF_OBJECT` set to `object`.
     Rebuilt {
         /// The fresh object.
         object: PathBuf,
-        /// Whether its bytes were compared with the committed ones (and were the same). They are not when this
-        /// machine's compiler is another version than the manifest records.
-        compared: bool,
-        /// A sentence for the user.
+        /// For the user: by which compiler, and whether the bytes were compared with the committed ones. They are not
+        /// when this machine's compiler is another version than the manifest records.
         note: String,
     },
     /// There is no compiler on this machine.
@@ -64,7 +62,7 @@ pub enum CheckOutcome {
 }
 
 /// Rebuilds the committed object and its manifest, installing the compiler first if it is missing.
-pub fn build(root: &Path) -> Result<()> {
+pub(crate) fn build(root: &Path) -> Result<()> {
     let toolchain = match Toolchain::find()? {
         Some(toolchain) => toolchain,
         None => install()?,
@@ -88,9 +86,9 @@ pub fn build(root: &Path) -> Result<()> {
 
 /// Compiles the sources and compares the result with the committed object. Fails if the same compiler gives other
 /// bytes, or if the sources don't compile.
-pub fn check(root: &Path) -> Result<CheckOutcome> {
+pub(crate) fn check(root: &Path) -> Result<CheckOutcome> {
     let Some(toolchain) = Toolchain::find()? else {
-        let reason = "no eBPF compiler in the cache: `cargo xtask ebpf` installs one (two minutes)".into();
+        let reason = "no eBPF compiler in the cache: `cargo xtask ebpf` installs one (about a minute)".into();
         return Ok(CheckOutcome::Skipped { reason });
     };
     let manifest = fs::read_to_string(root.join(MANIFEST)).with_context(|| format!("reading {MANIFEST}"))?;
@@ -103,7 +101,7 @@ pub fn check(root: &Path) -> Result<CheckOutcome> {
             "rebuilt with {} and {}; bytes not compared, the committed object is {compiler}'s and {linker}'s",
             toolchain.compiler, toolchain.linker
         );
-        return Ok(CheckOutcome::Rebuilt { object, compared: false, note });
+        return Ok(CheckOutcome::Rebuilt { object, note });
     }
     let found = sha256(&fs::read(&object)?)?;
     let expected = recorded("object_sha256")?;
@@ -114,11 +112,11 @@ pub fn check(root: &Path) -> Result<CheckOutcome> {
         object.display()
     );
     let note = format!("rebuilt with {}: the same bytes as committed", toolchain.compiler);
-    Ok(CheckOutcome::Rebuilt { object, compared: true, note })
+    Ok(CheckOutcome::Rebuilt { object, note })
 }
 
 /// Downloads the compiler's packages, unpacks them into the cache folder, and builds the linker.
-pub fn install() -> Result<Toolchain> {
+pub(crate) fn install() -> Result<Toolchain> {
     let cache = cache()?;
     let packages = cache.join("packages");
     fs::create_dir_all(&packages).with_context(|| format!("creating {}", packages.display()))?;
@@ -168,7 +166,7 @@ pub fn install() -> Result<Toolchain> {
 }
 
 /// An installed compiler.
-pub struct Toolchain {
+pub(crate) struct Toolchain {
     cache: PathBuf,
     /// What the compiler says of itself.
     compiler: String,
