@@ -1,1 +1,21 @@
 //! Decides which machine runs which instance (pure).
+//!
+//! One [`State`] goes in; a [`Plan`], routes, an advert and statuses come out. Nothing here reads a clock, draws
+//! random numbers, or does I/O: time is a field of the state, and instance names are the caller's.
+//!
+//! This crate must not know other locations as anything but distant backends, nor users, runtimes or packets.
+
+mod advert;
+mod plan;
+mod refusal;
+mod room;
+mod routes;
+mod state;
+mod status;
+
+pub use advert::advert;
+pub use plan::{Change, Plan, Start, Verdict, plan};
+pub use room::FreeRoom;
+pub use routes::{distance_km, routes};
+pub use state::{Life, Machine, Reservation, Site, Stage, State, Timing};
+pub use status::{attempt_statuses, desired, ingress, instance_statuses, placement_statuses};

@@ -1,0 +1,89 @@
+//! What the location could take now, in short.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyplace_model::{Advert, Bytes, GpuBlock, ImageState, Isolation, MilliCpu};
+
+use crate::{
+    room::{FreeRoom, Room},
+    state::{Life, State},
+};
+
+/// Images named in an advert: a hint, so that a bound costs at most a slower start.
+const MAX_WARM_IMAGES: usize = 1_000;
+
+/// The advert of a state. Machines that take nothing count in the totals, not in what is free.
+pub fn advert(state: &State) -> Advert {
+    let rooms = Room::all(state);
+    let alive: Vec<&Room<'_>> = rooms
+        .values()
+        .filter(|room| state.machines.get(room.name).is_some_and(|machine| machine.life == Life::Alive))
+        .collect();
+    let open: Vec<(&Room<'_>, FreeRoom)> =
+        alive.iter().filter(|room| room.is_open()).map(|room| (*room, room.free())).collect();
+    let mut gpus: BTreeMap<String, u32> = BTreeMap::new();
+    for gpu in alive.iter().flat_map(|room| &room.report.gpus) {
+        *gpus.entry(gpu.model.clone()).or_default() += 1;
+    }
+    let isolations: BTreeSet<Isolation> =
+        open.iter().flat_map(|(room, _)| room.report.isolations.iter().copied()).collect();
+    let warm_images: BTreeSet<&String> = open
+        .iter()
+        .flat_map(|(room, _)| &room.report.images)
+        .filter(|(_, image)| matches!(image, ImageState::Warm))
+        .map(|(name, _)| name)
+        .collect();
+    let site = &state.site;
+    let cpu = |values: &mut dyn Iterator<Item = u64>| MilliCpu(values.fold(0, u64::saturating_add));
+    let bytes = |values: &mut dyn Iterator<Item = u64>| Bytes(values.fold(0, u64::saturating_add));
+    Advert {
+        region: site.region.clone(),
+        country: site.country.clone(),
+        labels: site.labels.clone(),
+        latitude: site.latitude,
+        longitude: site.longitude,
+        timezone: site.timezone.clone(),
+        off_peak: state.settings.off_peak.or(site.off_peak),
+        machines: u32::try_from(alive.len()).unwrap_or(u32::MAX),
+        cpu: cpu(&mut alive.iter().map(|room| room.report.cpu.0)),
+        memory: bytes(&mut alive.iter().map(|room| room.report.memory.0)),
+        free_cpu: cpu(&mut open.iter().map(|(_, free)| free.cpu.0)),
+        free_memory: bytes(&mut open.iter().map(|(_, free)| free.memory.0)),
+        free_disk: bytes(&mut open.iter().map(|(_, free)| free.disk.0)),
+        largest_free_cpu: open.iter().map(|(_, free)| free.cpu).max().unwrap_or_default(),
+        largest_free_memory: open.iter().map(|(_, free)| free.memory).max().unwrap_or_default(),
+        largest_free_disk: open.iter().map(|(_, free)| free.disk).max().unwrap_or_default(),
+        gpus,
+        gpu_blocks: gpu_blocks(&open),
+        isolations: isolations.into_iter().collect(),
+        warm_images: warm_images.into_iter().take(MAX_WARM_IMAGES).cloned().collect(),
+    }
+}
+
+fn gpu_blocks(open: &[(&Room<'_>, FreeRoom)]) -> Vec<GpuBlock> {
+    // Model, free memory and whether whole: GPUs in all, and the most in one machine.
+    let mut blocks: BTreeMap<(&str, Bytes, bool), (u32, u32)> = BTreeMap::new();
+    for (room, free) in open {
+        let mut here: BTreeMap<(&str, Bytes, bool), u32> = BTreeMap::new();
+        for ((gpu, memory), whole) in room.report.gpus.iter().zip(&free.gpu_memory).zip(&free.gpu_whole) {
+            if memory.0 > 0 || *whole {
+                *here.entry((gpu.model.as_str(), *memory, *whole)).or_default() += 1;
+            }
+        }
+        for (block, count) in here {
+            let (all, most) = blocks.entry(block).or_default();
+            *all += count;
+            *most = (*most).max(count);
+        }
+    }
+    blocks
+        .into_iter()
+        .map(|((model, memory, whole), (count, most_in_one_machine))| GpuBlock {
+            model: model.into(),
+            memory,
+            whole,
+            count,
+            most_in_one_machine,
+        })
+        .collect()
+}

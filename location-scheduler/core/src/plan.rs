@@ -1,0 +1,315 @@
+//! The plan: what to start, to drain, to end and to fetch, as a value.
+//!
+//! Order: first what ends by itself (drained, gone, lost), because it makes room; then deployments, those that need
+//! the most GPU memory first; then attempts of jobs on machines that have the image; then the images that the other
+//! attempts wait for. Room is taken while planning, so that a plan never contradicts itself.
+
+mod deployments;
+mod endings;
+mod jobs;
+
+use std::{cmp::Reverse, collections::BTreeMap, net::Ipv4Addr};
+
+use anyplace_model::{
+    Assignment, AttemptId, DeploymentName, DeploymentSpec, InstanceId, JobSpec, MachineId, Refusal, Workload,
+};
+
+use crate::{
+    refusal::Tally,
+    room::{Demand, Misfit, Room, Slot},
+    state::{Observed, Reservation, Stage, State},
+};
+
+/// What to do. Carrying it out leaves nothing to decide but the names of new instances.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// Revision of the state that it was made from.
+    pub revision: u64,
+    /// When it was made, in milliseconds since 1970.
+    pub now_ms: u64,
+    /// Instances to start.
+    pub starts: Vec<Start>,
+    /// Instances that take no new connections from now on.
+    pub drains: Vec<InstanceId>,
+    /// Instances whose assignment is taken from their machine.
+    pub removals: Vec<InstanceId>,
+    /// Instances that satisfy a new generation as they are.
+    pub adoptions: Vec<(InstanceId, u64)>,
+    /// Attempts whose machine is lost.
+    pub losses: Vec<InstanceId>,
+    /// Instances that are gone and hold no room any more.
+    pub releases: Vec<InstanceId>,
+    /// Machines that should fetch the images of waiting attempts.
+    pub prewarms: BTreeMap<AttemptId, MachineId>,
+    /// What becomes of each placement.
+    pub placements: BTreeMap<DeploymentName, Verdict>,
+    /// Why attempts don't run yet; those that do are left out.
+    pub attempts: BTreeMap<AttemptId, Vec<Refusal>>,
+    /// When time alone changes the plan.
+    pub wake_at_ms: Option<u64>,
+}
+
+/// An instance to start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Start {
+    /// What it belongs to.
+    pub workload: Workload,
+    /// Generation of the desired record; the attempt of a job.
+    pub generation: u64,
+    /// The machine.
+    pub machine: MachineId,
+    /// Indexes of its GPUs.
+    pub gpus: Vec<u32>,
+    /// The instance's address.
+    pub address: Ipv4Addr,
+}
+
+/// What becomes of a placement.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Verdict {
+    /// The generation that was planned.
+    pub generation: u64,
+    /// How many were wanted.
+    pub count: u32,
+    /// How many of them find no room.
+    pub refused: u32,
+    /// Why, counted over the machines.
+    pub refusals: Vec<Refusal>,
+}
+
+/// One change of the reservations.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Change {
+    /// Make it, or replace it.
+    Put(Box<Reservation>),
+    /// It is gone.
+    Delete(InstanceId),
+}
+
+impl Plan {
+    /// Whether no reservation changes.
+    pub fn changes_nothing(&self) -> bool {
+        self.starts.is_empty()
+            && self.drains.is_empty()
+            && self.removals.is_empty()
+            && self.losses.is_empty()
+            && self.adoptions.is_empty()
+            && self.releases.is_empty()
+    }
+
+    /// The changes of the reservations, in an order of which every beginning is valid by itself: what frees room
+    /// comes before what takes it. `name` gives new instances their names.
+    pub fn changes(&self, state: &State, mut name: impl FnMut(&Start) -> InstanceId) -> Vec<Change> {
+        let mut changes: Vec<Change> = self.releases.iter().cloned().map(Change::Delete).collect();
+        let staged = |instances: &[InstanceId], stage: Stage| {
+            let found = instances.iter().filter_map(|instance| state.reservations.get(instance));
+            let put = |held: &Reservation| Change::Put(Box::new(Reservation { stage, ..held.clone() }));
+            found.map(put).collect::<Vec<_>>()
+        };
+        changes.extend(staged(&self.removals, Stage::Removing { since_ms: self.now_ms }));
+        changes.extend(staged(&self.drains, Stage::Draining { since_ms: self.now_ms }));
+        changes.extend(staged(&self.losses, Stage::Lost));
+        changes.extend(self.adoptions.iter().filter_map(|(instance, generation)| {
+            let held = state.reservations.get(instance)?.clone();
+            Some(Change::Put(Box::new(Reservation { generation: *generation, ..held })))
+        }));
+        for start in &self.starts {
+            changes.extend(reserve(state, start, name(start)).map(|made| Change::Put(Box::new(made))));
+        }
+        changes
+    }
+}
+
+/// Plans. The same state gives the same plan.
+pub fn plan(state: &State) -> Plan {
+    let mut planner = Planner::new(state);
+    planner.endings();
+    planner.deployments();
+    planner.jobs();
+    planner.plan.wake_at_ms = planner.wake_at_ms();
+    planner.plan
+}
+
+/// The best machine has the least score; the order of the fields is the policy.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Score<'a> {
+    /// The loss of one machine should take as few copies as possible.
+    same_generation: u32,
+    same_deployment: u32,
+    /// A warm image starts at once.
+    cold: bool,
+    /// Who needs no GPU keeps out of the way of those who do.
+    wastes_gpus: bool,
+    /// Then the tightest fit, which leaves the large blocks.
+    gpu_left: i64,
+    memory_left: i64,
+    cpu_left: i64,
+    name: &'a MachineId,
+}
+
+#[derive(Debug)]
+struct Planner<'a> {
+    state: &'a State,
+    observed: Observed<'a>,
+    rooms: BTreeMap<&'a MachineId, Room<'a>>,
+    plan: Plan,
+}
+
+impl<'a> Planner<'a> {
+    fn new(state: &'a State) -> Self {
+        let plan = Plan { revision: state.revision, now_ms: state.now_ms, ..Plan::default() };
+        Self { state, observed: Observed::new(state), rooms: Room::all(state), plan }
+    }
+
+    /// The best machine for one more, or why there is none.
+    fn choose(
+        &self,
+        demand: Demand<'_>,
+        of: Option<(&DeploymentName, u64)>,
+    ) -> Result<(&'a MachineId, Slot), Tally> {
+        let mut tally = Tally::default();
+        let best = self
+            .rooms
+            .values()
+            .filter_map(|room| match room.fit(demand) {
+                Ok(slot) => Some((score(room, demand, of, &slot), room.name, slot)),
+                Err(misfit) => {
+                    tally.add(misfit);
+                    None
+                }
+            })
+            .min_by(|(a, ..), (b, ..)| a.cmp(b));
+        best.map(|(_, name, slot)| (name, slot)).ok_or(tally)
+    }
+
+    fn start(
+        &mut self,
+        workload: Workload,
+        generation: u64,
+        demand: Demand<'_>,
+        machine: &MachineId,
+        slot: Slot,
+    ) {
+        if let Some(room) = self.rooms.get_mut(machine) {
+            room.take(demand.resources, &slot.gpus, slot.address);
+        }
+        let (gpus, address) = (slot.gpus, slot.address);
+        self.plan.starts.push(Start { workload, generation, machine: machine.clone(), gpus, address });
+    }
+
+    fn wake_at_ms(&self) -> Option<u64> {
+        let timing = self.state.timing;
+        let running = self.state.reservations.values().filter_map(|held| match held.stage {
+            Stage::Draining { since_ms } => Some(since_ms.saturating_add(timing.drain_ms)),
+            Stage::Removing { since_ms } => Some(since_ms.saturating_add(timing.settle_ms)),
+            Stage::Serving | Stage::Lost => None,
+        });
+        let now = self.state.now_ms;
+        let drains = (!self.plan.drains.is_empty()).then(|| now.saturating_add(timing.drain_ms));
+        let removals = (!self.plan.removals.is_empty()).then(|| now.saturating_add(timing.settle_ms));
+        running.filter(|at| *at > now).chain(drains).chain(removals).min()
+    }
+}
+
+fn score<'a>(
+    room: &Room<'a>,
+    demand: Demand<'_>,
+    of: Option<(&DeploymentName, u64)>,
+    slot: &Slot,
+) -> Score<'a> {
+    let (same_generation, same_deployment) =
+        of.map_or((0, 0), |(deployment, generation)| room.crowd(deployment, generation));
+    let (cpu_left, memory_left) = room.cpu_and_memory();
+    Score {
+        same_generation,
+        same_deployment,
+        cold: !room.is_warm(demand.image),
+        wastes_gpus: demand.resources.gpu.is_none() && !room.report.gpus.is_empty(),
+        gpu_left: slot.gpu_left,
+        memory_left,
+        cpu_left,
+        name: room.name,
+    }
+}
+
+fn deployment_demand(spec: &DeploymentSpec) -> Demand<'_> {
+    Demand { image: &spec.image, isolation: spec.isolation, resources: &spec.resources }
+}
+
+fn job_demand(spec: &JobSpec) -> Demand<'_> {
+    Demand { image: &spec.image, isolation: spec.isolation, resources: &spec.resources }
+}
+
+/// The order in which demands are served: the most GPU memory first (whole GPUs before slices), then memory.
+fn size(demand: Demand<'_>) -> Reverse<(u64, u64)> {
+    let gpu = demand.resources.gpu.as_ref().map_or(0, |gpu| {
+        gpu.memory.map_or(u64::MAX, |memory| memory.0).saturating_mul(u64::from(gpu.count.max(1)))
+    });
+    Reverse((gpu, demand.resources.memory.0))
+}
+
+fn misfit(reason: anyplace_model::ReasonCode, note: String) -> Misfit {
+    Misfit { reason, have: 0, note }
+}
+
+/// The reservation for a start; nothing if what it belongs to isn't wanted any more.
+fn reserve(state: &State, start: &Start, instance: InstanceId) -> Option<Reservation> {
+    let common = |assignment: Assignment, vip: Option<Ipv4Addr>| Reservation {
+        machine: start.machine.clone(),
+        vip,
+        created_ms: state.now_ms,
+        stage: Stage::Serving,
+        generation: start.generation,
+        assignment,
+    };
+    let location = state.site.location.clone();
+    let (workload, generation) = (start.workload.clone(), start.generation);
+    let (gpus, address) = (start.gpus.clone(), start.address);
+    match &start.workload {
+        Workload::Deployment(name) => {
+            let placement = state.placements.get(name)?;
+            let spec = placement.spec.clone();
+            let assignment = Assignment {
+                instance,
+                workload,
+                location,
+                generation,
+                image: spec.image,
+                command: spec.command,
+                env: spec.env,
+                isolation: spec.isolation,
+                resources: spec.resources,
+                gpus,
+                address,
+                ports: spec.ports,
+                health: spec.health,
+                restart: true,
+                timeout_ms: None,
+                draining: false,
+            };
+            Some(common(assignment, Some(placement.vip)))
+        }
+        Workload::Job(attempt) => {
+            let spec = state.attempts.get(attempt)?.clone();
+            let assignment = Assignment {
+                instance,
+                workload,
+                location,
+                generation,
+                image: spec.image,
+                command: spec.command,
+                env: spec.env,
+                isolation: spec.isolation,
+                resources: spec.resources,
+                gpus,
+                address,
+                ports: Vec::new(),
+                health: anyplace_model::Health::default(),
+                restart: false,
+                timeout_ms: spec.timeout.map(|timeout| timeout.0),
+                draining: false,
+            };
+            Some(common(assignment, None))
+        }
+    }
+}

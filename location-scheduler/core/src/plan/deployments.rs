@@ -1,0 +1,206 @@
+//! Deployments: scale, replace, roll over to a new generation.
+//!
+//! A new generation starts one more than wanted where there is room, and an old instance goes when as many are ready
+//! without it. Where there is no room, an old one goes first, one at a time, and only if a new one fits in its place;
+//! so a generation that fits nowhere, or never gets ready, leaves the old one serving.
+
+use std::{cmp::Reverse, collections::BTreeMap};
+
+use anyplace_model::{DeploymentName, Placement, Workload};
+
+use super::{Planner, Verdict, deployment_demand, size};
+use crate::{
+    room::Demand,
+    state::{Reservation, Stage},
+};
+
+/// Instances over the wanted count during a change of generation.
+const SURGE: usize = 1;
+
+#[derive(Debug, Default)]
+struct Group<'a> {
+    /// As wanted.
+    current: Vec<&'a Reservation>,
+    /// Of an older spec.
+    old: Vec<&'a Reservation>,
+    /// Draining, or being removed.
+    leaving: Vec<&'a Reservation>,
+    /// Started by this plan.
+    started: usize,
+}
+
+impl Group<'_> {
+    fn running(&self) -> usize {
+        self.current.len() + self.started
+    }
+
+    fn all(&self) -> usize {
+        self.running() + self.old.len()
+    }
+}
+
+impl<'a> Planner<'a> {
+    pub(super) fn deployments(&mut self) {
+        let state = self.state;
+        let mut groups: BTreeMap<&DeploymentName, Group<'a>> = BTreeMap::new();
+        let released: std::collections::BTreeSet<_> = self.plan.releases.iter().cloned().collect();
+        for (instance, held) in &state.reservations {
+            let Some(deployment) = held.deployment().filter(|_| !released.contains(instance)) else {
+                continue;
+            };
+            let group = groups.entry(deployment).or_default();
+            let satisfies =
+                state.placements.get(deployment).is_some_and(|placement| held.satisfies(placement));
+            match held.stage {
+                Stage::Serving if satisfies => group.current.push(held),
+                Stage::Serving => group.old.push(held),
+                Stage::Draining { .. } | Stage::Removing { .. } | Stage::Lost => group.leaving.push(held),
+            }
+        }
+        let mut placements: Vec<_> = state.placements.iter().collect();
+        placements.sort_by_key(|(name, placement)| (size(deployment_demand(&placement.spec)), *name));
+        for (name, placement) in placements {
+            let group = groups.remove(name).unwrap_or_default();
+            let verdict = self.deployment(name, placement, group);
+            self.plan.placements.insert(name.clone(), verdict);
+        }
+        // What is left isn't wanted here at all.
+        for group in groups.into_values() {
+            let serving = group.current.into_iter().chain(group.old);
+            self.plan.drains.extend(serving.map(|held| held.assignment.instance.clone()));
+        }
+    }
+
+    fn deployment(
+        &mut self,
+        name: &'a DeploymentName,
+        placement: &'a Placement,
+        mut group: Group<'a>,
+    ) -> Verdict {
+        let verdict = self.scale_and_roll(name, placement, &mut group);
+        let outdated = group.current.iter().filter(|held| held.generation != placement.generation);
+        let adopted = outdated.map(|held| (held.assignment.instance.clone(), placement.generation));
+        self.plan.adoptions.extend(adopted);
+        verdict
+    }
+
+    fn scale_and_roll(
+        &mut self,
+        name: &'a DeploymentName,
+        placement: &'a Placement,
+        group: &mut Group<'a>,
+    ) -> Verdict {
+        let count = usize::try_from(placement.count).unwrap_or(usize::MAX);
+        let demand = deployment_demand(&placement.spec);
+        let mut verdict = Verdict {
+            generation: placement.generation,
+            count: placement.count,
+            refused: 0,
+            refusals: Vec::new(),
+        };
+        // Each turn drains or starts one, or ends the loop.
+        loop {
+            if self.drain_one(group, count) {
+                continue;
+            }
+            let missing = count.saturating_sub(group.running());
+            if missing == 0 || (!group.old.is_empty() && group.all() >= count.saturating_add(SURGE)) {
+                return verdict;
+            }
+            match self.choose(demand, Some((name, placement.generation))) {
+                Ok((machine, slot)) => {
+                    let workload = Workload::Deployment(name.clone());
+                    self.start(workload, placement.generation, demand, machine, slot);
+                    if let Some(room) = self.rooms.get_mut(machine) {
+                        room.count(name, placement.generation);
+                    }
+                    group.started += 1;
+                }
+                Err(tally) => {
+                    if !self.make_way(group, demand) {
+                        verdict.refused = u32::try_from(missing).unwrap_or(u32::MAX);
+                        verdict.refusals = tally.refusals(demand);
+                    }
+                    return verdict;
+                }
+            }
+        }
+    }
+
+    /// Drains one instance that isn't needed, if there is one.
+    fn drain_one(&mut self, group: &mut Group<'a>, count: usize) -> bool {
+        if group.running() > count {
+            // The newest goes first: the older has proved itself, and has the connections.
+            let worst = self.worst(&group.current, |held| Reverse(held.created_ms));
+            return self.drain(worst, |group| &mut group.current, group);
+        }
+        let ready = self.ready(&group.current) + self.ready(&group.old);
+        let worst = self.worst(&group.old, |held| held.created_ms);
+        let spare = match worst {
+            Some(held) if self.observed.ready(held) => ready > count,
+            Some(_) => group.all() > count,
+            None => false,
+        };
+        spare && self.drain(worst, |group| &mut group.old, group)
+    }
+
+    fn drain(
+        &mut self,
+        held: Option<&'a Reservation>,
+        list: impl for<'g> FnOnce(&'g mut Group<'a>) -> &'g mut Vec<&'a Reservation>,
+        group: &mut Group<'a>,
+    ) -> bool {
+        let Some(held) = held else { return false };
+        let instance = &held.assignment.instance;
+        list(group).retain(|other| other.assignment.instance != *instance);
+        group.leaving.push(held);
+        self.plan.drains.push(instance.clone());
+        true
+    }
+
+    /// Whether room is being made, or begins to be made, where a new one fits. False: it fits nowhere.
+    fn make_way(&mut self, group: &mut Group<'a>, demand: Demand<'_>) -> bool {
+        if self.fits_without(&group.leaving, demand) {
+            return true;
+        }
+        let mut old = group.old.clone();
+        old.retain(|held| self.fits_without(&[*held], demand));
+        let Some(worst) = self.worst(&old, |held| held.created_ms) else { return false };
+        // One at a time: the one before must serve first, unless nothing is lost by this one.
+        let one_under_way = !group.leaving.is_empty()
+            || group.started > 0
+            || self.ready(&group.current) < group.current.len();
+        if !one_under_way || (group.leaving.is_empty() && !self.observed.ready(worst)) {
+            self.drain(Some(worst), |group| &mut group.old, group);
+        }
+        true
+    }
+
+    fn fits_without(&self, leaving: &[&Reservation], demand: Demand<'_>) -> bool {
+        self.rooms.iter().any(|(name, room)| {
+            let mut here = leaving.iter().filter(|held| held.machine == **name).peekable();
+            if here.peek().is_none() {
+                return false;
+            }
+            let mut room = room.clone();
+            here.for_each(|held| room.give_back(held));
+            room.fit(demand).is_ok()
+        })
+    }
+
+    fn ready(&self, group: &[&Reservation]) -> usize {
+        group.iter().filter(|held| self.observed.ready(held)).count()
+    }
+
+    /// The one to end first: not ready, then on the most crowded machine, then by age.
+    fn worst<K: Ord>(
+        &self,
+        group: &[&'a Reservation],
+        age: impl Fn(&Reservation) -> K,
+    ) -> Option<&'a Reservation> {
+        let crowd = |held: &Reservation| group.iter().filter(|other| other.machine == held.machine).count();
+        group.iter().copied().min_by_key(|held| {
+            (self.observed.ready(held), Reverse(crowd(held)), age(held), &held.assignment.instance)
+        })
+    }
+}

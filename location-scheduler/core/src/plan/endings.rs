@@ -1,0 +1,59 @@
+//! What ends by itself: instances that have drained, that their machine has ended, or whose machine is lost.
+
+use anyplace_model::InstancePhase;
+
+use super::Planner;
+use crate::state::{Life, Reservation, Stage};
+
+/// What time and observation make of a reservation.
+enum Ending {
+    Remove,
+    Release,
+    Lose,
+}
+
+impl Planner<'_> {
+    pub(super) fn endings(&mut self) {
+        let state = self.state;
+        for (instance, held) in &state.reservations {
+            match self.ending(held) {
+                Some(Ending::Remove) => self.plan.removals.push(instance.clone()),
+                Some(Ending::Lose) => self.plan.losses.push(instance.clone()),
+                Some(Ending::Release) => {
+                    self.plan.releases.push(instance.clone());
+                    if let Some(room) = self.rooms.get_mut(&held.machine) {
+                        room.give_back(held);
+                    }
+                }
+                None => {}
+            }
+        }
+    }
+
+    fn ending(&self, held: &Reservation) -> Option<Ending> {
+        let (state, life) = (self.state, self.observed.life(held));
+        let phase = self.observed.status(held).map(|status| status.phase);
+        let wanted = held.attempt().map(|attempt| state.attempts.contains_key(attempt));
+        let since = |since_ms: u64, wait_ms: u64| state.now_ms >= since_ms.saturating_add(wait_ms);
+        if life == Life::Lost {
+            let ended = matches!(phase, Some(InstancePhase::Exited | InstancePhase::Failed));
+            return match wanted {
+                // What the machine said last still counts: it ended before the machine was lost.
+                Some(true) => (held.stage == Stage::Serving && !ended).then_some(Ending::Lose),
+                Some(false) | None => Some(Ending::Release),
+            };
+        }
+        match held.stage {
+            Stage::Serving | Stage::Lost => (wanted == Some(false)).then_some(Ending::Remove),
+            Stage::Draining { since_ms } => {
+                // Where no container runs, there are no connections to wait for.
+                let idle = life == Life::Alive && phase != Some(InstancePhase::Running);
+                (idle || since(since_ms, state.timing.drain_ms)).then_some(Ending::Remove)
+            }
+            Stage::Removing { since_ms } => {
+                let gone = life == Life::Alive && phase.is_none();
+                (gone && since(since_ms, state.timing.settle_ms)).then_some(Ending::Release)
+            }
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! Who serves each virtual IP, as the location's routers see it.
+
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    net::Ipv4Addr,
+};
+
+use anyplace_model::{
+    Announcement, DeploymentName, Endpoint, Port, RemoteLocation, RemoteRoute, Route, RouteRecord,
+};
+
+use crate::state::{Observed, Site, Stage, State};
+
+/// Mean radius of the earth in kilometres.
+const EARTH_RADIUS_KM: f64 = 6_371.0;
+
+/// The routes now, by the key of the routers' watch.
+pub fn routes(state: &State) -> BTreeMap<String, RouteRecord> {
+    let mut records: BTreeMap<String, RouteRecord> = vips(state)
+        .into_values()
+        .map(|route| (format!("vips/{}", route.vip), RouteRecord::Vip(route)))
+        .collect();
+    if let Some(prefixes) = &state.vip_prefixes {
+        let prefixes = if state.settings.withdrawn { Vec::new() } else { prefixes.clone() };
+        records.insert("announcement".into(), RouteRecord::Announcement(Announcement { prefixes }));
+    }
+    records
+}
+
+/// Great-circle distance between two places in degrees north and east (haversine).
+pub fn distance_km(from: (f64, f64), to: (f64, f64)) -> f64 {
+    let (from_north, to_north) = (from.0.to_radians(), to.0.to_radians());
+    let north = ((to_north - from_north) / 2.0).sin();
+    let east = ((to.1 - from.1).to_radians() / 2.0).sin();
+    let chord = north * north + from_north.cos() * to_north.cos() * east * east;
+    2.0 * EARTH_RADIUS_KM * chord.clamp(0.0, 1.0).sqrt().asin()
+}
+
+fn vips(state: &State) -> BTreeMap<Ipv4Addr, Route> {
+    let mut vips: BTreeMap<Ipv4Addr, Route> = BTreeMap::new();
+    let mut owners: BTreeMap<Ipv4Addr, &DeploymentName> = BTreeMap::new();
+    let mut claim = |vip: Ipv4Addr, deployment, ports: &[Port]| match owners.entry(vip) {
+        Entry::Vacant(entry) => {
+            entry.insert(deployment);
+            vips.insert(vip, Route { vip, ports: ports.to_vec(), local: Vec::new(), remote: Vec::new() });
+        }
+        // Where a virtual IP went to another deployment, what is left of the one before gets no traffic.
+        Entry::Occupied(_) => {}
+    };
+    for (name, placement) in &state.placements {
+        claim(placement.vip, name, &placement.spec.ports);
+    }
+    for (name, route) in &state.remote {
+        claim(route.vip, name, &route.ports);
+    }
+    // Instances that drain keep their connections after the placement is gone.
+    for held in state.reservations.values() {
+        if let (Some(name), Some(vip)) = (held.deployment(), held.vip) {
+            claim(vip, name, &held.assignment.ports);
+        }
+    }
+    let observed = Observed::new(state);
+    for held in state.reservations.values() {
+        let (Some(name), Some(vip)) = (held.deployment(), held.vip) else { continue };
+        let draining = match held.stage {
+            Stage::Serving => false,
+            Stage::Draining { .. } => true,
+            Stage::Removing { .. } | Stage::Lost => continue,
+        };
+        if owners.get(&vip) != Some(&name) {
+            continue;
+        }
+        if let Some(route) = vips.get_mut(&vip) {
+            route.local.push(Endpoint {
+                instance: held.assignment.instance.clone(),
+                machine: held.machine.clone(),
+                address: held.assignment.address,
+                ready: observed.ready(held),
+                draining,
+            });
+        }
+    }
+    for (name, remote) in &state.remote {
+        if let Some(route) = vips.get_mut(&remote.vip).filter(|_| owners.get(&remote.vip) == Some(&name)) {
+            route.remote = elsewhere(&state.site, remote);
+        }
+    }
+    // A virtual IP that only an ended instance remembers leads nowhere.
+    vips.retain(|vip, route| {
+        !route.local.is_empty()
+            || state.placements.values().any(|placement| placement.vip == *vip)
+            || state.remote.values().any(|remote| remote.vip == *vip)
+    });
+    vips
+}
+
+fn elsewhere(site: &Site, remote: &RemoteRoute) -> Vec<RemoteLocation> {
+    let mut locations: Vec<RemoteLocation> = remote
+        .backends
+        .iter()
+        .filter(|backend| backend.location != site.location)
+        .map(|backend| RemoteLocation {
+            location: backend.location.clone(),
+            distance_km: distance_km((site.latitude, site.longitude), (backend.latitude, backend.longitude)),
+            ready: backend.ready,
+            ingress: backend.ingress.clone(),
+        })
+        .collect();
+    locations
+        .sort_by(|a, b| a.distance_km.total_cmp(&b.distance_km).then_with(|| a.location.cmp(&b.location)));
+    locations
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn distances_are_those_of_the_globe() {
+        let (ams, nrt) = ((52.31, 4.76), (35.76, 140.39));
+        assert!((distance_km(ams, nrt) - 9_340.0).abs() < 60.0, "{}", distance_km(ams, nrt));
+        assert!(distance_km(ams, ams) < 0.001);
+        assert!((distance_km((0.0, 179.5), (0.0, -179.5)) - 111.2).abs() < 0.5, "across the date line");
+    }
+}

@@ -1,0 +1,202 @@
+//! Everything a decision is made from.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::Ipv4Addr,
+};
+
+use anyplace_model::{
+    Assignment, AttemptId, DeploymentName, InstanceId, InstanceStatus, JobSpec, LocationId, LocationSettings,
+    MachineId, MachineReport, OffPeakWindow, Placement, RemoteRoute, Workload,
+};
+use ipnet::Ipv4Net;
+use serde::{Deserialize, Serialize};
+
+/// The whole of a location at one moment.
+#[derive(Debug, Clone, PartialEq)]
+pub struct State {
+    /// Revision of the store that the reservations were read at; a plan may be carried out only on it.
+    pub revision: u64,
+    /// Milliseconds since 1970.
+    pub now_ms: u64,
+    /// How long the steps of an ending take.
+    pub timing: Timing,
+    /// What doesn't change while the scheduler runs.
+    pub site: Site,
+    /// The operator's settings.
+    pub settings: LocationSettings,
+    /// Prefixes to announce; unknown until the global scheduler has told them once.
+    pub vip_prefixes: Option<Vec<Ipv4Net>>,
+    /// Every machine that has reported and isn't forgotten.
+    pub machines: BTreeMap<MachineId, Machine>,
+    /// Every instance that holds room on a machine.
+    pub reservations: BTreeMap<InstanceId, Reservation>,
+    /// What the global scheduler wants of deployments.
+    pub placements: BTreeMap<DeploymentName, Placement>,
+    /// What it wants of jobs.
+    pub attempts: BTreeMap<AttemptId, JobSpec>,
+    /// Where else deployments are served.
+    pub remote: BTreeMap<DeploymentName, RemoteRoute>,
+    /// Machines that the last plan had fetch the images of waiting attempts.
+    pub prewarms: BTreeMap<AttemptId, MachineId>,
+}
+
+/// How long the steps of an ending take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timing {
+    /// Between "no new connections" and the end of an instance.
+    pub drain_ms: u64,
+    /// After an instance's assignment is gone, a report may have been written before the machine knew: an instance
+    /// missing from reports counts as ended only after so long.
+    pub settle_ms: u64,
+}
+
+/// Where the location is and what it calls itself.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Site {
+    /// Its name.
+    pub location: LocationId,
+    /// Region, such as `eu`.
+    pub region: String,
+    /// Country (ISO 3166-1 alpha-2).
+    pub country: String,
+    /// Labels for placement constraints.
+    pub labels: BTreeMap<String, String>,
+    /// Degrees north.
+    pub latitude: f64,
+    /// Degrees east.
+    pub longitude: f64,
+    /// IANA time zone.
+    pub timezone: String,
+    /// Daily window for off-peak jobs.
+    pub off_peak: Option<OffPeakWindow>,
+}
+
+/// Whether a machine is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Life {
+    /// Its lease holds.
+    Alive,
+    /// Its lease has expired (or it hasn't reported since the scheduler started): it gets no traffic and no new
+    /// work, and isn't replaced yet.
+    Suspect,
+    /// Silent for longer than the grace: its instances are replaced.
+    Lost,
+}
+
+/// A machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Machine {
+    /// Whether it is there.
+    pub life: Life,
+    /// Its last report.
+    pub report: MachineReport,
+}
+
+/// Where a reservation is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stage {
+    /// Wanted.
+    Serving,
+    /// Takes no new connections.
+    Draining {
+        /// Since when, in milliseconds since 1970.
+        since_ms: u64,
+    },
+    /// No longer assigned; holds its room until its machine has ended it.
+    Removing {
+        /// Since when, in milliseconds since 1970.
+        since_ms: u64,
+    },
+    /// An attempt whose machine was lost: never runs again, and stays until the global scheduler knows.
+    Lost,
+}
+
+/// Room on a machine for one instance. Kept in the store.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Reservation {
+    /// The machine.
+    pub machine: MachineId,
+    /// The deployment's virtual IP; none for an attempt.
+    pub vip: Option<Ipv4Addr>,
+    /// When it was made, in milliseconds since 1970.
+    pub created_ms: u64,
+    /// Where it is in its life.
+    pub stage: Stage,
+    /// The newest generation of the desired record that it satisfies. The machine knows only the one that it was
+    /// started for: a change that the instance itself can't notice (such as of the count) doesn't restart it.
+    pub generation: u64,
+    /// What the machine is told.
+    pub assignment: Assignment,
+}
+
+impl Reservation {
+    /// The deployment, unless it is a job's.
+    pub fn deployment(&self) -> Option<&DeploymentName> {
+        match &self.assignment.workload {
+            Workload::Deployment(name) => Some(name),
+            Workload::Job(_) => None,
+        }
+    }
+
+    /// Whether an instance made for this placement would be the same.
+    pub(crate) fn satisfies(&self, placement: &Placement) -> bool {
+        let (spec, made) = (&placement.spec, &self.assignment);
+        self.vip == Some(placement.vip)
+            && spec.image == made.image
+            && spec.command == made.command
+            && spec.env == made.env
+            && spec.isolation == made.isolation
+            && spec.resources == made.resources
+            && spec.ports == made.ports
+            && spec.health == made.health
+    }
+
+    /// The attempt, unless it is a deployment's.
+    pub fn attempt(&self) -> Option<&AttemptId> {
+        match &self.assignment.workload {
+            Workload::Job(attempt) => Some(attempt),
+            Workload::Deployment(_) => None,
+        }
+    }
+}
+
+/// What is observed of the instances that hold a reservation.
+#[derive(Debug)]
+pub(crate) struct Observed<'a> {
+    statuses: HashMap<&'a InstanceId, &'a InstanceStatus>,
+    machines: &'a BTreeMap<MachineId, Machine>,
+}
+
+impl<'a> Observed<'a> {
+    pub(crate) fn new(state: &'a State) -> Self {
+        let statuses = state
+            .machines
+            .iter()
+            .flat_map(|(name, machine)| machine.report.instances.iter().map(move |status| (name, status)))
+            .filter(|(name, status)| {
+                // Only the machine that has the reservation may speak for the instance.
+                state.reservations.get(&status.instance).is_some_and(|held| held.machine == **name)
+            })
+            .map(|(_, status)| (&status.instance, status))
+            .collect();
+        Self { statuses, machines: &state.machines }
+    }
+
+    pub(crate) fn status(&self, reservation: &Reservation) -> Option<&'a InstanceStatus> {
+        self.statuses.get(&reservation.assignment.instance).copied()
+    }
+
+    /// A machine that was forgotten is as good as lost.
+    pub(crate) fn life(&self, reservation: &Reservation) -> Life {
+        self.machines.get(&reservation.machine).map_or(Life::Lost, |machine| machine.life)
+    }
+
+    /// Whether the instance takes new connections.
+    pub(crate) fn ready(&self, reservation: &Reservation) -> bool {
+        reservation.stage == Stage::Serving
+            && self.life(reservation) == Life::Alive
+            && self.status(reservation).is_some_and(|status| status.ready)
+    }
+}

@@ -1,0 +1,155 @@
+//! What machines are told, and what the global scheduler is told.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::Ipv4Addr,
+};
+
+use anyplace_model::{
+    AttemptStatus, InstancePhase, InstanceStatus, MachineDesired, MachineId, PlacementStatus, ReasonCode,
+    Refusal,
+};
+
+use crate::{
+    plan::Plan,
+    state::{Life, Observed, Reservation, Stage, State},
+};
+
+/// What each machine should have, by the key of its watch; machines that should have nothing are left out.
+pub fn desired(state: &State) -> BTreeMap<MachineId, BTreeMap<String, MachineDesired>> {
+    let mut machines: BTreeMap<MachineId, BTreeMap<String, MachineDesired>> = BTreeMap::new();
+    for (instance, held) in &state.reservations {
+        let draining = match held.stage {
+            Stage::Serving => false,
+            Stage::Draining { .. } => true,
+            Stage::Removing { .. } | Stage::Lost => continue,
+        };
+        let mut assignment = held.assignment.clone();
+        assignment.draining = draining;
+        machines
+            .entry(held.machine.clone())
+            .or_default()
+            .insert(format!("instances/{instance}"), MachineDesired::Instance(Box::new(assignment)));
+    }
+    for (attempt, machine) in &state.prewarms {
+        if let Some(spec) = state.attempts.get(attempt) {
+            machines
+                .entry(machine.clone())
+                .or_default()
+                .insert(format!("images/{}", spec.image), MachineDesired::Image(spec.image.clone()));
+        }
+    }
+    machines
+}
+
+/// The status of every instance that holds a reservation.
+pub fn instance_statuses(state: &State) -> Vec<InstanceStatus> {
+    let observed = Observed::new(state);
+    state.reservations.values().map(|held| completed(&observed, held)).collect()
+}
+
+/// Addresses of the live machines, to which other locations may send.
+pub fn ingress(state: &State) -> Vec<Ipv4Addr> {
+    let alive = state.machines.values().filter(|machine| machine.life == Life::Alive);
+    alive.map(|machine| machine.report.address).collect::<BTreeSet<_>>().into_iter().collect()
+}
+
+/// What became of the placements that a plan has dealt with.
+pub fn placement_statuses(state: &State, plan: &Plan) -> Vec<PlacementStatus> {
+    let observed = Observed::new(state);
+    let mut instances: BTreeMap<_, Vec<InstanceStatus>> = BTreeMap::new();
+    for held in state.reservations.values() {
+        if let Some(deployment) = held.deployment() {
+            instances.entry(deployment).or_default().push(completed(&observed, held));
+        }
+    }
+    // A deployment that is no longer wanted is told until its last instance is gone.
+    let unwanted: Vec<_> =
+        instances.keys().filter(|name| !plan.placements.contains_key(**name)).copied().collect();
+    let mut statuses: Vec<PlacementStatus> = plan
+        .placements
+        .iter()
+        .map(|(deployment, verdict)| PlacementStatus {
+            deployment: deployment.clone(),
+            generation: verdict.generation,
+            count: verdict.count,
+            instances: instances.remove(deployment).unwrap_or_default(),
+            refused: verdict.refused,
+            refusals: verdict.refusals.clone(),
+        })
+        .collect();
+    statuses.extend(unwanted.into_iter().map(|deployment| {
+        let instances = instances.remove(deployment).unwrap_or_default();
+        PlacementStatus {
+            deployment: deployment.clone(),
+            generation: instances.iter().map(|status| status.generation).max().unwrap_or(0),
+            count: 0,
+            instances,
+            refused: 0,
+            refusals: Vec::new(),
+        }
+    }));
+    statuses
+}
+
+/// What became of each wanted attempt.
+pub fn attempt_statuses(state: &State, plan: &Plan) -> Vec<AttemptStatus> {
+    let observed = Observed::new(state);
+    let held: BTreeMap<_, _> = state
+        .reservations
+        .values()
+        .filter_map(|held| held.attempt().map(|attempt| (attempt, held)))
+        .collect();
+    state
+        .attempts
+        .keys()
+        .map(|attempt| {
+            let instance = held.get(attempt).map(|held| completed(&observed, held));
+            let refusals = match &instance {
+                Some(_) => Vec::new(),
+                None => plan.attempts.get(attempt).cloned().unwrap_or_default(),
+            };
+            AttemptStatus {
+                attempt: attempt.clone(),
+                location: state.site.location.clone(),
+                instance,
+                refusals,
+            }
+        })
+        .collect()
+}
+
+/// An instance's status as reported, corrected by what only the scheduler knows.
+fn completed(observed: &Observed<'_>, held: &Reservation) -> InstanceStatus {
+    let assignment = &held.assignment;
+    let mut status = observed.status(held).cloned().unwrap_or_else(|| InstanceStatus {
+        instance: assignment.instance.clone(),
+        workload: assignment.workload.clone(),
+        generation: assignment.generation,
+        machine: held.machine.clone(),
+        address: assignment.address,
+        phase: InstancePhase::Assigned,
+        ready: false,
+        restarts: 0,
+        exit_code: None,
+        started_at: None,
+        ended_at: None,
+        reason: None,
+    });
+    status.ready = observed.ready(held);
+    status.generation = held.generation;
+    let ended = matches!(status.phase, InstancePhase::Exited | InstancePhase::Failed);
+    // A job's attempt is lost for good or not at all: its successor starts as soon as it is said to be.
+    let silent = held.attempt().is_none() && observed.life(held) != Life::Alive;
+    if held.stage == Stage::Lost || (silent && !ended) {
+        status.phase = InstancePhase::Lost;
+        status.reason = Some(Refusal {
+            reason: ReasonCode::Lost,
+            count: 1,
+            message: format!("machine {} has stopped reporting", held.machine),
+        });
+    } else if held.stage != Stage::Serving && !ended {
+        status.phase = InstancePhase::Stopping;
+    }
+    status
+}

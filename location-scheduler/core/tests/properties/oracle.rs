@@ -1,0 +1,253 @@
+//! The judge: sums what is there, by the simplest means.
+
+use std::{collections::BTreeSet, net::Ipv4Addr};
+
+use anyplace_location_core::{Life, Plan, Reservation, Stage, State, plan, routes};
+use anyplace_model::{
+    Assignment, DeploymentName, Isolation, MachineId, MachineReport, ReasonCode, Resources, RouteRecord,
+};
+use proptest::{prelude::*, test_runner::TestCaseError};
+
+use crate::world::{World, apply};
+
+type Verdict = Result<(), TestCaseError>;
+
+/// Whether all of these fit on the machine together.
+fn fits(report: &MachineReport, held: &[&Assignment]) -> Result<(), String> {
+    let sum = |value: &dyn Fn(&Resources) -> u64| held.iter().map(|a| value(&a.resources)).sum::<u64>();
+    for (what, used, there) in [
+        ("cpu", sum(&|r| r.cpu.0), report.cpu.0),
+        ("memory", sum(&|r| r.memory.0), report.memory.0),
+        ("disk", sum(&|r| r.disk.0), report.disk.0),
+    ] {
+        if used > there {
+            return Err(format!("{what}: {used} of {there}"));
+        }
+    }
+    let mut addresses = BTreeSet::new();
+    for assignment in held {
+        let address = assignment.address;
+        let cidr = report.instance_cidr;
+        if !cidr.contains(&address) || address == cidr.network() || address == cidr.broadcast() {
+            return Err(format!("{address} is no instance address of {cidr}"));
+        }
+        if !addresses.insert(address) {
+            return Err(format!("{address} twice"));
+        }
+    }
+    for (index, gpu) in report.gpus.iter().enumerate() {
+        let on: Vec<_> = held.iter().filter(|a| a.gpus.contains(&(index as u32))).collect();
+        let slices: u64 =
+            on.iter().filter_map(|a| a.resources.gpu.as_ref()?.memory).map(|memory| memory.0).sum();
+        let whole = on.iter().filter(|a| a.resources.gpu.as_ref().unwrap().memory.is_none()).count();
+        if slices > gpu.memory.0 || whole > 1 || (whole == 1 && on.len() > 1) {
+            return Err(format!("GPU {index}: {slices} bytes in slices, {whole} whole, {} in all", on.len()));
+        }
+    }
+    for assignment in held {
+        if let Some(request) = &assignment.resources.gpu {
+            let different: BTreeSet<_> = assignment.gpus.iter().collect();
+            let models = |index: &u32| report.gpus.get(*index as usize).map(|gpu| gpu.model.clone());
+            let allowed = |index: &u32| {
+                models(index).is_some_and(|m| request.models.is_empty() || request.models.contains(&m))
+            };
+            if different.len() != request.count as usize || !assignment.gpus.iter().all(allowed) {
+                return Err(format!("{:?} for {request:?}", assignment.gpus));
+            }
+        }
+        if !report.isolations.contains(&assignment.isolation) {
+            return Err("isolation".into());
+        }
+    }
+    Ok(())
+}
+
+fn on<'a>(state: &'a State, machine: &MachineId) -> Vec<&'a Assignment> {
+    state.reservations.values().filter(|h| h.machine == *machine).map(|h| &h.assignment).collect()
+}
+
+fn ready(state: &State, held: &Reservation) -> bool {
+    let machine = &state.machines[&held.machine];
+    held.stage == Stage::Serving
+        && machine.life == Life::Alive
+        && machine.report.instances.iter().any(|s| s.instance == held.assignment.instance && s.ready)
+}
+
+fn of<'a>(state: &'a State, name: &'a DeploymentName) -> impl Iterator<Item = &'a Reservation> + 'a {
+    state.reservations.values().filter(move |held| held.deployment() == Some(name))
+}
+
+/// Whether one more would fit on some machine, by trying every combination of at most two GPUs.
+fn some_machine_takes(state: &State, resources: &Resources, isolation: Isolation) -> bool {
+    state.machines.iter().any(|(name, machine)| {
+        let held = on(state, name);
+        let stranger = machine.report.instances.iter().any(|s| !state.reservations.contains_key(&s.instance));
+        if machine.life != Life::Alive || state.settings.draining || stranger {
+            return false;
+        }
+        let Some(address) = machine
+            .report
+            .instance_cidr
+            .hosts()
+            .find(|host| held.iter().all(|a| a.address != *host) && *host != Ipv4Addr::UNSPECIFIED)
+        else {
+            return false;
+        };
+        let gpus = machine.report.gpus.len() as u32;
+        let mut choices: Vec<Vec<u32>> = vec![Vec::new()];
+        choices.extend((0..gpus).map(|g| vec![g]));
+        choices.extend((0..gpus).flat_map(|a| (a + 1..gpus).map(move |b| vec![a, b])));
+        let wanted = resources.gpu.as_ref().map_or(0, |gpu| gpu.count as usize);
+        choices.retain(|gpus| gpus.len() == wanted);
+        choices.into_iter().any(|gpus| {
+            let mut one: Assignment = probe(resources, isolation, address);
+            one.gpus = gpus;
+            let mut all = held.clone();
+            all.push(&one);
+            fits(&machine.report, &all).is_ok()
+        })
+    })
+}
+
+fn probe(resources: &Resources, isolation: Isolation, address: Ipv4Addr) -> Assignment {
+    Assignment {
+        instance: "probe".parse().unwrap(),
+        workload: anyplace_model::Workload::Deployment("probe".parse().unwrap()),
+        location: "ams".parse().unwrap(),
+        generation: 1,
+        image: String::new(),
+        command: None,
+        env: Default::default(),
+        isolation,
+        resources: resources.clone(),
+        gpus: Vec::new(),
+        address,
+        ports: Vec::new(),
+        health: Default::default(),
+        restart: true,
+        timeout_ms: None,
+        draining: false,
+    }
+}
+
+/// Judges a plan by what it made of the state.
+pub(crate) fn judge(before: &State, plan: &Plan, after: &State) -> Verdict {
+    for (name, machine) in &after.machines {
+        let fit = fits(&machine.report, &on(after, name));
+        prop_assert!(fit.is_ok(), "{name} is overbooked: {fit:?}");
+    }
+    for start in &plan.starts {
+        prop_assert_eq!(before.machines[&start.machine].life, Life::Alive);
+        prop_assert!(!before.settings.draining);
+    }
+    let machines = after.machines.len() as u32;
+    let counted = |refusals: &[anyplace_model::Refusal]| {
+        let sum: u32 = refusals.iter().map(|refusal| refusal.count).sum();
+        let said = refusals.iter().all(|refusal| !refusal.message.is_empty());
+        said && match machines {
+            0 => refusals.len() == 1 && refusals[0].reason == ReasonCode::NoMachines,
+            _ => sum == machines,
+        }
+    };
+    for (name, placement) in &after.placements {
+        let verdict = &plan.placements[name];
+        let held: Vec<_> = of(after, name).collect();
+        let serving = |h: &&&Reservation| h.stage == Stage::Serving;
+        let current = held.iter().filter(serving).filter(|h| h.generation == placement.generation).count();
+        let missing = placement.count.saturating_sub(current as u32);
+        prop_assert!(current as u32 <= placement.count, "{name} has {current} of {}", placement.count);
+        prop_assert_eq!((verdict.generation, verdict.count), (placement.generation, placement.count));
+        if verdict.refused > 0 {
+            prop_assert_eq!(verdict.refused, missing);
+            prop_assert!(counted(&verdict.refusals), "{:?} of {machines}", verdict.refusals);
+            let spec = &placement.spec;
+            prop_assert!(
+                !some_machine_takes(after, &spec.resources, spec.isolation),
+                "{name} was refused although it fits"
+            );
+        } else {
+            let changing = held.len() > current;
+            prop_assert!(missing == 0 || changing, "{name} misses {missing} for no reason");
+        }
+        // At most one ready instance fewer than before, and only where there is no room beside it.
+        let was = of(before, name).filter(|h| ready(before, h)).count();
+        let is = of(after, name).filter(|h| ready(after, h)).count();
+        let floor = was.min(placement.count as usize);
+        prop_assert!(is + 1 >= floor, "{name}: {was} ready before, {is} after, {} wanted", placement.count);
+        if is < floor {
+            prop_assert!(!some_machine_takes(after, &placement.spec.resources, placement.spec.isolation));
+        }
+    }
+    for attempt in after.attempts.keys() {
+        let holders = after.reservations.values().filter(|h| h.attempt() == Some(attempt)).count();
+        prop_assert!(holders <= 1);
+        prop_assert_eq!(holders == 0, plan.attempts.contains_key(attempt));
+        if let Some(refusals) = plan.attempts.get(attempt) {
+            prop_assert!(counted(refusals), "{refusals:?} of {machines}");
+        }
+    }
+    for start in &plan.starts {
+        if let anyplace_model::Workload::Job(attempt) = &start.workload {
+            let image = &before.attempts[attempt].image;
+            prop_assert!(before.machines[&start.machine].report.images.contains_key(image), "not warm");
+        }
+    }
+    for record in routes(after).into_values() {
+        if let RouteRecord::Vip(route) = record {
+            for endpoint in route.local {
+                let alive = after.machines.get(&endpoint.machine).is_some_and(|m| m.life == Life::Alive);
+                prop_assert!(!endpoint.ready || (alive && !endpoint.draining));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Judges what the machines really run, known to the scheduler or not.
+pub(crate) fn physical(world: &World) -> Verdict {
+    for (name, agent) in &world.agents {
+        let report = &world.state.machines[name].report;
+        let held: Vec<_> = agent.containers.values().map(|container| &container.assignment).collect();
+        let fit = fits(report, &held);
+        prop_assert!(fit.is_ok(), "{name} runs more than it has: {fit:?}");
+    }
+    for (attempt, runs) in &world.runs {
+        prop_assert!(runs.len() <= 1, "{attempt} ran as {runs:?}");
+    }
+    Ok(())
+}
+
+/// With nothing new to see, planning comes to rest: at most the idle ones that were drained are removed.
+pub(crate) fn stable(world: &World) -> Verdict {
+    let mut state = world.state.clone();
+    let second = plan(&state);
+    prop_assert!(
+        second.starts.is_empty() && second.drains.is_empty() && second.losses.is_empty(),
+        "{second:?}"
+    );
+    prop_assert_eq!(&second.prewarms, &state.prewarms);
+    let changes = second.changes(&state, |_| unreachable!("nothing starts"));
+    apply(&mut state, &second, changes);
+    let third = plan(&state);
+    prop_assert!(third.changes_nothing(), "{third:?}");
+    Ok(())
+}
+
+/// After everything works again, all that fits runs, in its newest generation, and nothing else is left.
+pub(crate) fn settled(world: &World) -> Verdict {
+    let plan = plan(&world.state);
+    prop_assert!(plan.changes_nothing(), "{plan:?}");
+    for (name, placement) in &world.state.placements {
+        let held: Vec<_> = of(&world.state, name).collect();
+        let current = held.iter().filter(|h| h.generation == placement.generation).count() as u32;
+        let refused = plan.placements[name].refused;
+        prop_assert_eq!(current + refused, placement.count);
+        prop_assert!(refused > 0 || held.len() as u32 == placement.count, "old ones are left");
+    }
+    for held in world.state.reservations.values() {
+        let wanted = held.deployment().is_some_and(|name| world.state.placements.contains_key(name))
+            || held.attempt().is_some_and(|attempt| world.state.attempts.contains_key(attempt));
+        prop_assert!(wanted, "{held:?} is left");
+    }
+    Ok(())
+}
