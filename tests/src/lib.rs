@@ -26,6 +26,7 @@ mod procs;
 pub mod relay;
 mod testbed;
 mod topology;
+mod xdp_pass;
 
 pub use bird::vip_include;
 pub use cleanup::cleanup;
@@ -37,3 +38,4 @@ pub use node::{Node, Process};
 pub use platform::Platform;
 pub use testbed::{Testbed, require_root, target_dir};
 pub use topology::{Location, Machine, Topology, VIP_PREFIX};
+pub use xdp_pass::attach_pass;

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 use std::io::{BufRead, BufReader};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::Command;
 
@@ -10,6 +11,7 @@ use crate::node::{self, Process};
 use crate::procs::BED_VARIABLE;
 use crate::relay::Link;
 use crate::topology::{GLOBAL_ADDRESS, Topology};
+use crate::xdp_pass::attach_pass;
 use crate::{netns, testbed};
 
 /// Inside the fabric: room for the encapsulation around a packet of 1500 bytes.
@@ -44,7 +46,10 @@ pub(crate) fn namespaces(bed: &str, topology: &Topology) -> Result<()> {
 }
 
 /// Makes the links inside locations, and gives addresses and static routes.
-pub(crate) fn wires(bed: &str, topology: &Topology) -> Result<()> {
+///
+/// Returns the XDP programs on the edges' ends of the machines' links, attached while they are kept.
+pub(crate) fn wires(bed: &str, topology: &Topology) -> Result<Vec<OwnedFd>> {
+    let mut pass = Vec::new();
     let namespace = |node: &str| format!("{}{node}", netns::prefix(bed));
     for (position, location) in topology.locations.iter().enumerate() {
         let edge = namespace(&location.edge());
@@ -82,15 +87,16 @@ pub(crate) fn wires(bed: &str, topology: &Topology) -> Result<()> {
         }
         netns::inside(&edge, || {
             for (device, _) in &machine_ends {
-                // The machine's XDP program sends packets back where they came from: veth delivers those only to a
-                // peer that polls (GRO on), and the program wants whole packets with finished checksums.
-                let off = ["-K", device, "gro", "on", "tso", "off", "gso", "off", "tx", "off"];
+                // The machine's XDP program wants whole packets with finished checksums, and sends them back where
+                // they came from.
+                let off = ["-K", device, "tso", "off", "gso", "off", "tx", "off"];
                 netns::run(Command::new("ethtool").args(off)).context("package ethtool")?;
+                pass.push(attach_pass(device)?);
             }
             Ok(())
         })?;
     }
-    Ok(())
+    Ok(pass)
 }
 
 fn host_lines(gateway: &str, address: &str) -> Vec<String> {

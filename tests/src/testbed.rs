@@ -1,6 +1,7 @@
 //! The testbed as a whole: creating it, breaking parts of it, removing it.
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -26,6 +27,8 @@ pub struct Testbed {
     state: PathBuf,
     nodes: BTreeMap<String, Node>,
     lock: Option<OwnerLock>,
+    /// XDP programs on the edges; detached when closed.
+    pass: Vec<OwnedFd>,
 }
 
 impl Testbed {
@@ -47,18 +50,25 @@ impl Testbed {
         let state = cleanup::state_dir(name);
         let nodes =
             topology.nodes().into_iter().map(|node| (node.clone(), Node::new(name, &node, &state))).collect();
-        let bed = Self { name: name.into(), topology: topology.clone(), state, nodes, lock: Some(lock) };
+        let mut bed = Self {
+            name: name.into(),
+            topology: topology.clone(),
+            state,
+            nodes,
+            lock: Some(lock),
+            pass: Vec::new(),
+        };
         bed.build().with_context(|| format!("build testbed `{name}`"))?;
         Ok(bed)
     }
 
-    fn build(&self) -> Result<()> {
+    fn build(&mut self) -> Result<()> {
         let bpf = self.bpf_dir();
         std::fs::create_dir_all(&bpf)?;
         nix::mount::mount(Some("bpf"), &bpf, Some("bpf"), MsFlags::empty(), None::<&str>)
             .with_context(|| format!("mount a bpffs at {}", bpf.display()))?;
         network::namespaces(&self.name, &self.topology)?;
-        network::wires(&self.name, &self.topology)?;
+        self.pass = network::wires(&self.name, &self.topology)?;
         network::delayed_links(&self.name, &self.topology, &self.state.join("logs"))?;
         for location in &self.topology.locations {
             self.start_bird(&location.edge(), &bird::edge_config(&self.topology, location))?;

@@ -20,7 +20,6 @@ use std::{
 
 use anyplace_ebpf::{
     Bucket, Counter, DataPlane, Error, Instance, Options, Port, Protocol, VipKey, VipTable, XdpMode,
-    attach_pass,
 };
 use aya::maps::{HashMap, Map, MapData};
 use namespaces::{BpfFs, Namespace, object, root_or_skip};
@@ -88,7 +87,7 @@ impl Machine {
             .to_vec();
         let instance = Instance { address: inside, host_interface: veth, ports };
         let bpffs = BpfFs::new();
-        let pass = edge.enter(|| attach_pass(&format!("m{number}")).unwrap());
+        let pass = edge.enter(|| anyplace_tests::attach_pass(&format!("m{number}")).unwrap());
         let mut machine = Self { plane: None, host, container, bpffs, _pass: pass, address, instance };
         machine.serve(number);
         machine.start();

@@ -4,8 +4,8 @@
 //! frame into the peer's ring, but wakes the peer only if it has an XDP program of its own (measured on 6.18: with GRO
 //! alone, frames stay in the ring). A machine with a network card doesn't need this.
 //!
-//! This file stands alone (libc and the standard library), so that a testbed can include it by path without depending
-//! on the loader, whose build needs an up-to-date eBPF object.
+//! It stands here and not in the loader, because the loader only builds with an up-to-date eBPF object, and `xtask`,
+//! which makes that object, depends on this crate.
 
 use std::{
     ffi::CString,
