@@ -1,0 +1,66 @@
+//! The HTTP API: routes, and the OpenAPI document made from them.
+
+mod auth;
+mod deployments;
+mod extract;
+mod jobs;
+mod locations;
+mod logs;
+mod platform;
+
+use std::sync::Arc;
+
+use anyplace_service::{healthz, not_found};
+use axum::{Router, middleware};
+use utoipa::OpenApi;
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use self::auth::Bearer;
+use crate::app::App;
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "anyplace",
+        description = "Runs containers in many locations and gives each app one address. \
+            Errors are problem+json with a stable `code`, the `field`, and the `fix`."
+    ),
+    modifiers(&Bearer),
+    security(("token" = []))
+)]
+struct Document;
+
+/// All routes under `/v1`, and their description.
+pub(crate) fn router() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(deployments::apply, deployments::get, deployments::delete))
+        .routes(routes!(deployments::list))
+        .routes(routes!(deployments::why))
+        .routes(routes!(deployments::logs))
+        .routes(routes!(jobs::submit, jobs::list))
+        .routes(routes!(jobs::get, jobs::delete))
+        .routes(routes!(jobs::cancel))
+        .routes(routes!(jobs::why))
+        .routes(routes!(jobs::logs))
+        .routes(routes!(locations::list))
+        .routes(routes!(locations::get, locations::set))
+        .routes(routes!(locations::report))
+        .routes(routes!(locations::desired))
+        .routes(routes!(locations::capacity))
+        .routes(routes!(platform::instances))
+        .routes(routes!(platform::events))
+        .routes(routes!(platform::create_token))
+        .routes(routes!(platform::watch_deployments))
+        .routes(routes!(platform::watch_jobs))
+}
+
+/// The service: everything under `/v1` needs a token, the rest doesn't.
+pub(crate) fn service(app: Arc<App>) -> Router {
+    let (v1, document) = router().split_for_parts();
+    let v1 = v1.route_layer(middleware::from_fn_with_state(app.clone(), auth::authorize));
+    let document = axum::Json(document);
+    v1.route("/healthz", axum::routing::get(healthz))
+        .route("/openapi.json", axum::routing::get(move || async move { document }))
+        .fallback(not_found)
+        .with_state(app)
+}

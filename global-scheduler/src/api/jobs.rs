@@ -1,0 +1,92 @@
+//! `/v1/jobs`.
+
+use std::sync::Arc;
+
+use anyplace_api::{JobView, LogQuery, Problem};
+use anyplace_model::{Explanation, JobName, JobSpec};
+use anyplace_service::{Failure, Json, Query};
+use axum::{extract::State, http::StatusCode, response::Response};
+use jiff::Timestamp;
+
+use super::extract::Name;
+use crate::{app::App, jobs::unknown_job, views};
+
+/// Submit a job. A name that is taken is refused with `already_exists`.
+#[utoipa::path(post, path = "/v1/jobs", tag = "jobs", request_body = JobSpec,
+    responses((status = 200, body = JobView), (status = "default", body = Problem, content_type = "application/problem+json")))]
+pub(super) async fn submit(
+    State(app): State<Arc<App>>,
+    Json(spec): Json<JobSpec>,
+) -> Result<Json<JobView>, Failure> {
+    Ok(Json(app.submit(spec).await?))
+}
+
+/// All jobs, oldest first.
+#[utoipa::path(get, path = "/v1/jobs", tag = "jobs",
+    responses((status = 200, body = Vec<JobView>), (status = "default", body = Problem, content_type = "application/problem+json")))]
+pub(super) async fn list(State(app): State<Arc<App>>) -> Json<Vec<JobView>> {
+    Json(views::jobs(&app.world()))
+}
+
+/// One job.
+#[utoipa::path(get, path = "/v1/jobs/{name}", tag = "jobs",
+    params(("name" = String, Path, description = "The job")),
+    responses((status = 200, body = JobView), (status = "default", body = Problem, content_type = "application/problem+json")))]
+pub(super) async fn get(
+    State(app): State<Arc<App>>,
+    Name(name): Name<JobName>,
+) -> Result<Json<JobView>, Failure> {
+    views::job(&app.world(), &name).map(Json).ok_or_else(|| unknown_job(&name))
+}
+
+/// End a job.
+#[utoipa::path(post, path = "/v1/jobs/{name}/cancel", tag = "jobs",
+    params(("name" = String, Path, description = "The job")),
+    responses((status = 200, body = JobView), (status = "default", body = Problem, content_type = "application/problem+json")))]
+pub(super) async fn cancel(
+    State(app): State<Arc<App>>,
+    Name(name): Name<JobName>,
+) -> Result<Json<JobView>, Failure> {
+    Ok(Json(app.cancel(&name).await?))
+}
+
+/// Forget a job that has ended.
+#[utoipa::path(delete, path = "/v1/jobs/{name}", tag = "jobs",
+    params(("name" = String, Path, description = "The job")),
+    responses((status = 204), (status = "default", body = Problem, content_type = "application/problem+json")))]
+pub(super) async fn delete(
+    State(app): State<Arc<App>>,
+    Name(name): Name<JobName>,
+) -> Result<StatusCode, Failure> {
+    app.delete_job(&name).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Why a job waits, or what became of it.
+#[utoipa::path(get, path = "/v1/jobs/{name}/why", tag = "jobs",
+    params(("name" = String, Path, description = "The job")),
+    responses((status = 200, body = Explanation), (status = "default", body = Problem, content_type = "application/problem+json")))]
+pub(super) async fn why(
+    State(app): State<Arc<App>>,
+    Name(name): Name<JobName>,
+) -> Result<Json<Explanation>, Failure> {
+    let explanation = views::why_job(&app.world(), &name, Timestamp::now());
+    explanation.map(Json).ok_or_else(|| unknown_job(&name))
+}
+
+/// Log of a job's last attempt, also after its end.
+#[utoipa::path(get, path = "/v1/jobs/{name}/logs", tag = "jobs",
+    params(
+        ("name" = String, Path, description = "The job"),
+        ("instance" = Option<String>, Query, description = "Only this instance"),
+        ("follow" = Option<bool>, Query, description = "Keep the stream open and send what comes"),
+        ("tail" = Option<u32>, Query, description = "Only the last lines; all that is kept without")
+    ),
+    responses((status = 200, body = String, content_type = "text/plain"), (status = "default", body = Problem, content_type = "application/problem+json")))]
+pub(super) async fn logs(
+    State(app): State<Arc<App>>,
+    Name(name): Name<JobName>,
+    Query(query): Query<LogQuery>,
+) -> Result<Response, Failure> {
+    super::logs::of_job(&app, &name, &query).await
+}

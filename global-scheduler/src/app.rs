@@ -1,0 +1,158 @@
+//! What all handlers and the reconcile loop share.
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use anyplace_api::{Client, DeploymentView, ErrorCode, JobView, Problem};
+use anyplace_service::{Failure, Feed, TokenHash};
+use anyplace_store::{EmbeddedStore, Store as _};
+use jiff::{SignedDuration, Timestamp};
+use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::{Config, batch::Batch, publish, records::Tombstone, world::World};
+
+/// How long expired tokens are remembered, so that they are told that they expired.
+const EXPIRED_TOKEN_KEPT: SignedDuration = SignedDuration::from_hours(30 * 24);
+/// How long the numbers of something deleted are remembered: longer than any location stays away with its remains.
+const TOMBSTONE_KEPT: SignedDuration = SignedDuration::from_hours(30 * 24);
+
+/// The global scheduler.
+pub(crate) struct App {
+    pub(crate) config: Config,
+    store: Arc<EmbeddedStore>,
+    world: Mutex<World>,
+    writing: tokio::sync::Mutex<()>,
+    pub(crate) wake: Notify,
+    pub(crate) started: Instant,
+    /// Whether every location that was alive has reported or has had a lease's time for it.
+    pub(crate) settled: watch::Sender<bool>,
+    pub(crate) admin: TokenHash,
+    /// For logs.
+    pub(crate) http: Client,
+    pub(crate) deployments: Arc<Feed<DeploymentView>>,
+    pub(crate) jobs: Arc<Feed<JobView>>,
+    pub(crate) shutdown: CancellationToken,
+}
+
+/// Proof that no one else writes. Reports don't need it: they change what is observed, in memory.
+pub(crate) struct Writer<'a> {
+    app: &'a App,
+    _guard: tokio::sync::MutexGuard<'a, ()>,
+}
+
+impl App {
+    pub(crate) async fn load(
+        store: Arc<EmbeddedStore>,
+        config: Config,
+        admin: &str,
+        shutdown: CancellationToken,
+    ) -> anyhow::Result<Arc<Self>> {
+        let world = World::load(store.as_ref()).await?;
+        let app = Arc::new(Self {
+            http: Client::new("http://127.0.0.1", None)?,
+            config,
+            store,
+            world: Mutex::new(world),
+            writing: tokio::sync::Mutex::new(()),
+            wake: Notify::new(),
+            started: Instant::now(),
+            settled: watch::Sender::new(false),
+            admin: TokenHash::of(admin),
+            deployments: Arc::default(),
+            jobs: Arc::default(),
+            shutdown,
+        });
+        app.forget_the_old().await.map_err(|Failure(problem)| anyhow::anyhow!("{problem}"))?;
+        Ok(app)
+    }
+
+    /// The state in memory. Held for moments only, never across an await.
+    pub(crate) fn world(&self) -> MutexGuard<'_, World> {
+        // Each change to the world is complete before anything that could panic.
+        self.world.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) async fn writer(&self) -> Writer<'_> {
+        Writer { app: self, _guard: self.writing.lock().await }
+    }
+
+    /// Publishes everything anew, from one moment's world.
+    pub(crate) fn publish(&self) {
+        publish::all(self, &self.world());
+    }
+
+    async fn forget_the_old(&self) -> Result<(), Failure> {
+        let (writer, now) = (self.writer().await, Timestamp::now());
+        let (mut tokens, mut tombstones) = (Vec::new(), Vec::new());
+        {
+            let world = self.world();
+            let expired =
+                |at: Option<Timestamp>| at.is_some_and(|at| now.duration_since(at) > EXPIRED_TOKEN_KEPT);
+            tokens.extend(
+                world
+                    .tokens
+                    .iter()
+                    .filter(|(_, token)| expired(token.expires_at))
+                    .map(|(key, _)| key.clone()),
+            );
+            let old = |stone: &Tombstone| now.duration_since(stone.deleted_at) > TOMBSTONE_KEPT;
+            tombstones
+                .extend(world.tombstones.iter().filter(|(_, stone)| old(stone)).map(|(key, _)| key.clone()));
+        }
+        for hash in tokens {
+            let mut batch = Batch::default();
+            batch.delete_token(hash);
+            writer.commit(batch).await?;
+        }
+        for key in tombstones {
+            let mut batch = Batch::default();
+            batch.put_tombstone(key, None)?;
+            writer.commit(batch).await?;
+        }
+        Ok(())
+    }
+
+    /// Waits until what is published is complete: right after a start, locations that haven't reported yet would
+    /// be missing from the routes of the others. Bounded by a lease, and by the patience of a watcher.
+    pub(crate) async fn wait_until_settled(&self) -> Result<(), Failure> {
+        const PATIENCE: Duration = Duration::from_secs(4);
+        let mut settled = self.settled.subscribe();
+        let wait = tokio::time::timeout(PATIENCE, settled.wait_for(|settled| *settled));
+        let outcome = tokio::select! {
+            outcome = wait => outcome.is_ok(),
+            () = self.shutdown.cancelled() => false,
+        };
+        if outcome {
+            return Ok(());
+        }
+        Err(Problem::new(
+            ErrorCode::Unavailable,
+            "the global scheduler has just started and waits for locations",
+        )
+        .fix("try again in a second")
+        .into())
+    }
+}
+
+impl Writer<'_> {
+    /// Writes to the store, then changes the world. Both, or an error and neither.
+    pub(crate) async fn commit(&self, batch: Batch) -> Result<(), Failure> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        let (txn, changes) = batch.seal(&self.app.world())?;
+        let outcome = self.app.store.txn(txn).await.context("writing to the store")?;
+        if !outcome.is_committed() {
+            return Err(Problem::new(ErrorCode::Conflict, "it was changed by someone else in the meantime")
+                .fix("look at it again, and repeat")
+                .into());
+        }
+        let mut world = self.app.world();
+        changes.into_iter().for_each(|change| change(&mut world, outcome.revision()));
+        Ok(())
+    }
+}

@@ -1,0 +1,359 @@
+//! Jobs: submit, cancel, delete, attempts and their ends.
+//!
+//! An attempt is fenced by its number: only the location that has the job's present attempt is listened to, and the
+//! end of an attempt is written once, on condition that neither the job nor the attempt has changed since.
+
+use anyplace_api::{ErrorCode, EventSeverity, JobView, Problem};
+use anyplace_global_core::{JobOutcome, RefusedUntil, plan_jobs};
+use anyplace_model::{InstancePhase, InstanceStatus, JobName, JobPhase, JobSpec, ReasonCode, Refusal};
+use anyplace_service::Failure;
+use jiff::Timestamp;
+
+use crate::{
+    app::{App, Writer},
+    batch::Batch,
+    deployments::invalid,
+    observe::REFUSAL_KEPT,
+    records::{AttemptRecord, JobRecord, Outcome, Tombstone},
+    views,
+    world::{Waiting, World},
+};
+
+/// Jobs that are kept, ended ones included. Each is read at the start and looked at in each reconciliation.
+const MAX_JOBS: usize = 20_000;
+
+pub(crate) fn unknown_job(name: &JobName) -> Failure {
+    Problem::new(ErrorCode::NotFound, format!("there is no job {name}")).fix("see `anyplace jobs get`").into()
+}
+
+/// How an attempt stands, from what is observed.
+enum Standing {
+    Unchanged,
+    Running(Box<InstanceStatus>),
+    Ended { outcome: Outcome, instance: Option<Box<InstanceStatus>>, reasons: Vec<Refusal> },
+}
+
+impl App {
+    /// Puts a job into the queue, and plans it.
+    pub(crate) async fn submit(&self, spec: JobSpec) -> Result<JobView, Failure> {
+        spec.validate().map_err(invalid)?;
+        let name = spec.name.clone();
+        let writer = self.writer().await;
+        let batch = {
+            let world = self.world();
+            if world.jobs.contains_key(&name) {
+                return Err(Problem::new(ErrorCode::AlreadyExists, format!("there is a job {name} already"))
+                    .field("name")
+                    .fix(format!("choose another name, or run `anyplace jobs delete {name}`"))
+                    .into());
+            }
+            if world.jobs.len() >= MAX_JOBS {
+                return Err(Problem::new(
+                    ErrorCode::LimitExceeded,
+                    format!("{MAX_JOBS} jobs are kept at most"),
+                )
+                .fix("delete ended ones with `anyplace jobs delete NAME`")
+                .into());
+            }
+            let last = world.tombstones.get(&tombstone(&name)).map_or(0, |stone| stone.last);
+            let mut batch = Batch::default();
+            batch.event(EventSeverity::Normal, format!("job/{name}"), "submitted");
+            batch.put_job(
+                &world,
+                JobRecord {
+                    spec,
+                    created_at: Timestamp::now(),
+                    order: world.jobs.values().map(|job| job.value.order + 1).max().unwrap_or(0),
+                    phase: JobPhase::Queued,
+                    attempt: u32::try_from(last).unwrap_or(u32::MAX),
+                    tries: 0,
+                    location: None,
+                    instance: None,
+                    exit_code: None,
+                    reasons: Vec::new(),
+                },
+            )?;
+            batch
+        };
+        writer.commit(batch).await?;
+        if let Err(Failure(problem)) = self.reconcile(&writer).await {
+            tracing::error!(%problem, "the plan after a submission failed; it is tried again");
+        }
+        views::job(&self.world(), &name).ok_or_else(|| unknown_job(&name))
+    }
+
+    /// Ends a job. Nothing changes where it was cancelled before.
+    pub(crate) async fn cancel(&self, name: &JobName) -> Result<JobView, Failure> {
+        let writer = self.writer().await;
+        let batch = {
+            let world = self.world();
+            let job = &world.jobs.get(name).ok_or_else(|| unknown_job(name))?.value;
+            let mut batch = Batch::default();
+            match job.phase {
+                JobPhase::Cancelled => {}
+                JobPhase::Succeeded | JobPhase::Failed => {
+                    return Err(Problem::new(ErrorCode::Conflict, format!("job {name} has ended already"))
+                        .fix(format!("see `anyplace jobs get {name}`"))
+                        .into());
+                }
+                JobPhase::Queued => {
+                    let reasons = vec![cancelled()];
+                    batch.event(EventSeverity::Normal, format!("job/{name}"), "cancelled");
+                    batch
+                        .put_job(&world, JobRecord { phase: JobPhase::Cancelled, reasons, ..job.clone() })?;
+                }
+                JobPhase::Starting | JobPhase::Running => {
+                    end(&mut batch, &world, job, Outcome::Cancelled, None, vec![cancelled()])?;
+                }
+            }
+            batch
+        };
+        writer.commit(batch).await?;
+        self.publish();
+        self.wake.notify_one();
+        views::job(&self.world(), name).ok_or_else(|| unknown_job(name))
+    }
+
+    /// Forgets a job that has ended.
+    pub(crate) async fn delete_job(&self, name: &JobName) -> Result<(), Failure> {
+        let writer = self.writer().await;
+        let batch = {
+            let world = self.world();
+            let job = &world.jobs.get(name).ok_or_else(|| unknown_job(name))?.value;
+            if !job.has_ended() {
+                return Err(Problem::new(ErrorCode::Conflict, format!("job {name} has not ended"))
+                    .fix(format!("run `anyplace jobs cancel {name}` first"))
+                    .into());
+            }
+            let mut batch = Batch::default();
+            let stone = Tombstone { last: u64::from(job.attempt), deleted_at: Timestamp::now() };
+            batch.delete_job(&world, name);
+            batch.put_tombstone(tombstone(name), Some(stone))?;
+            batch.event(EventSeverity::Normal, format!("job/{name}"), "deleted");
+            batch
+        };
+        writer.commit(batch).await?;
+        self.publish();
+        Ok(())
+    }
+
+    /// Moves placed jobs on by what their locations report.
+    pub(crate) async fn follow_attempts(&self, writer: &Writer<'_>) -> Result<(), Failure> {
+        let placed: Vec<JobName> = {
+            let world = self.world();
+            let placed = world.jobs.iter().filter(|(_, job)| job.value.is_placed());
+            placed.map(|(name, _)| name.clone()).collect()
+        };
+        for name in placed {
+            let (batch, refused) = {
+                let world = self.world();
+                let Some(job) = world.jobs.get(&name).map(|stored| &stored.value) else { continue };
+                let mut batch = Batch::default();
+                let mut refused = None;
+                match standing(&world, job) {
+                    Standing::Unchanged => {}
+                    Standing::Running(instance) => {
+                        let message = format!("attempt {} runs on {}", job.attempt, instance.machine);
+                        batch.event(EventSeverity::Normal, format!("job/{name}"), message);
+                        let instance = Some(*instance);
+                        batch.put_job(
+                            &world,
+                            JobRecord { phase: JobPhase::Running, instance, ..job.clone() },
+                        )?;
+                    }
+                    Standing::Ended { outcome, instance, reasons } => {
+                        if outcome == Outcome::Refused {
+                            refused = job.location.clone().zip(Some(reasons.clone()));
+                        }
+                        end(&mut batch, &world, job, outcome, instance.map(|it| *it), reasons)?;
+                    }
+                }
+                (batch, refused)
+            };
+            writer.commit(batch).await?;
+            if let Some((id, refusals)) = refused
+                && let Ok(until) = Timestamp::now().checked_add(REFUSAL_KEPT)
+                && let Some(location) = self.world().locations.get_mut(&id)
+            {
+                location.refused_jobs.insert(name, RefusedUntil { until, refusals });
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives queued jobs their next attempt where one is possible.
+    pub(crate) async fn place_jobs(&self, writer: &Writer<'_>) -> Result<(), Failure> {
+        let state = self.world().state();
+        let now = Timestamp::now();
+        let mut waiting = std::collections::BTreeMap::new();
+        for decision in plan_jobs(&state, now) {
+            let location = match decision.outcome {
+                JobOutcome::Wait { position, refusals, predicted_start, nearest_fit: _ } => {
+                    waiting.insert(decision.job, Waiting { position, refusals, predicted_start });
+                    continue;
+                }
+                JobOutcome::Place(location) => location,
+            };
+            let batch = {
+                let world = self.world();
+                let Some(job) = world.jobs.get(&decision.job).map(|stored| &stored.value) else { continue };
+                let next = JobRecord {
+                    phase: JobPhase::Starting,
+                    attempt: job.attempt + 1,
+                    tries: job.tries + 1,
+                    location: Some(location.clone()),
+                    instance: None,
+                    reasons: Vec::new(),
+                    ..job.clone()
+                };
+                let mut batch = Batch::default();
+                let message = format!("attempt {} goes to {location}", next.attempt);
+                batch.event(EventSeverity::Normal, format!("job/{}", decision.job), message);
+                let attempt = AttemptRecord {
+                    location,
+                    placed_at: now,
+                    ended_at: None,
+                    outcome: None,
+                    exit_code: None,
+                };
+                batch.put_attempt(&world, next.attempt_id(), attempt)?;
+                batch.put_job(&world, next)?;
+                batch
+            };
+            writer.commit(batch).await?;
+        }
+        self.world().waiting = waiting;
+        Ok(())
+    }
+}
+
+fn tombstone(name: &JobName) -> String {
+    format!("jobs/{name}")
+}
+
+fn cancelled() -> Refusal {
+    Refusal { reason: ReasonCode::Cancelled, count: 1, message: "cancelled by a user".into() }
+}
+
+fn standing(world: &World, job: &JobRecord) -> Standing {
+    let Some((id, location)) = job.location.as_ref().and_then(|id| world.locations.get_key_value(id)) else {
+        return Standing::Unchanged;
+    };
+    if location.alive == Some(false) {
+        let message = format!("{id} stopped reporting while it had attempt {}", job.attempt);
+        let reasons = vec![Refusal { reason: ReasonCode::Lost, count: 1, message }];
+        return Standing::Ended { outcome: Outcome::Lost, instance: None, reasons };
+    }
+    // Only the present attempt, and only from the location that has it: what others report of it is too late.
+    let Some(status) = location.observed.as_ref().and_then(|it| it.attempts.get(&job.attempt_id())) else {
+        return Standing::Unchanged;
+    };
+    let Some(instance) = &status.instance else {
+        let refused = !status.refusals.is_empty()
+            && status.refusals.iter().all(|refusal| is_of_capacity(refusal.reason));
+        return if refused {
+            let reasons = status.refusals.clone();
+            Standing::Ended { outcome: Outcome::Refused, instance: None, reasons }
+        } else {
+            Standing::Unchanged
+        };
+    };
+    let boxed = Box::new(instance.clone());
+    let because =
+        |reason, message: String| instance.reason.clone().unwrap_or(Refusal { reason, count: 1, message });
+    match instance.phase {
+        InstancePhase::Running if job.phase != JobPhase::Running => Standing::Running(boxed),
+        InstancePhase::Exited if instance.exit_code == Some(0) && instance.reason.is_none() => {
+            Standing::Ended { outcome: Outcome::Succeeded, instance: Some(boxed), reasons: Vec::new() }
+        }
+        InstancePhase::Exited => {
+            let status = instance.exit_code.map_or("no status".into(), |code| format!("status {code}"));
+            let reason = because(ReasonCode::ExitedNonZero, format!("it ended with {status}"));
+            Standing::Ended { outcome: Outcome::Failed, instance: Some(boxed), reasons: vec![reason] }
+        }
+        InstancePhase::Failed => {
+            let reason = because(ReasonCode::StartFailed, "it could not start".into());
+            Standing::Ended { outcome: Outcome::Failed, instance: Some(boxed), reasons: vec![reason] }
+        }
+        InstancePhase::Lost => {
+            let reason = because(ReasonCode::Lost, format!("machine {} stopped reporting", instance.machine));
+            Standing::Ended { outcome: Outcome::Lost, instance: Some(boxed), reasons: vec![reason] }
+        }
+        _ => Standing::Unchanged,
+    }
+}
+
+/// Whether a location that gives this reason has no room, rather than not having started yet.
+const fn is_of_capacity(reason: ReasonCode) -> bool {
+    matches!(
+        reason,
+        ReasonCode::PlacementConstraint
+            | ReasonCode::Draining
+            | ReasonCode::Lost
+            | ReasonCode::InsufficientCpu
+            | ReasonCode::InsufficientMemory
+            | ReasonCode::InsufficientDisk
+            | ReasonCode::NoGpu
+            | ReasonCode::NoGpuModel
+            | ReasonCode::InsufficientGpu
+            | ReasonCode::IsolationUnavailable
+            | ReasonCode::NoCgroups
+            | ReasonCode::NoAddress
+            | ReasonCode::NoMachines
+    )
+}
+
+/// Ends the present attempt: the job ends with it, or goes back into the queue.
+fn end(
+    batch: &mut Batch,
+    world: &World,
+    job: &JobRecord,
+    outcome: Outcome,
+    instance: Option<InstanceStatus>,
+    reasons: Vec<Refusal>,
+) -> anyhow::Result<()> {
+    let again = match outcome {
+        Outcome::Refused => true,
+        Outcome::Failed | Outcome::Lost => job.tries < job.spec.max_attempts,
+        Outcome::Succeeded | Outcome::Cancelled => false,
+    };
+    let phase = match outcome {
+        _ if again => JobPhase::Queued,
+        Outcome::Succeeded => JobPhase::Succeeded,
+        Outcome::Cancelled => JobPhase::Cancelled,
+        Outcome::Failed | Outcome::Lost | Outcome::Refused => JobPhase::Failed,
+    };
+    let exit_code = instance.as_ref().and_then(|instance| instance.exit_code);
+    let why: String = reasons.iter().map(|reason| format!(": {}", reason.message)).collect();
+    let then = if again { "; it is tried again" } else { "" };
+    let (severity, what) = match outcome {
+        Outcome::Succeeded => (EventSeverity::Normal, "succeeded"),
+        Outcome::Cancelled => (EventSeverity::Normal, "was cancelled"),
+        Outcome::Refused => (EventSeverity::Normal, "found no room"),
+        Outcome::Failed => (EventSeverity::Warning, "failed"),
+        Outcome::Lost => (EventSeverity::Warning, "was lost"),
+    };
+    let message = format!("attempt {} {what}{why}{then}", job.attempt);
+    batch.event(severity, format!("job/{}", job.spec.name), message);
+    if outcome == Outcome::Refused {
+        // It never was; kept, such attempts would pile up while a job waits for room.
+        batch.delete_attempt(world, job.attempt_id());
+    } else if let Some(attempt) = world.attempts.get(&job.attempt_id()) {
+        let ended = AttemptRecord {
+            ended_at: Some(Timestamp::now()),
+            outcome: Some(outcome),
+            exit_code,
+            ..attempt.value.clone()
+        };
+        batch.put_attempt(world, job.attempt_id(), ended)?;
+    }
+    let record = JobRecord {
+        phase,
+        tries: if outcome == Outcome::Refused { job.tries.saturating_sub(1) } else { job.tries },
+        instance: instance.or_else(|| job.instance.clone()),
+        exit_code: exit_code.or(job.exit_code),
+        reasons,
+        ..job.clone()
+    };
+    batch.put_job(world, record)
+}

@@ -1,0 +1,105 @@
+//! What is published from the world: each location's desired state, and the views of deployments and jobs.
+//!
+//! Always called with the world locked, so that an older view never replaces a newer one.
+
+use std::collections::BTreeMap;
+
+use anyplace_model::{
+    AttemptId, DeploymentName, InstancePhase, LocationDesired, LocationId, Placement, RemoteBackend,
+    RemoteRoute,
+};
+
+use crate::{app::App, views, world::World};
+
+/// Publishes everything.
+pub(crate) fn all(app: &App, world: &World) {
+    let routes: BTreeMap<String, LocationDesired> = world
+        .deployments
+        .keys()
+        .filter_map(|name| Some((route_key(name), LocationDesired::Route(route(world, name)?))))
+        .collect();
+    for (id, location) in &world.locations {
+        let mut desired = routes.clone();
+        desired.insert(
+            "settings".into(),
+            LocationDesired::Settings {
+                settings: location.settings.clone(),
+                vip_prefixes: app.config.vip_pools.clone(),
+            },
+        );
+        desired.extend(placements(world, id));
+        desired.extend(attempts(world, id));
+        location.feed.replace(desired);
+    }
+    app.deployments.replace(views::deployments(world).map(|view| (view.name.to_string(), view)).collect());
+    app.jobs.replace(views::jobs(world).into_iter().map(|view| (view.name.to_string(), view)).collect());
+}
+
+/// Publishes the routes of some deployments.
+pub(crate) fn routes<'a>(world: &World, names: impl Iterator<Item = &'a DeploymentName>) {
+    for name in names {
+        let Some(route) = route(world, name) else { continue };
+        for location in world.locations.values() {
+            location.feed.set(route_key(name), LocationDesired::Route(route.clone()));
+        }
+    }
+}
+
+fn route_key(name: &DeploymentName) -> String {
+    format!("routes/{name}")
+}
+
+/// Where a deployment is served: locations that are there, not withdrawn, and have ready instances.
+fn route(world: &World, name: &DeploymentName) -> Option<RemoteRoute> {
+    let record = &world.deployments.get(name)?.value;
+    let backends = world.locations.iter().filter_map(|(id, location)| {
+        let observed = location.observed.as_ref()?;
+        let serving = |instance: &&anyplace_model::InstanceStatus| {
+            instance.ready && instance.phase == InstancePhase::Running
+        };
+        let ready = observed.placements.get(name)?.instances.iter().filter(serving).count();
+        let open = location.is_alive() && !location.settings.withdrawn && !observed.ingress.is_empty();
+        (open && ready > 0).then(|| RemoteBackend {
+            location: id.clone(),
+            latitude: observed.advert.latitude,
+            longitude: observed.advert.longitude,
+            ready: u32::try_from(ready).unwrap_or(u32::MAX),
+            ingress: observed.ingress.clone(),
+        })
+    });
+    Some(RemoteRoute {
+        deployment: name.clone(),
+        vip: record.vip,
+        ports: record.spec.ports.clone(),
+        backends: backends.collect(),
+    })
+}
+
+fn placements<'a>(
+    world: &'a World,
+    id: &'a LocationId,
+) -> impl Iterator<Item = (String, LocationDesired)> + use<'a> {
+    world.placements.iter().filter_map(move |(name, placements)| {
+        let count = placements.get(id)?.count;
+        let record = &world.deployments.get(name)?.value;
+        let placement =
+            Placement { generation: record.generation, spec: record.spec.clone(), vip: record.vip, count };
+        Some((format!("placements/{name}"), LocationDesired::Placement(Box::new(placement))))
+    })
+}
+
+fn attempts<'a>(
+    world: &'a World,
+    id: &'a LocationId,
+) -> impl Iterator<Item = (String, LocationDesired)> + use<'a> {
+    let here = world
+        .jobs
+        .values()
+        .map(|stored| &stored.value)
+        .filter(move |job| job.is_placed() && job.location.as_ref() == Some(id));
+    here.map(|job| {
+        let attempt: AttemptId = job.attempt_id();
+        let desired = LocationDesired::Attempt { attempt: attempt.clone(), spec: Box::new(job.spec.clone()) };
+        (format!("attempts/{attempt}"), desired)
+    })
+}

@@ -1,0 +1,143 @@
+//! What is stored, and under which key.
+//!
+//! | Key | Value |
+//! |---|---|
+//! | `deployments/<name>` | [`DeploymentRecord`] |
+//! | `placements/<deployment>/<location>` | [`PlacementRecord`] |
+//! | `vips/<address>` | the deployment's name |
+//! | `jobs/<name>` | [`JobRecord`] |
+//! | `attempts/<job>/<attempt>` | [`AttemptRecord`] |
+//! | `settings/<location>` | `LocationSettings` |
+//! | `locations/<location>` | [`LocationKnown`] |
+//! | `tokens/<hash>` | [`TokenRecord`] |
+//! | `tombstones/{deployments,jobs}/<name>` | [`Tombstone`] |
+//! | `events/<number>` | `Event` |
+
+use std::net::Ipv4Addr;
+
+use anyplace_api::{Role, TokenScope};
+use anyplace_model::{
+    AttemptId, DeploymentName, DeploymentSpec, InstanceStatus, JobName, JobPhase, JobSpec, LocationId,
+    Refusal,
+};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+/// A deployment.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct DeploymentRecord {
+    pub(crate) spec: DeploymentSpec,
+    pub(crate) generation: u64,
+    pub(crate) vip: Ipv4Addr,
+    pub(crate) created_at: Timestamp,
+}
+
+/// What a location was asked to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct PlacementRecord {
+    pub(crate) count: u32,
+    /// Of the deployment, when this was planned.
+    pub(crate) generation: u64,
+}
+
+/// A job.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct JobRecord {
+    pub(crate) spec: JobSpec,
+    pub(crate) created_at: Timestamp,
+    /// Place in the queue.
+    pub(crate) order: u64,
+    pub(crate) phase: JobPhase,
+    /// The number of the present or last attempt.
+    pub(crate) attempt: u32,
+    /// Attempts that count against `max_attempts`: not those that their location refused.
+    pub(crate) tries: u32,
+    pub(crate) location: Option<LocationId>,
+    pub(crate) instance: Option<InstanceStatus>,
+    pub(crate) exit_code: Option<i32>,
+    pub(crate) reasons: Vec<Refusal>,
+}
+
+impl JobRecord {
+    pub(crate) fn attempt_id(&self) -> AttemptId {
+        AttemptId { job: self.spec.name.clone(), attempt: self.attempt }
+    }
+
+    pub(crate) const fn is_placed(&self) -> bool {
+        matches!(self.phase, JobPhase::Starting | JobPhase::Running)
+    }
+
+    pub(crate) const fn has_ended(&self) -> bool {
+        matches!(self.phase, JobPhase::Succeeded | JobPhase::Failed | JobPhase::Cancelled)
+    }
+}
+
+/// How an attempt ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Outcome {
+    Succeeded,
+    Failed,
+    /// Its location had no room for it after all.
+    Refused,
+    /// Its location stopped reporting.
+    Lost,
+    Cancelled,
+}
+
+/// One attempt of a job. The outcome is written once.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct AttemptRecord {
+    pub(crate) location: LocationId,
+    pub(crate) placed_at: Timestamp,
+    pub(crate) ended_at: Option<Timestamp>,
+    pub(crate) outcome: Option<Outcome>,
+    pub(crate) exit_code: Option<i32>,
+}
+
+/// A location that has joined.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LocationKnown {
+    pub(crate) joined_at: Timestamp,
+    pub(crate) alive: bool,
+}
+
+/// A token, by its hash.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct TokenRecord {
+    pub(crate) role: Role,
+    pub(crate) scope: TokenScope,
+    pub(crate) expires_at: Option<Timestamp>,
+}
+
+/// The last generation or attempt of something deleted. A successor of the same name counts on from here, so that a
+/// location can't take what is late of the one for the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Tombstone {
+    pub(crate) last: u64,
+    pub(crate) deleted_at: Timestamp,
+}
+
+pub(crate) fn deployment_key(name: &DeploymentName) -> String {
+    format!("deployments/{name}")
+}
+
+pub(crate) fn placement_key(name: &DeploymentName, location: &LocationId) -> String {
+    format!("placements/{name}/{location}")
+}
+
+pub(crate) fn vip_key(vip: Ipv4Addr) -> String {
+    format!("vips/{vip}")
+}
+
+pub(crate) fn job_key(name: &JobName) -> String {
+    format!("jobs/{name}")
+}
+
+pub(crate) fn attempt_key(attempt: &AttemptId) -> String {
+    format!("attempts/{attempt}")
+}
+
+pub(crate) fn event_key(number: u64) -> String {
+    format!("events/{number:020}")
+}

@@ -1,0 +1,255 @@
+//! The state in memory: a mirror of the store, and what locations reported.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    net::Ipv4Addr,
+    sync::Arc,
+    time::Instant,
+};
+
+use anyhow::Context as _;
+use anyplace_api::Event;
+use anyplace_global_core::{Deployment, Liveness, Location, Missing, QueuedJob, RefusedUntil, Share, State};
+use anyplace_model::{
+    Advert, AttemptId, AttemptStatus, DeploymentName, InstancePhase, JobName, JobPhase, LocationDesired,
+    LocationId, LocationSettings, PlacementStatus, Refusal,
+};
+use anyplace_service::Feed;
+use anyplace_store::{Revision, Store, StoreExt as _};
+use jiff::{Timestamp, tz::TimeZone};
+use serde::de::DeserializeOwned;
+
+use crate::records::{
+    AttemptRecord, DeploymentRecord, JobRecord, LocationKnown, PlacementRecord, TokenRecord, Tombstone,
+};
+
+/// A stored value with the revision that a conditional write needs.
+#[derive(Debug, Clone)]
+pub(crate) struct Stored<T> {
+    pub(crate) value: T,
+    pub(crate) revision: Revision,
+}
+
+/// Why a queued job waits, from the last plan.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Waiting {
+    pub(crate) position: u32,
+    pub(crate) refusals: Vec<Refusal>,
+    pub(crate) predicted_start: Option<Timestamp>,
+}
+
+/// A location's last report, taken apart for look-up.
+#[derive(Debug, Clone)]
+pub(crate) struct Observed {
+    pub(crate) position: (u64, u64),
+    pub(crate) at: Instant,
+    pub(crate) advertise: String,
+    pub(crate) log_token: String,
+    pub(crate) advert: Advert,
+    pub(crate) zone: Option<TimeZone>,
+    pub(crate) ingress: Vec<Ipv4Addr>,
+    pub(crate) placements: BTreeMap<DeploymentName, PlacementStatus>,
+    pub(crate) attempts: BTreeMap<AttemptId, AttemptStatus>,
+}
+
+/// A location.
+#[derive(Debug, Default)]
+pub(crate) struct LocationState {
+    /// Stored once it has reported.
+    pub(crate) known: Option<LocationKnown>,
+    pub(crate) settings: LocationSettings,
+    /// None until it is decided: not reported to this process yet, and its lease not expired.
+    pub(crate) alive: Option<bool>,
+    pub(crate) observed: Option<Observed>,
+    pub(crate) refused: BTreeMap<DeploymentName, RefusedUntil>,
+    pub(crate) refused_jobs: BTreeMap<JobName, RefusedUntil>,
+    pub(crate) feed: Arc<Feed<LocationDesired>>,
+}
+
+impl LocationState {
+    pub(crate) fn is_alive(&self) -> bool {
+        self.alive == Some(true)
+    }
+
+    /// The status of a deployment, where the location is there to vouch for it.
+    pub(crate) fn status(&self, name: &DeploymentName) -> Option<&PlacementStatus> {
+        self.observed.as_ref()?.placements.get(name)
+    }
+}
+
+/// Everything in memory.
+#[derive(Debug, Default)]
+pub(crate) struct World {
+    pub(crate) deployments: BTreeMap<DeploymentName, Stored<DeploymentRecord>>,
+    pub(crate) placements: BTreeMap<DeploymentName, BTreeMap<LocationId, PlacementRecord>>,
+    pub(crate) vips: BTreeMap<Ipv4Addr, DeploymentName>,
+    pub(crate) jobs: BTreeMap<JobName, Stored<JobRecord>>,
+    pub(crate) attempts: BTreeMap<AttemptId, Stored<AttemptRecord>>,
+    pub(crate) tokens: BTreeMap<String, TokenRecord>,
+    /// By key below `tombstones/`.
+    pub(crate) tombstones: BTreeMap<String, Tombstone>,
+    /// With their numbers, oldest first.
+    pub(crate) events: VecDeque<(u64, Event)>,
+    pub(crate) locations: BTreeMap<LocationId, LocationState>,
+    /// From the last plan.
+    pub(crate) missing: BTreeMap<DeploymentName, Missing>,
+    /// From the last plan.
+    pub(crate) waiting: BTreeMap<JobName, Waiting>,
+    /// When leases were last looked at.
+    pub(crate) checked: Option<Instant>,
+    /// Events of reports, to be written by the next reconciliation.
+    pub(crate) pending_events: Vec<Event>,
+}
+
+async fn read<T: DeserializeOwned>(
+    store: &dyn Store,
+    prefix: &str,
+) -> anyhow::Result<Vec<(String, Stored<T>)>> {
+    let (entries, _) = store.list_json::<T>(prefix).await.with_context(|| format!("reading {prefix}"))?;
+    let entries = entries
+        .into_iter()
+        .map(|(key, value, revision)| (key[prefix.len()..].to_string(), Stored { value, revision }));
+    Ok(entries.collect())
+}
+
+impl World {
+    /// Reads the store.
+    pub(crate) async fn load(store: &dyn Store) -> anyhow::Result<Self> {
+        let mut world = Self::default();
+        for (name, stored) in read::<DeploymentRecord>(store, "deployments/").await? {
+            world.vips.insert(stored.value.vip, name.parse()?);
+            world.deployments.insert(name.parse()?, stored);
+        }
+        for (key, stored) in read(store, "placements/").await? {
+            let (name, location) = key.split_once('/').with_context(|| format!("key placements/{key}"))?;
+            let location: LocationId = location.parse()?;
+            world.locations.entry(location.clone()).or_default();
+            world.placements.entry(name.parse()?).or_default().insert(location, stored.value);
+        }
+        for (name, stored) in read(store, "jobs/").await? {
+            world.jobs.insert(name.parse()?, stored);
+        }
+        for (key, stored) in read::<AttemptRecord>(store, "attempts/").await? {
+            let (job, attempt) = key.split_once('/').with_context(|| format!("key attempts/{key}"))?;
+            world.locations.entry(stored.value.location.clone()).or_default();
+            world.attempts.insert(AttemptId { job: job.parse()?, attempt: attempt.parse()? }, stored);
+        }
+        for (name, stored) in read(store, "settings/").await? {
+            world.locations.entry(name.parse()?).or_default().settings = stored.value;
+        }
+        for (name, stored) in read::<LocationKnown>(store, "locations/").await? {
+            let location = world.locations.entry(name.parse()?).or_default();
+            location.known = Some(stored.value);
+            // Who was alive gets a lease to report; who was lost stays so until it does.
+            location.alive = if stored.value.alive { None } else { Some(false) };
+        }
+        for (hash, stored) in read(store, "tokens/").await? {
+            world.tokens.insert(hash, stored.value);
+        }
+        for (key, stored) in read(store, "tombstones/").await? {
+            world.tombstones.insert(key, stored.value);
+        }
+        for (number, stored) in read(store, "events/").await? {
+            world.events.push_back((number.parse().context("an event's number")?, stored.value));
+        }
+        Ok(world)
+    }
+
+    /// The location's settings, where it is known.
+    pub(crate) fn location(&self, id: &LocationId) -> Option<&LocationState> {
+        self.locations.get(id).filter(|location| location.known.is_some())
+    }
+
+    pub(crate) fn next_event(&self) -> u64 {
+        self.events.back().map_or(0, |(number, _)| number + 1)
+    }
+
+    /// What the planner sees.
+    pub(crate) fn state(&self) -> State {
+        let deployments = self.deployments.iter().map(|(name, stored)| {
+            let placements = self.placements.get(name).into_iter().flatten();
+            let shares = placements
+                .map(|(location, placement)| {
+                    (location.clone(), self.share(name, stored.value.generation, location, placement.count))
+                })
+                .collect();
+            (name.clone(), Deployment { spec: stored.value.spec.clone(), shares })
+        });
+        let mut queue: Vec<&JobRecord> =
+            self.jobs.values().map(|job| &job.value).filter(|job| job.phase == JobPhase::Queued).collect();
+        queue.sort_by_key(|job| job.order);
+        let queue = queue
+            .into_iter()
+            .map(|job| QueuedJob {
+                name: job.spec.name.clone(),
+                spec: job.spec.clone(),
+                refused: self
+                    .locations
+                    .iter()
+                    .filter_map(|(id, location)| {
+                        Some((id.clone(), location.refused_jobs.get(&job.spec.name)?.clone()))
+                    })
+                    .collect(),
+            })
+            .collect();
+        let mut locations: BTreeMap<LocationId, Location> = self
+            .locations
+            .iter()
+            .filter(|(id, location)| location.known.is_some() || self.is_used(id))
+            .map(|(id, location)| (id.clone(), self.planned_location(location)))
+            .collect();
+        for job in self.jobs.values().map(|job| &job.value).filter(|job| job.is_placed()) {
+            let Some(id) = &job.location else { continue };
+            let there = self.locations.get(id).and_then(|location| location.observed.as_ref());
+            let reserved = there
+                .and_then(|observed| observed.attempts.get(&job.attempt_id()))
+                .is_some_and(|status| status.instance.is_some());
+            if let Some(location) = locations.get_mut(id)
+                && !reserved
+            {
+                location.incoming.push(job.spec.resources.clone());
+            }
+        }
+        State { deployments: deployments.collect(), queue, locations }
+    }
+
+    fn is_used(&self, id: &LocationId) -> bool {
+        self.placements.values().any(|placements| placements.contains_key(id))
+    }
+
+    pub(crate) fn planned_location(&self, location: &LocationState) -> Location {
+        Location {
+            liveness: match location.alive {
+                Some(true) => Liveness::Alive,
+                Some(false) => Liveness::Lost,
+                None => Liveness::Unknown,
+            },
+            settings: location.settings.clone(),
+            advert: location.observed.as_ref().map(|observed| observed.advert.clone()),
+            zone: location.observed.as_ref().and_then(|observed| observed.zone.clone()),
+            refused: location.refused.clone(),
+            incoming: Vec::new(),
+        }
+    }
+
+    fn share(&self, name: &DeploymentName, generation: u64, location: &LocationId, count: u32) -> Share {
+        let status = self.locations.get(location).and_then(|location| location.status(name));
+        let Some(status) = status else { return Share { count, ..Share::default() } };
+        let booked = |phase| phase != InstancePhase::Lost;
+        let reserved = status.instances.iter().filter(|instance| booked(instance.phase)).count();
+        let ready = status.instances.iter().filter(|instance| instance.ready).count();
+        Share {
+            count,
+            reserved: u32::try_from(reserved).unwrap_or(u32::MAX).min(count),
+            ready: u32::try_from(ready).unwrap_or(u32::MAX),
+            refused: if status.generation == generation { refused(status, count) } else { 0 },
+        }
+    }
+}
+
+/// How many of `count` the location refuses. A status may be older than the count: what it accepted of a larger
+/// count is enough for a smaller one.
+pub(crate) fn refused(status: &PlacementStatus, count: u32) -> u32 {
+    let accepted = status.count.saturating_sub(status.refused);
+    status.refused.min(count.saturating_sub(accepted))
+}
