@@ -1,0 +1,319 @@
+//! The agent: watches what the machine should have, keeps one task for each instance and image, and wires the rest.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::Ipv4Addr,
+    path::Path,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use anyplace_api::{Client, ClientError, WatchEvent, Watcher};
+use anyplace_images::{Credentials, Store};
+use anyplace_model::{Assignment, Condition, InstanceId, MachineDesired, MachineReport, ReasonCode};
+use anyplace_service::{TokenHash, install_crypto_provider, read_token, serve};
+use tokio::{
+    sync::{mpsc, watch},
+    task::{AbortHandle, JoinSet},
+    time::{Instant, sleep},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    Config,
+    api::{self, Api},
+    board::Board,
+    cgroup::{self, Cgroups},
+    cleanup, files, firewall,
+    images::Images,
+    instance::{self, Claims, Context, Origin, Record, Wanted},
+    machine, network,
+    paths::{Paths, names},
+    report,
+    runtime::Runtimes,
+};
+
+/// An agent that is being replaced gets so long to let go of the image store.
+const STORE_PATIENCE: Duration = Duration::from_secs(5);
+/// How often the same failure is logged.
+const COMPLAINT: Duration = Duration::from_secs(10);
+
+/// Runs the machine agent until the shutdown. Containers go on running.
+///
+/// # Errors
+/// The configuration can't be used: a file can't be read or written, or the address can't be listened on. What is
+/// wrong with the machine is reported to the location scheduler in place.
+pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<()> {
+    install_crypto_provider();
+    let paths = Paths::new(&config);
+    for folder in [paths.instances(), paths.netns(), paths.logs(), paths.runtime()] {
+        std::fs::create_dir_all(&folder)
+            .with_context(|| format!("can't make {}; check `data_dir`", folder.display()))?;
+    }
+    let token = read_token(&config.token_file)?;
+    let client =
+        Client::new(&config.location_scheduler, Some(token.clone())).context("location_scheduler")?;
+    let credentials = config.registry_credentials_file.as_deref().map(Credentials::from_file).transpose()?;
+    let registry = anyplace_images::Client::new(&config.registry, credentials)?;
+    let store = open_store(&paths.images()).await?;
+
+    let mut conditions = Vec::new();
+    let cgroups = Cgroups::detect(Path::new(cgroup::MOUNT))
+        .map_err(|message| {
+            tracing::error!(message, "no instance can start");
+            let message = format!("{message}, and restart the agent");
+            conditions.push(Condition { reason: ReasonCode::NoCgroups, message });
+        })
+        .ok();
+    let board = Arc::new(Board::new(conditions));
+    network::prepare_machine();
+    let ctx = Arc::new(Context {
+        runtimes: Runtimes::detect(cgroups.as_ref(), &paths.runtime()),
+        images: Images::new(store, registry, board.clone()),
+        mtu: network::instance_mtu(&config.uplink),
+        claims: Claims::default(),
+        firewall: Mutex::new(false),
+        paths: paths.clone(),
+        board: board.clone(),
+        cgroups,
+        config,
+    });
+
+    let (settling, settled) = mpsc::channel(1);
+    let mut control = Control {
+        ctx: ctx.clone(),
+        instances: BTreeMap::new(),
+        images: BTreeMap::new(),
+        tasks: JoinSet::new(),
+        stale: BTreeSet::new(),
+        swept: false,
+    };
+    control.find_instances(&settling);
+    drop(settling);
+
+    let api = Api { board: board.clone(), paths, token: TokenHash::of(&token), shutdown: shutdown.clone() };
+    let mut services = JoinSet::new();
+    services.spawn(serve(ctx.config.listen, api::router(api), shutdown.clone()));
+    let reporter = report::run(client.clone(), board, frame(&ctx), settled);
+    let desired = Watcher::new(client, Client::machine_desired_path(&ctx.config.machine));
+    tokio::select! {
+        () = control.follow(desired) => {}
+        () = reporter => {}
+        () = shutdown.cancelled() => {}
+        Some(ended) = services.join_next() => ended.context("the HTTP server panicked")??,
+    }
+    // The tasks first: none may begin anything while the rest is taken down.
+    control.tasks.shutdown().await;
+    while let Some(ended) = services.join_next().await {
+        ended.context("the HTTP server panicked")??;
+    }
+    leave(ctx).await;
+    Ok(())
+}
+
+/// Without instances nothing of the agent's stays on the machine; with them, what they need does.
+async fn leave(ctx: Arc<Context>) {
+    if !names(&ctx.paths.instances()).is_empty() {
+        return;
+    }
+    let left = tokio::task::spawn_blocking(move || {
+        if let Some(cgroups) = &ctx.cgroups {
+            cgroups.remove_if_empty(ctx.paths.machine_cgroup());
+        }
+        let installed = *ctx.firewall.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if installed { firewall::uninstall() } else { Ok(()) }
+    });
+    match left.await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(error = format!("{error:#}"), "the firewall's table stays"),
+        Err(error) => tracing::warn!(%error, "leaving panicked"),
+    }
+}
+
+async fn open_store(folder: &Path) -> anyhow::Result<Store> {
+    let begun = Instant::now();
+    loop {
+        match Store::open(folder) {
+            Err(anyplace_images::Error::StoreInUse { .. }) if begun.elapsed() < STORE_PATIENCE => {
+                sleep(Duration::from_millis(50)).await;
+            }
+            other => return Ok(other?),
+        }
+    }
+}
+
+/// The part of a report that never changes.
+fn frame(ctx: &Context) -> MachineReport {
+    let (config, resources) = (&ctx.config, machine::resources(&ctx.config));
+    MachineReport {
+        machine: config.machine.clone(),
+        epoch: 0,
+        sequence: 0,
+        address: config.address,
+        instance_cidr: config.instance_cidr,
+        advertise: config.advertise.clone(),
+        cpu: resources.cpu,
+        memory: resources.memory,
+        disk: resources.disk,
+        gpus: machine::gpus(config),
+        isolations: ctx.runtimes.isolations(),
+        conditions: Vec::new(),
+        images: BTreeMap::new(),
+        instances: Vec::new(),
+    }
+}
+
+/// An instance that has a task.
+struct Known {
+    wanted: watch::Sender<Wanted>,
+    address: Ipv4Addr,
+}
+
+/// What is wanted, and a task for each part of it.
+struct Control {
+    ctx: Arc<Context>,
+    instances: BTreeMap<InstanceId, Known>,
+    /// By reference.
+    images: BTreeMap<String, AbortHandle>,
+    tasks: JoinSet<Option<InstanceId>>,
+    /// Keys that a snapshot under way hasn't named yet.
+    stale: BTreeSet<String>,
+    swept: bool,
+}
+
+impl Control {
+    /// Takes over what earlier agents left.
+    fn find_instances(&mut self, settling: &mpsc::Sender<()>) {
+        for name in names(&self.ctx.paths.instances()) {
+            let Ok(instance) = name.parse::<InstanceId>() else { continue };
+            let paths = self.ctx.paths.instance(&instance);
+            let Some(Record { assignment, restarts }) = files::read_json::<Record>(&paths.record) else {
+                continue;
+            };
+            tracing::info!(%instance, "found an instance");
+            self.ctx.claims.claim(assignment.address, &instance);
+            self.spawn(assignment, Origin::Found { restarts, settled: settling.clone() });
+        }
+    }
+
+    fn spawn(&mut self, assignment: Assignment, origin: Origin) {
+        let (instance, address, assignment) =
+            (assignment.instance.clone(), assignment.address, Arc::new(assignment));
+        let (sender, wanted) = watch::channel(Wanted::Run(assignment.clone()));
+        let task = instance::run(self.ctx.clone(), assignment, wanted, origin);
+        self.tasks.spawn(async { Some(task.await) });
+        self.instances.insert(instance, Known { wanted: sender, address });
+    }
+
+    async fn follow(&mut self, mut desired: Watcher<MachineDesired>) {
+        let mut complained: Option<Instant> = None;
+        let mut complain = |error: &ClientError| {
+            if complained.is_none_or(|at| at.elapsed() > COMPLAINT) {
+                tracing::warn!(%error, "can't watch the location scheduler; going on with what is here");
+                complained = Some(Instant::now());
+            }
+        };
+        loop {
+            tokio::select! {
+                event = desired.next(&mut complain) => self.apply(event).await,
+                Some(ended) = self.tasks.join_next() => match ended {
+                    Ok(Some(instance)) => {
+                        self.instances.remove(&instance);
+                    }
+                    Ok(None) => {}
+                    Err(error) if error.is_panic() => tracing::error!(%error, "a task panicked"),
+                    Err(_) => {}
+                }
+            }
+        }
+    }
+
+    async fn apply(&mut self, event: WatchEvent<MachineDesired>) {
+        match event {
+            WatchEvent::Reset { .. } => {
+                let instances = self.instances.keys().map(|instance| format!("instances/{instance}"));
+                let images = self.images.keys().map(|reference| format!("images/{reference}"));
+                self.stale = instances.chain(images).collect();
+                // Only now is it known that a snapshot follows; nothing is removed before its end.
+                self.swept = false;
+            }
+            WatchEvent::Put { key, value, .. } => {
+                self.stale.remove(&key);
+                self.want(value);
+            }
+            WatchEvent::Delete { key, .. } => {
+                self.stale.remove(&key);
+                self.drop_key(&key);
+            }
+            WatchEvent::Synced { .. } => {
+                for key in std::mem::take(&mut self.stale) {
+                    self.drop_key(&key);
+                }
+                if !std::mem::replace(&mut self.swept, true) {
+                    self.sweep().await;
+                }
+            }
+        }
+    }
+
+    fn want(&mut self, desired: MachineDesired) {
+        match desired {
+            MachineDesired::Instance(assignment) => match self.instances.get(&assignment.instance) {
+                Some(Known { wanted, .. }) => {
+                    let assignment = Arc::new(*assignment);
+                    wanted.send_if_modified(|wanted| {
+                        // An instance that is going doesn't come back: its name is never used again.
+                        let changes = match wanted {
+                            Wanted::Run(now) => *now != assignment,
+                            Wanted::Gone => false,
+                        };
+                        if changes {
+                            *wanted = Wanted::Run(assignment);
+                        }
+                        changes
+                    });
+                }
+                None => self.spawn(*assignment, Origin::New),
+            },
+            MachineDesired::Image(reference) => {
+                if !self.images.contains_key(&reference) {
+                    let (ctx, name) = (self.ctx.clone(), reference.clone());
+                    let task = self.tasks.spawn(async move {
+                        ctx.images.prewarm(&name).await;
+                        None
+                    });
+                    self.images.insert(reference, task);
+                }
+            }
+        }
+    }
+
+    fn drop_key(&mut self, key: &str) {
+        match key.split_once('/') {
+            Some(("instances", instance)) => {
+                if let Some(Known { wanted, .. }) = self.instances.get(instance) {
+                    wanted.send_if_modified(|wanted| std::mem::replace(wanted, Wanted::Gone) != Wanted::Gone);
+                }
+            }
+            Some(("images", reference)) => {
+                if let Some(task) = self.images.remove(reference) {
+                    task.abort();
+                    self.ctx.board.remove_image(reference);
+                }
+            }
+            _ => tracing::warn!(key, "the location scheduler named something unknown"),
+        }
+    }
+
+    /// Removes what belongs to no instance. Waited for, so that no instance begins in the meantime which the sweep
+    /// would take for a leftover.
+    async fn sweep(&mut self) {
+        let ctx = self.ctx.clone();
+        let known: BTreeMap<InstanceId, Ipv4Addr> =
+            self.instances.iter().map(|(instance, known)| (instance.clone(), known.address)).collect();
+        if let Err(error) = tokio::task::spawn_blocking(move || cleanup::sweep(&ctx, &known)).await {
+            tracing::error!(%error, "removing leftovers panicked");
+        }
+    }
+}

@@ -1,0 +1,82 @@
+//! What is so now: instances, images and conditions, as they are reported. Tasks write, the reporter and the API
+//! read; every change wakes the reporter.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use anyplace_model::{Condition, ImageState, InstanceId, InstancePhase, InstanceStatus};
+use tokio::sync::watch;
+
+/// The board.
+#[derive(Debug)]
+pub(crate) struct Board {
+    facts: Mutex<Facts>,
+    changed: watch::Sender<()>,
+}
+
+/// What stands on the board.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Facts {
+    pub(crate) instances: BTreeMap<InstanceId, InstanceStatus>,
+    pub(crate) images: BTreeMap<String, ImageState>,
+    pub(crate) conditions: Vec<Condition>,
+}
+
+impl Board {
+    pub(crate) fn new(conditions: Vec<Condition>) -> Self {
+        let facts = Facts { conditions, ..Facts::default() };
+        Self { facts: Mutex::new(facts), changed: watch::Sender::new(()) }
+    }
+
+    pub(crate) fn facts(&self) -> Facts {
+        self.lock().clone()
+    }
+
+    /// Wakes at each change.
+    pub(crate) fn subscribe(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
+    }
+
+    pub(crate) fn set_instance(&self, status: InstanceStatus) {
+        let before = self.lock().instances.insert(status.instance.clone(), status.clone());
+        if before.as_ref() != Some(&status) {
+            self.changed.send_replace(());
+        }
+    }
+
+    pub(crate) fn remove_instance(&self, instance: &InstanceId) {
+        self.lock().instances.remove(instance);
+        self.changed.send_replace(());
+    }
+
+    /// Whether there is an instance, and whether it may still write to its log.
+    pub(crate) fn may_write(&self, instance: &InstanceId) -> Option<bool> {
+        let status = self.lock().instances.get(instance).map(|status| status.phase);
+        status.map(|phase| !matches!(phase, InstancePhase::Exited | InstancePhase::Failed))
+    }
+
+    pub(crate) fn set_image(&self, reference: &str, state: ImageState) {
+        self.lock().images.insert(reference.into(), state);
+        self.changed.send_replace(());
+    }
+
+    /// Tells how far a fetch is, if that is what the image is waiting for.
+    pub(crate) fn advance_image(&self, reference: &str, done: u64, total: u64) {
+        if let Some(state @ ImageState::Pulling { .. }) = self.lock().images.get_mut(reference) {
+            *state = ImageState::Pulling { done, total };
+        }
+        self.changed.send_replace(());
+    }
+
+    pub(crate) fn remove_image(&self, reference: &str) {
+        self.lock().images.remove(reference);
+        self.changed.send_replace(());
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Facts> {
+        // Each change is complete before anything that could panic.
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

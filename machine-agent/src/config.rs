@@ -1,0 +1,123 @@
+//! The agent's configuration, `machine-agent.toml`.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
+};
+
+use anyplace_model::{Bytes, Gpu, MachineId, MilliCpu};
+use ipnet::Ipv4Net;
+use serde::Deserialize;
+
+/// Configuration of a machine agent.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Folder for images, instances and logs.
+    pub data_dir: PathBuf,
+    /// Address of the agent's own API.
+    #[serde(default = "default_listen")]
+    pub listen: SocketAddr,
+    /// URL at which the location scheduler reaches that API.
+    pub advertise: String,
+    /// This machine's name.
+    pub machine: MachineId,
+    /// URL of the location scheduler.
+    pub location_scheduler: String,
+    /// File with the machine token, which the agent sends and asks for.
+    pub token_file: PathBuf,
+    /// URL of the registry for images whose reference names no host.
+    pub registry: String,
+    /// File with the line `user:password` for that registry.
+    #[serde(default)]
+    pub registry_credentials_file: Option<PathBuf>,
+    /// The machine's address in the fabric.
+    pub address: Ipv4Addr,
+    /// The interface towards the fabric.
+    pub uplink: String,
+    /// Where instances get their addresses from.
+    pub instance_cidr: Ipv4Net,
+    /// What containers must not reach: the control plane and the fabric.
+    #[serde(default)]
+    pub protected_cidrs: Vec<Ipv4Net>,
+    /// Cgroup below which instances get theirs.
+    #[serde(default = "default_cgroup_parent")]
+    pub cgroup_parent: String,
+    /// Kept from instances.
+    #[serde(default)]
+    pub reserved: Reserved,
+    /// What the machine has; read from the machine where it isn't said.
+    #[serde(default)]
+    pub resources: Option<MachineResources>,
+    /// GPUs; asked from NVML where none is said.
+    #[serde(default)]
+    pub gpus: Vec<Gpu>,
+    /// Program that is run as the shim, with `shim --state DIR`; the agent's own unless said. For tests, whose own
+    /// program has no such subcommand.
+    #[serde(default)]
+    pub shim: Option<PathBuf>,
+}
+
+/// What is kept from instances.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Reserved {
+    /// CPU.
+    pub cpu: MilliCpu,
+    /// Memory.
+    pub memory: Bytes,
+}
+
+/// What a machine has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineResources {
+    /// CPU.
+    pub cpu: MilliCpu,
+    /// Memory.
+    pub memory: Bytes,
+    /// Disk.
+    pub disk: Bytes,
+}
+
+fn default_listen() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], 7620))
+}
+
+fn default_cgroup_parent() -> String {
+    "/anyplace".into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_documented_file_is_read_and_an_unknown_field_is_refused() {
+        let text = r#"
+            data_dir = "/var/lib/anyplace/machine"
+            advertise = "http://10.1.1.1:7620"
+            machine = "ams-1"
+            location_scheduler = "http://10.1.0.10:7610"
+            token_file = "/etc/anyplace/machine.token"
+            registry = "http://10.1.0.10:5000"
+            registry_credentials_file = "/etc/anyplace/registry.credentials"
+            address = "10.1.1.1"
+            uplink = "eth0"
+            instance_cidr = "10.1.1.64/26"
+            protected_cidrs = ["10.1.0.0/24"]
+            reserved = { cpu = "0", memory = "256Mi" }
+            resources = { cpu = "4", memory = "8Gi", disk = "50Gi" }
+            [[gpus]]
+            model = "H100"
+            memory = "80Gi"
+        "#;
+        let config: Config = toml::from_str(text).unwrap();
+        assert_eq!(config.listen, default_listen());
+        assert_eq!(config.cgroup_parent, "/anyplace");
+        assert_eq!(config.reserved.memory, Bytes(256 << 20));
+        assert_eq!(config.gpus[0].model, "H100");
+        let error = toml::from_str::<Config>(&format!("uplinks = 1\n{text}")).unwrap_err().to_string();
+        assert!(error.contains("unknown field `uplinks`"), "{error}");
+    }
+}

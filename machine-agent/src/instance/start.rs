@@ -1,0 +1,217 @@
+//! From an image to a running container, and from a container that an earlier agent started to a known one.
+
+use std::{
+    fs::{self, File},
+    path::Path,
+    process::Stdio,
+    sync::{Arc, PoisonError},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use anyplace_images::PulledImage;
+use anyplace_model::{Assignment, Isolation};
+use jiff::Timestamp;
+use tokio::{
+    process::Command,
+    time::{Instant, sleep},
+};
+
+use super::{Context, Exit};
+use crate::{
+    bundle::Bundle,
+    cleanup, files, firewall, network,
+    paths::InstancePaths,
+    pidfd, rootfs,
+    runtime::Kind,
+    shim::{self, Failed, ShimSpec, Started},
+};
+
+/// A container that hasn't started by then won't: the slowest runtime needs a fifth of a second.
+const START_TIMEOUT: Duration = Duration::from_secs(30);
+/// How often the shim's files are looked at while it starts.
+const POLL: Duration = Duration::from_millis(2);
+/// How often it is asked whether another instance's network has gone from this one's address.
+const ADDRESS_POLL: Duration = Duration::from_millis(20);
+/// Two parts of this size for each instance.
+const LOG_BYTES: u64 = 8 << 20;
+/// The status of a process that was killed.
+const KILLED: i32 = 128 + 9;
+
+/// What an earlier agent left of an instance.
+pub(super) enum Found {
+    Running(Started),
+    Ended(Exit),
+    Failed(String),
+    Nothing,
+}
+
+/// Starts a fresh container.
+pub(super) async fn start(
+    ctx: &Arc<Context>,
+    assignment: &Arc<Assignment>,
+    paths: &InstancePaths,
+    image: PulledImage,
+) -> anyhow::Result<Started> {
+    while !ctx.claims.claim(assignment.address, &assignment.instance) {
+        sleep(ADDRESS_POLL).await;
+    }
+    let (context, wanted, at) = (ctx.clone(), assignment.clone(), paths.clone());
+    tokio::task::spawn_blocking(move || prepare(&context, &wanted, &at, &image))
+        .await
+        .context("preparing the container panicked")??;
+    let program = ctx.config.shim.clone().unwrap_or_else(|| "/proc/self/exe".into());
+    let log = File::create(paths.run.join(shim::files::SHIM_LOG)).context("can't make the shim's log")?;
+    // Nothing of the agent's is handed on: the shim lives on when the agent's terminal or pipe is gone.
+    let mut child = Command::new(&program)
+        .args(["shim", "--state"])
+        .arg(&paths.run)
+        .env_clear()
+        .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .spawn()
+        .with_context(|| format!("can't start the shim {}", program.display()))?;
+    let begun = Instant::now();
+    loop {
+        // Before its files: what it wrote before its end is then seen.
+        let ended = child.try_wait().context("can't wait for the shim")?;
+        if let Some(started) = files::read_json(&paths.run.join(shim::files::STARTED)) {
+            return Ok(started);
+        }
+        if let Some(Failed { message }) = files::read_json(&paths.run.join(shim::files::FAILED)) {
+            anyhow::bail!("{message}");
+        }
+        if let Some(status) = ended {
+            let words = fs::read_to_string(paths.run.join(shim::files::SHIM_LOG)).unwrap_or_default();
+            anyhow::bail!("the shim ended with {status} before the container started: {}", words.trim());
+        }
+        anyhow::ensure!(begun.elapsed() < START_TIMEOUT, "the container did not start in 30 s");
+        sleep(POLL).await;
+    }
+}
+
+/// Everything up to the shim: blocks.
+fn prepare(
+    ctx: &Context,
+    assignment: &Assignment,
+    paths: &InstancePaths,
+    image: &PulledImage,
+) -> anyhow::Result<()> {
+    let cgroups = ctx
+        .cgroups
+        .as_ref()
+        .context("the machine has no usable cgroups; mount them and restart the agent")?;
+    let runtime = ctx.runtimes.get(assignment.isolation).with_context(|| match assignment.isolation {
+        Isolation::Container => {
+            "no OCI runtime is installed; run `apt-get install runc` and restart the agent"
+        }
+        Isolation::Sandbox => "gVisor is not installed; run `apt-get install runsc` and restart the agent",
+        Isolation::Microvm => "microVMs are not supported yet; ask for `sandbox`",
+    })?;
+    {
+        let mut installed = ctx.firewall.lock().unwrap_or_else(PoisonError::into_inner);
+        if !*installed {
+            firewall::install(&ctx.config)?;
+            *installed = true;
+        }
+    }
+    // What the last container, or a killed agent, has left.
+    cleanup::end_container(ctx, assignment, paths)?;
+    rootfs::remove(&paths.run)?;
+    network::ensure(paths, assignment.address, ctx.mtu)?;
+    rootfs::mount_fresh(image, paths)?;
+    let container = image.config.container();
+    Bundle { assignment, machine: &ctx.config.machine, image: &container, paths }.write()?;
+    fs::create_dir_all(&paths.run).context("can't make the shim's folder")?;
+    let runtime_log = paths.run.join(shim::files::RUNTIME_LOG);
+    let prefix = runtime.prefix(Some(&runtime_log));
+    let spec = ShimSpec {
+        id: assignment.instance.to_string(),
+        runtime: prefix.into_iter().map(|part| part.to_string_lossy().into_owned()).collect(),
+        runtime_log,
+        exit_from_runtime: runtime.kind == Kind::Runsc,
+        bundle: paths.bundle.clone(),
+        log: paths.logs.join("log"),
+        log_bytes: LOG_BYTES,
+        oom_file: Some(cgroups.oom_file(&paths.cgroup)),
+    };
+    files::write_json(&paths.run.join(shim::files::SPEC), &spec)?;
+    File::create(paths.run.join(shim::files::LOCK)).context("can't make the shim's lock")?;
+    Ok(())
+}
+
+/// Finds out what became of an instance. Its shim may be in the middle of starting it.
+pub(super) async fn adopt(ctx: &Arc<Context>, assignment: &Arc<Assignment>, paths: &InstancePaths) -> Found {
+    let run = &paths.run;
+    let begun = Instant::now();
+    loop {
+        // Before its files, as above.
+        let alive = shim::alive(run);
+        if let Some(exit) = files::read_json(&run.join(shim::files::EXIT)) {
+            shim_gone(run).await;
+            return Found::Ended(exit);
+        }
+        if let Some(Failed { message }) = files::read_json(&run.join(shim::files::FAILED)) {
+            return Found::Failed(message);
+        }
+        match (files::read_json(&run.join(shim::files::STARTED)), alive) {
+            (Some(started), true) => return Found::Running(started),
+            (Some(_), false) => return Found::Ended(exit(ctx, assignment, paths).await),
+            (None, true) if begun.elapsed() < START_TIMEOUT => sleep(POLL).await,
+            (None, _) => return Found::Nothing,
+        }
+    }
+}
+
+/// Returns when the container's first process has ended, or its shim has.
+pub(super) async fn init_gone(paths: &InstancePaths, started: &Started) {
+    if let Some(init) = pidfd::open_same(started.init_pid, started.init_start_ticks) {
+        tokio::select! {
+            () = pidfd::ended(init) => {}
+            () = shim_gone(&paths.run) => {}
+        }
+    }
+}
+
+/// Waits for the shim's end, and says how the container ended. Where the shim was killed, the container is too: its
+/// output leads nowhere, and nobody would learn its status.
+pub(super) async fn exit(ctx: &Arc<Context>, assignment: &Arc<Assignment>, paths: &InstancePaths) -> Exit {
+    shim_gone(&paths.run).await;
+    let path = paths.run.join(shim::files::EXIT);
+    if let Some(exit) = files::read_json(&path) {
+        return exit;
+    }
+    tracing::warn!(instance = %assignment.instance, "its shim was killed; ending the container");
+    let exit = Exit {
+        exit_code: KILLED,
+        signal: Some(libc::SIGKILL),
+        oom_killed: false,
+        ended_at: Timestamp::now(),
+    };
+    let (context, wanted, at, found) = (ctx.clone(), assignment.clone(), paths.clone(), exit.clone());
+    let ended = tokio::task::spawn_blocking(move || {
+        cleanup::end_container(&context, &wanted, &at)?;
+        // For the next agent: a job that was killed isn't run again.
+        files::write_json(&path, &found)
+    });
+    match ended.await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::error!(error = format!("{error:#}"), "can't end a container"),
+        Err(error) => tracing::error!(%error, "ending a container panicked"),
+    }
+    exit
+}
+
+async fn shim_gone(run: &Path) {
+    while shim::alive(run) {
+        let pid = fs::read_to_string(run.join(shim::files::PID)).ok().and_then(|text| text.parse().ok());
+        match pid.and_then(pidfd::open) {
+            // Still the shim: it had the lock after its process was opened.
+            Some(process) if shim::alive(run) => pidfd::ended(process).await,
+            _ => sleep(POLL).await,
+        }
+    }
+}

@@ -1,0 +1,518 @@
+//! A machine for tests: a fresh network namespace with an uplink into a second one (the fabric), a location
+//! scheduler that serves what the test wants and keeps what the agent reports, and a registry with one image.
+//!
+//! Everything is removed when the bed is dropped, also by a panic.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{Read as _, Write as _},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::{Arc, Mutex, mpsc},
+    time::{Duration, Instant},
+};
+
+use anyplace_api::WatchQuery;
+use anyplace_images::{ImageSpec, NoProgress, PackedImage, Source, pack};
+use anyplace_machine_agent::{Config, run};
+use anyplace_model::{
+    Assignment, Health, InstanceId, InstancePhase, InstanceStatus, MachineDesired, MachineReport, Resources,
+    Workload,
+};
+use anyplace_service::{Feed, Json, Query};
+use axum::{
+    Router,
+    extract::{Path as UrlPath, State},
+    http::StatusCode,
+    response::{IntoResponse as _, Response},
+    routing::{get, put},
+};
+use nix::sched::{CloneFlags, unshare};
+use tokio::{sync::watch, task::JoinHandle};
+use tokio_util::sync::CancellationToken;
+
+pub(crate) const MACHINE: Ipv4Addr = Ipv4Addr::new(10, 9, 1, 1);
+/// In the fabric, and protected.
+pub(crate) const PROTECTED: Ipv4Addr = Ipv4Addr::new(10, 9, 1, 0);
+/// In the fabric, and open to all.
+pub(crate) const OPEN: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
+pub(crate) const TOKEN: &str = "ap_test";
+const CONTROL: &str = "127.0.0.1:7610";
+const AGENT: &str = "127.0.0.1:7620";
+const WAIT: Duration = Duration::from_secs(20);
+
+pub(crate) struct Bed {
+    pub(crate) dir: tempfile::TempDir,
+    cgroup_parent: String,
+    pub(crate) feed: Arc<Feed<MachineDesired>>,
+    reports: watch::Receiver<Vec<MachineReport>>,
+    agent: Option<JoinHandle<anyhow::Result<()>>>,
+    pub(crate) shutdown: CancellationToken,
+    control: CancellationToken,
+    fabric: Fabric,
+    /// Where the agent looks for the location scheduler.
+    pub(crate) scheduler: String,
+}
+
+/// Runs a test in a bed; says why where it can't.
+pub(crate) fn with<F: Future<Output = ()>>(test: impl FnOnce(Bed) -> F + Send + 'static) {
+    if !nix::unistd::geteuid().is_root() {
+        assert!(std::env::var_os("CI").is_none(), "this test needs root; run it as root");
+        eprintln!("skipped: needs root");
+        return;
+    }
+    for (program, package) in
+        [("runc", "runc"), ("ip", "iproute2"), ("nft", "nftables"), ("busybox", "busybox-static")]
+    {
+        assert!(find(program).is_some(), "`{program}` is missing; run `apt-get install {package}`");
+    }
+    // A thread of its own, since it moves into another network namespace; the runtime's threads follow it there.
+    let thread = std::thread::spawn(move || {
+        unshare(CloneFlags::CLONE_NEWNET).unwrap();
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        runtime.block_on(async {
+            let bed = Bed::new().await;
+            test(bed).await;
+        });
+        runtime.shutdown_timeout(Duration::from_secs(1));
+    });
+    if let Err(panic) = thread.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+fn find(program: &str) -> Option<PathBuf> {
+    ["/usr/sbin", "/usr/bin", "/sbin", "/bin"]
+        .iter()
+        .map(|folder| Path::new(folder).join(program))
+        .find(|path| path.exists())
+}
+
+impl Bed {
+    async fn new() -> Self {
+        static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        anyplace_service::init_logging();
+        anyplace_service::install_crypto_provider();
+        let fabric = Fabric::new();
+        let dir = tempfile::Builder::new().prefix("anyplace-agent-").tempdir().unwrap();
+        fs::write(dir.path().join("token"), TOKEN).unwrap();
+        let image = image(dir.path()).await;
+        let feed = Arc::new(Feed::new());
+        let (sender, reports) = watch::channel(Vec::new());
+        let control = CancellationToken::new();
+        let state =
+            Arc::new(Scheduler { feed: feed.clone(), reports: sender, image, control: control.clone() });
+        let router = Router::new()
+            .route("/v1/watch/machines/{machine}/desired", get(desired))
+            .route("/v1/machines/{machine}/report", put(report))
+            .route("/v2/{*rest}", get(registry))
+            .with_state(state);
+        let listener = tokio::net::TcpListener::bind(CONTROL).await.unwrap();
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        Self {
+            dir,
+            cgroup_parent: format!("/anyplace-test-{}-{number}", std::process::id()),
+            feed,
+            reports,
+            agent: None,
+            shutdown: CancellationToken::new(),
+            control,
+            fabric,
+            scheduler: format!("http://{CONTROL}"),
+        }
+    }
+
+    pub(crate) fn data(&self) -> PathBuf {
+        self.dir.path().join("data")
+    }
+
+    fn config(&self) -> Config {
+        let text = format!(
+            r#"
+            data_dir = "{data}"
+            listen = "{AGENT}"
+            advertise = "http://{AGENT}"
+            machine = "test-1"
+            location_scheduler = "{scheduler}"
+            token_file = "{dir}/token"
+            registry = "http://{CONTROL}"
+            address = "{MACHINE}"
+            uplink = "eth0"
+            instance_cidr = "10.9.1.64/26"
+            protected_cidrs = ["{PROTECTED}/32"]
+            cgroup_parent = "{parent}"
+            resources = {{ cpu = "2", memory = "1Gi", disk = "1Gi" }}
+            shim = "{shim}"
+            "#,
+            scheduler = self.scheduler,
+            data = self.data().display(),
+            dir = self.dir.path().display(),
+            parent = self.cgroup_parent,
+            shim = env!("CARGO_BIN_EXE_anyplace-shim"),
+        );
+        toml::from_str(&text).unwrap()
+    }
+
+    pub(crate) fn start_agent(&mut self) {
+        self.shutdown = CancellationToken::new();
+        self.agent = Some(tokio::spawn(run(self.config(), self.shutdown.clone())));
+    }
+
+    /// As by kill -9: wherever it is.
+    pub(crate) async fn abort_agent(&mut self) {
+        if let Some(agent) = self.agent.take() {
+            agent.abort();
+            match agent.await {
+                Ok(ended) => ended.unwrap(),
+                Err(error) => assert!(error.is_cancelled(), "the agent panicked: {error}"),
+            }
+        }
+    }
+
+    pub(crate) async fn stop_agent(&mut self) {
+        self.shutdown.cancel();
+        if let Some(agent) = self.agent.take() {
+            agent.await.unwrap().unwrap();
+        }
+    }
+
+    pub(crate) fn want(&self, assignment: Assignment) {
+        let key = format!("instances/{}", assignment.instance);
+        self.feed.set(key, MachineDesired::Instance(Box::new(assignment)));
+    }
+
+    pub(crate) fn unwant(&self, instance: &str) {
+        assert!(self.feed.remove(&format!("instances/{instance}")));
+    }
+
+    /// Reports so far.
+    pub(crate) fn reports(&self) -> Vec<MachineReport> {
+        self.reports.borrow().clone()
+    }
+
+    /// Waits for a report about an instance; none is for one that isn't there.
+    pub(crate) async fn until(
+        &mut self,
+        instance: &str,
+        what: &str,
+        mut holds: impl FnMut(Option<&InstanceStatus>) -> bool,
+    ) -> Option<InstanceStatus> {
+        let mut last = None;
+        let begun = Instant::now();
+        let mut reports = self.reports.clone();
+        while begun.elapsed() < WAIT {
+            if let Some(report) = reports.borrow_and_update().last() {
+                let status = report.instances.iter().find(|status| status.instance.as_str() == instance);
+                if holds(status) {
+                    return status.cloned();
+                }
+                last = status.cloned();
+            }
+            if let Some(agent) = &self.agent {
+                assert!(!agent.is_finished(), "the agent has ended");
+            }
+            let _ = tokio::time::timeout(Duration::from_millis(500), reports.changed()).await;
+        }
+        let log = fs::read_to_string(self.data().join("logs").join(instance).join("log")).unwrap_or_default();
+        panic!("{instance} did not become {what}: {last:#?}\nlog: {log}");
+    }
+
+    pub(crate) async fn until_phase(&mut self, instance: &str, phase: InstancePhase) -> InstanceStatus {
+        let what = format!("{phase:?}");
+        let status = self.until(instance, &what, |status| status.is_some_and(|status| status.phase == phase));
+        status.await.unwrap()
+    }
+
+    pub(crate) async fn until_ready(&mut self, instance: &str, restarts: u32) -> InstanceStatus {
+        let ready = |status: &InstanceStatus| status.ready && status.restarts == restarts;
+        self.until(instance, "ready", |status| status.is_some_and(ready)).await.unwrap()
+    }
+
+    pub(crate) async fn until_gone(&mut self, instance: &str) {
+        self.until(instance, "gone", |status| status.is_none()).await;
+    }
+
+    /// Process number of an instance's first process.
+    pub(crate) fn init_pid(&self, instance: &str) -> i32 {
+        let path = self.data().join("instances").join(instance).join("run/started.json");
+        let started: serde_json::Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+        started["init_pid"].as_i64().unwrap().try_into().unwrap()
+    }
+
+    pub(crate) fn shim_pid(&self, instance: &str) -> i32 {
+        let path = self.data().join("instances").join(instance).join("run/shim.pid");
+        fs::read_to_string(path).unwrap().parse().unwrap()
+    }
+
+    pub(crate) async fn agent_get(&self, path: &str, token: &str) -> (u16, String, String) {
+        let response = reqwest::Client::new()
+            .get(format!("http://{AGENT}{path}"))
+            .bearer_auth(token)
+            .send()
+            .await
+            .unwrap();
+        let kind = response.headers()["content-type"].to_str().unwrap().to_owned();
+        (response.status().as_u16(), kind, response.text().await.unwrap())
+    }
+
+    /// One HTTP request from the fabric.
+    pub(crate) fn get_from_fabric(&self, address: Ipv4Addr, port: u16) -> std::io::Result<String> {
+        self.fabric.run(move || {
+            let limit = Duration::from_secs(2);
+            let mut stream = TcpStream::connect_timeout(&SocketAddr::from((address, port)), limit)?;
+            stream.set_read_timeout(Some(limit))?;
+            stream.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
+            let mut text = String::new();
+            stream.read_to_string(&mut text)?;
+            Ok(text)
+        })
+    }
+
+    /// What is left of instances, as seen from outside.
+    pub(crate) fn leftovers(&self) -> Vec<String> {
+        let mut left = Vec::new();
+        let root = self.dir.path().to_string_lossy().into_owned();
+        for line in fs::read_to_string("/proc/self/mountinfo").unwrap().lines() {
+            if line.contains(&root) {
+                left.push(format!("mount {line}"));
+            }
+        }
+        for folder in ["netns", "instances", "runtime/runc", "runtime/crun"] {
+            for entry in fs::read_dir(self.data().join(folder)).into_iter().flatten() {
+                left.push(format!("file {}", entry.unwrap().path().display()));
+            }
+        }
+        for name in nix::net::if_::if_nameindex().unwrap().iter() {
+            if name.name().to_bytes().starts_with(b"apv") {
+                left.push(format!("interface {:?}", name.name()));
+            }
+        }
+        for cgroup in self.cgroups() {
+            for entry in fs::read_dir(cgroup.join("test-1")).into_iter().flatten().flatten() {
+                if entry.path().is_dir() {
+                    left.push(format!("cgroup {}", entry.path().display()));
+                }
+            }
+        }
+        left.extend(self.processes().iter().map(|(pid, command)| format!("process {pid} {command}")));
+        left
+    }
+
+    /// Shims and runtimes: what names the bed's folder.
+    fn processes(&self) -> Vec<(i32, String)> {
+        let root = self.dir.path().to_string_lossy().into_owned();
+        let processes = fs::read_dir("/proc").unwrap().flatten();
+        processes
+            .filter_map(|entry| {
+                let pid = entry.file_name().to_str()?.parse().ok()?;
+                let command = fs::read_to_string(entry.path().join("cmdline")).ok()?.replace('\0', " ");
+                command.contains(&root).then_some((pid, command))
+            })
+            .collect()
+    }
+
+    fn cgroups(&self) -> Vec<PathBuf> {
+        let root = Path::new("/sys/fs/cgroup");
+        let name = self.cgroup_parent.trim_start_matches('/');
+        let split = fs::read_dir(root).unwrap().flatten().map(|entry| entry.path().join(name));
+        split.chain([root.join(name)]).filter(|path| path.is_dir()).collect()
+    }
+
+    fn clean(&self) {
+        self.control.cancel();
+        self.shutdown.cancel();
+        if let Some(agent) = &self.agent {
+            agent.abort();
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        let kill = |pid| {
+            let _ =
+                nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+        };
+        for _ in 0..50 {
+            self.processes().iter().for_each(|(pid, _)| kill(*pid));
+            for cgroup in self.cgroups() {
+                remove_cgroup(&cgroup, &kill);
+            }
+            let root = self.dir.path().to_string_lossy().into_owned();
+            for line in fs::read_to_string("/proc/self/mountinfo").unwrap_or_default().lines() {
+                if let Some(at) = line.split(' ').nth(4).filter(|at| at.starts_with(&root)) {
+                    let _ = nix::mount::umount2(at, nix::mount::MntFlags::MNT_DETACH);
+                }
+            }
+            if self.cgroups().is_empty() && self.processes().is_empty() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for Bed {
+    fn drop(&mut self) {
+        self.clean();
+    }
+}
+
+fn remove_cgroup(folder: &Path, kill: &impl Fn(i32)) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.path().is_dir() {
+            remove_cgroup(&entry.path(), kill);
+        }
+    }
+    for pid in fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default().lines() {
+        kill(pid.parse().unwrap());
+    }
+    let _ = fs::remove_dir(folder);
+}
+
+/// The second namespace: a thread that lives in it and does what it is told.
+struct Fabric(Mutex<mpsc::Sender<Box<dyn FnOnce() + Send>>>);
+
+impl Fabric {
+    fn new() -> Self {
+        let (sender, jobs) = mpsc::channel::<Box<dyn FnOnce() + Send>>();
+        let (tell, told) = mpsc::channel();
+        std::thread::spawn(move || {
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            tell.send(nix::unistd::gettid()).unwrap();
+            jobs.into_iter().for_each(|job| job());
+        });
+        let netns = format!("/proc/{}/task/{}/ns/net", std::process::id(), told.recv().unwrap());
+        ip(&format!(
+            "link set lo up\nlink add eth0 type veth peer name eth0 netns {netns}\n\
+             addr add {MACHINE}/31 dev eth0\nlink set eth0 up\nroute add default via {PROTECTED} dev eth0 onlink\n"
+        ));
+        let fabric = Self(Mutex::new(sender));
+        fabric.run(|| {
+            ip(&format!(
+                "link set lo up\naddr add {PROTECTED}/31 dev eth0\naddr add {OPEN}/32 dev lo\nlink set eth0 up\n\
+                 route add 10.9.1.64/26 via {MACHINE} dev eth0 onlink\n"
+            ));
+            // Answers whoever connects with who that is.
+            let listener = TcpListener::bind("0.0.0.0:9999").unwrap();
+            std::thread::spawn(move || {
+                for stream in listener.incoming().flatten() {
+                    let mut stream = stream;
+                    let peer = stream.peer_addr().unwrap().ip();
+                    let mut request = [0; 1_024];
+                    let _ = stream.read(&mut request);
+                    let _ = write!(stream, "HTTP/1.0 200 OK\r\n\r\nseen as {peer}\n");
+                }
+            });
+        });
+        fabric
+    }
+
+    fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> T {
+        let (sender, result) = mpsc::channel();
+        let job = Box::new(move || sender.send(job()).unwrap_or(()));
+        self.0.lock().unwrap().send(job).unwrap();
+        result.recv().unwrap()
+    }
+}
+
+fn ip(batch: &str) {
+    let mut child = Command::new("ip").args(["-batch", "-"]).stdin(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(batch.as_bytes()).unwrap();
+    assert!(child.wait().unwrap().success(), "ip refused {batch}");
+}
+
+/// An instance of busybox.
+pub(crate) fn assignment(name: &str, host: u8, restart: bool, command: &[&str]) -> Assignment {
+    let workload = if restart {
+        Workload::Deployment("web".parse().unwrap())
+    } else {
+        Workload::Job(anyplace_model::AttemptId { job: "batch".parse().unwrap(), attempt: 1 })
+    };
+    Assignment {
+        instance: InstanceId::new(name).unwrap(),
+        workload,
+        location: "test".parse().unwrap(),
+        generation: 1,
+        image: "busybox:v1".into(),
+        command: Some(command.iter().map(|part| (*part).to_owned()).collect()),
+        env: BTreeMap::new(),
+        isolation: anyplace_model::Isolation::Container,
+        resources: Resources::default(),
+        gpus: vec![],
+        address: Ipv4Addr::new(10, 9, 1, host),
+        ports: vec![],
+        health: Health::default(),
+        restart,
+        timeout_ms: None,
+        draining: false,
+    }
+}
+
+async fn image(dir: &Path) -> PackedImage {
+    let root = dir.join("rootfs");
+    for folder in ["bin", "www", "etc", "tmp"] {
+        fs::create_dir_all(root.join(folder)).unwrap();
+    }
+    let busybox = find("busybox").unwrap();
+    fs::copy(busybox, root.join("bin/busybox")).unwrap();
+    for name in ["sh", "httpd", "sleep", "wget", "echo", "cat", "id", "mount", "true", "false"] {
+        std::os::unix::fs::symlink("busybox", root.join("bin").join(name)).unwrap();
+    }
+    fs::write(root.join("www/index.html"), "hello\n").unwrap();
+    fs::write(root.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\napp:x:1000:1000::/tmp:/bin/sh\n").unwrap();
+    let work = dir.join("packed");
+    fs::create_dir(&work).unwrap();
+    let spec = ImageSpec { entrypoint: vec!["/bin/true".into()], ..ImageSpec::default() };
+    pack(&Source::Directory { root, spec }, &work, &NoProgress::shared()).await.unwrap()
+}
+
+struct Scheduler {
+    feed: Arc<Feed<MachineDesired>>,
+    reports: watch::Sender<Vec<MachineReport>>,
+    image: PackedImage,
+    control: CancellationToken,
+}
+
+async fn desired(State(state): State<Arc<Scheduler>>, Query(query): Query<WatchQuery>) -> Response {
+    state.feed.response(query, state.control.clone())
+}
+
+async fn report(State(state): State<Arc<Scheduler>>, Json(report): Json<MachineReport>) -> StatusCode {
+    state.reports.send_modify(|reports| {
+        if let Some(last) = reports.last() {
+            let position = |report: &MachineReport| (report.epoch, report.sequence);
+            assert!(position(&report) > position(last), "an older report after a newer one");
+        }
+        reports.push(report);
+    });
+    StatusCode::NO_CONTENT
+}
+
+/// As much of a registry as a pull needs.
+async fn registry(State(state): State<Arc<Scheduler>>, UrlPath(path): UrlPath<String>) -> Response {
+    let image = &state.image;
+    let top = image.manifests.last().unwrap();
+    match path.split('/').collect::<Vec<_>>()[..] {
+        ["busybox", "manifests", name] => {
+            let found = image.manifests.iter().find(|manifest| manifest.digest.as_str() == name);
+            let Some(manifest) = found.or((name == "v1").then_some(top)) else {
+                return StatusCode::NOT_FOUND.into_response();
+            };
+            let headers = [
+                ("content-type", manifest.media_type.clone()),
+                ("docker-content-digest", manifest.digest.to_string()),
+            ];
+            (headers, manifest.bytes.clone()).into_response()
+        }
+        ["busybox", "blobs", digest] => {
+            let Some(blob) = image.blobs.iter().find(|blob| blob.digest.as_str() == digest) else {
+                return StatusCode::NOT_FOUND.into_response();
+            };
+            let bytes = fs::read(&blob.path).unwrap();
+            let (start, size) = (usize::try_from(blob.offset).unwrap(), usize::try_from(blob.size).unwrap());
+            bytes[start..start + size].to_vec().into_response()
+        }
+        _ => StatusCode::NOT_FOUND.into_response(),
+    }
+}
