@@ -53,6 +53,13 @@ pub(crate) enum Command {
     Client(ClientCommand),
     #[command(flatten)]
     Role(RoleCommand),
+    /// Holds one container's output and exit code while the machine agent restarts.
+    #[command(hide = true)]
+    Shim {
+        /// Folder of the container's state.
+        #[arg(long)]
+        state: PathBuf,
+    },
 }
 
 /// Where a role's configuration is.
@@ -66,8 +73,14 @@ pub(crate) struct ConfigArg {
 /// Roles: processes that run until SIGTERM or SIGINT.
 #[derive(Debug, Subcommand)]
 pub(crate) enum RoleCommand {
+    /// Role: API, placement into locations, virtual IPs, off-peak queue
+    GlobalScheduler(ConfigArg),
+    /// Role: machines of one location
+    LocationScheduler(ConfigArg),
     /// Role: image registry of one location
     Registry(ConfigArg),
+    /// Role: containers of one machine
+    MachineAgent(ConfigArg),
     /// Role: packets of one machine
     StateRouter(ConfigArg),
 }

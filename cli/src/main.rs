@@ -23,6 +23,8 @@ use args::{Cli, Command};
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
+        // Each container has a shim: it must stay one small thread, so it gets no runtime.
+        Command::Shim { state } => roles::shim(&state).map(|()| ExitCode::SUCCESS),
         Command::Role(role) => roles::run(role).map(|()| ExitCode::SUCCESS),
         Command::Client(command) => commands::run(&cli.connection, command),
     };

@@ -123,6 +123,11 @@ pub(crate) fn yes_no(value: bool) -> String {
     if value { "yes" } else { "no" }.into()
 }
 
+/// A moment for people, to the second.
+pub(crate) fn moment(at: Timestamp) -> String {
+    at.strftime("%Y-%m-%d %H:%M:%SZ").to_string()
+}
+
 /// How long ago, in its largest unit.
 pub(crate) fn age(at: Timestamp) -> String {
     let seconds = (Timestamp::now().as_second() - at.as_second()).max(0);

@@ -1,6 +1,6 @@
 //! The roles: each a process that runs until SIGTERM or SIGINT.
 
-use std::{future::Future, time::Duration};
+use std::{future::Future, path::Path, time::Duration};
 
 use serde::de::DeserializeOwned;
 use tokio_util::sync::CancellationToken;
@@ -13,9 +13,17 @@ const LAST_WORK: Duration = Duration::from_secs(2);
 /// Runs a role to its end.
 pub(crate) fn run(role: RoleCommand) -> anyhow::Result<()> {
     match role {
+        RoleCommand::GlobalScheduler(args) => serve(&args, anyplace_global_scheduler::run),
+        RoleCommand::LocationScheduler(args) => serve(&args, anyplace_location_scheduler::run),
         RoleCommand::Registry(args) => serve(&args, anyplace_registry::run),
+        RoleCommand::MachineAgent(args) => serve(&args, anyplace_machine_agent::run),
         RoleCommand::StateRouter(args) => serve(&args, anyplace_state_router::run),
     }
+}
+
+/// Holds one container. No runtime and no other thread: it forks.
+pub(crate) fn shim(state: &Path) -> anyhow::Result<()> {
+    anyplace_machine_agent::shim::run(state)
 }
 
 fn serve<C, R>(args: &ConfigArg, role: impl FnOnce(C, CancellationToken) -> R) -> anyhow::Result<()>

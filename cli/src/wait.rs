@@ -212,7 +212,7 @@ fn job_state(view: &JobView) -> String {
         state += &format!(", place {position} in the queue");
     }
     if let Some(start) = view.predicted_start.filter(|_| view.phase == JobPhase::Queued) {
-        state += &format!(", starts about {}", start.strftime("%Y-%m-%d %H:%M:%SZ"));
+        state += &format!(", starts about {}", output::moment(start));
     }
     if let Some(location) = &view.location {
         state += &format!(", attempt {} in {location}", view.attempt);

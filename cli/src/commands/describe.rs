@@ -117,7 +117,7 @@ fn deployment(view: &DeploymentView, events: &[Event]) -> String {
         "Load",
         spec.load.as_ref().map(|load| format!("{} of {}", load.target, output::word(&load.metric))),
     );
-    text.field("Created", format_args!("{} ({} ago)", view.created_at, output::age(view.created_at)));
+    text.field("Created", created(view.created_at));
     text.section("Reasons", &output::reasons(&view.reasons, ""));
 
     let mut shares = Table::new(&["NAME", "WANTED", "READY", "REASONS"]);
@@ -183,7 +183,10 @@ fn job(view: &JobView, events: &[Event]) -> String {
     text.optional("Exit code", view.exit_code);
     text.optional("Location", view.location.as_ref());
     text.optional("Queue", view.queue_position.map(|position| format!("place {position}")));
-    text.optional("Starts", view.predicted_start.map(|at| format!("{at} ({})", output::until(at))));
+    text.optional(
+        "Starts",
+        view.predicted_start.map(|at| format!("{} ({})", output::moment(at), output::until(at))),
+    );
     text.field("Policy", output::word(&spec.scheduling_policy));
     text.optional("Timeout", spec.timeout);
     text.field("Image", &spec.image);
@@ -191,7 +194,7 @@ fn job(view: &JobView, events: &[Event]) -> String {
     text.field("Resources", resources(&spec.resources));
     text.field("Isolation", output::word(&spec.isolation));
     text.field("Placement", placement(&spec.placement));
-    text.field("Created", format_args!("{} ({} ago)", view.created_at, output::age(view.created_at)));
+    text.field("Created", created(view.created_at));
     text.section("Reasons", &output::reasons(&view.reasons, ""));
     if let (Some(location), Some(instance)) = (&view.location, &view.instance) {
         text.section("Instance", &instance_table([(location, instance)].into_iter()));
@@ -254,6 +257,10 @@ fn location(record: &LocationRecord, capacity: Option<&CapacityView>, events: &[
     text.section("Warm images", &warm);
     text.events(events);
     text.0
+}
+
+fn created(at: jiff::Timestamp) -> String {
+    format!("{} ({} ago)", output::moment(at), output::age(at))
 }
 
 fn some_text(text: String) -> Option<String> {

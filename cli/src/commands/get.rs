@@ -1,9 +1,11 @@
 //! `get` and `jobs get`: lists, one line each.
 
-use anyhow::bail;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
 use anyplace_api::{DeploymentView, JobView};
 use anyplace_model::{InstanceStatus, JobName, LocationId, LocationRecord, Workload};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::events;
 use crate::{
@@ -12,8 +14,11 @@ use crate::{
     output::{self, Format, Table},
 };
 
+/// How long the list of instances may take; it is the longest.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
 /// An instance and the location that it is in.
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 struct Located {
     location: LocationId,
     #[serde(flatten)]
@@ -127,13 +132,12 @@ fn job_table(views: &[JobView]) -> String {
 
 async fn instances(session: &Session, name: Option<String>, format: Format) -> anyhow::Result<()> {
     let client = session.api()?;
-    let (deployments, jobs) = (client.deployments().await?, client.jobs().await?);
-    let of_deployments = deployments.into_iter().flat_map(|view| view.locations).flat_map(|share| {
-        let location = share.location;
-        share.instances.into_iter().map(move |instance| Located { location: location.clone(), instance })
-    });
-    let of_jobs = jobs.into_iter().filter_map(|view| Some((view.location?, view.instance?)));
-    let all = of_deployments.chain(of_jobs.map(|(location, instance)| Located { location, instance }));
+    let answer = async {
+        client.open("/v1/instances", &()).await?.json::<Vec<Located>>().await.map_err(anyhow::Error::from)
+    };
+    let all = tokio::time::timeout(TIMEOUT, answer)
+        .await
+        .with_context(|| format!("{} fell silent; try again", client.base()))??;
     let wanted = |located: &Located| {
         name.as_deref().is_none_or(|name| {
             let owner = match &located.instance.workload {
@@ -143,7 +147,7 @@ async fn instances(session: &Session, name: Option<String>, format: Format) -> a
             located.instance.instance.as_str() == name || owner == name
         })
     };
-    let list: Vec<Located> = all.filter(wanted).collect();
+    let list: Vec<Located> = all.into_iter().filter(wanted).collect();
     if let Some(name) = name.filter(|_| list.is_empty()) {
         bail!("no instance is called `{name}` or belongs to it; `anyplace get instances` lists all");
     }

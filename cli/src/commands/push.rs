@@ -101,6 +101,7 @@ fn summarise(reference: &Reference, summary: &PushSummary) -> String {
     let size = |bytes: u64| output::size(Bytes(bytes));
     let there = match summary.skipped {
         0 => String::new(),
+        1 => ", 1 blob was there already".into(),
         skipped => format!(", {skipped} blobs were there already"),
     };
     format!(

@@ -19,7 +19,7 @@ pub(super) async fn run(session: &Session, command: TokenCommand) -> anyhow::Res
     };
     let request = TokenRequest { role, scope: TokenScope { location: args.location }, ttl: args.ttl };
     let made = session.api()?.create_token(&request).await?;
-    let until = made.expires_at.map_or("for ever".into(), |at| format!("until {at}"));
+    let until = made.expires_at.map_or("for ever".into(), |at| format!("until {}", output::moment(at)));
     match &args.out {
         Some(path) => {
             anyplace_service::write_atomically(path, format!("{}\n", made.token).as_bytes(), 0o600)

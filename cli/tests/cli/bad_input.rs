@@ -113,6 +113,26 @@ fn a_registry_that_is_down_is_named() {
 }
 
 #[test]
+fn an_interrupted_push_leaves_nothing_behind() {
+    let (home, temporary) = (Home::new(), tempfile::tempdir().unwrap());
+    std::fs::create_dir(home.path().join("rootfs")).unwrap();
+    // Takes connections and never answers.
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let registry = format!("http://{}", listener.local_addr().unwrap());
+    let source = home.path().join("rootfs");
+    let mut command = home.command(&["push", &source.to_string_lossy(), "hello:v1", "--registry", &registry]);
+    let child = command.env("TMPDIR", temporary.path()).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    let _connection = listener.accept().unwrap();
+    assert_eq!(std::fs::read_dir(temporary.path()).unwrap().count(), 1);
+    let kill = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(kill.success());
+    let ran = crate::runner::ran(child.wait_with_output().unwrap());
+    assert_eq!(ran.code, 130, "{ran:?}");
+    assert!(ran.err.contains("interrupted"), "{ran:?}");
+    assert_eq!(std::fs::read_dir(temporary.path()).unwrap().count(), 0);
+}
+
+#[test]
 fn a_registry_refuses_without_credentials() {
     let (home, fake, registry) = (Home::new(), Fake::start(), Registry::start());
     platform(&home, &fake, None);
@@ -165,6 +185,8 @@ fn a_roles_configuration_is_refused_with_file_and_line() {
     let file = home.file("registry.toml", "data_dir = '/nowhere'\nlissen = '127.0.0.1:0'\n");
     let message = home.run(&["registry", "--config", &file]).failed();
     assert!(message.contains("registry.toml:2: unknown field `lissen`"), "{message}");
-    let message = home.run(&["registry", "--config", "nowhere.toml"]).failed();
-    assert!(message.contains("nowhere.toml can't be read"), "{message}");
+    for role in ["global-scheduler", "location-scheduler", "registry", "machine-agent", "state-router"] {
+        let message = home.run(&[role, "--config", "nowhere.toml"]).failed();
+        assert!(message.contains("nowhere.toml can't be read"), "{role}: {message}");
+    }
 }

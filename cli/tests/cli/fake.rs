@@ -67,6 +67,7 @@ fn router(state: Shared) -> Router {
         .route("/v1/deployments/{name}", put(apply).get(deployment).delete(delete_deployment))
         .route("/v1/deployments/{name}/why", get(why))
         .route("/v1/deployments/{name}/logs", get(logs))
+        .route("/v1/instances", get(instances))
         .route("/v1/jobs", post(submit).get(async |State(state): State<Shared>| list(&state.jobs)))
         .route("/v1/jobs/{name}", get(job))
         .route("/v1/jobs/{name}/why", get(why_job))
@@ -249,6 +250,21 @@ async fn submit(State(state): State<Shared>, Json(spec): Json<JobSpec>) -> Resul
         });
     }
     Ok(Json(answer))
+}
+
+async fn instances(State(state): State<Shared>) -> Json<Vec<serde_json::Value>> {
+    let located = |location: &str, instance: &InstanceStatus| {
+        let mut value = serde_json::to_value(instance).unwrap();
+        value["location"] = location.into();
+        value
+    };
+    let (deployments, jobs) = (state.deployments.entries(), state.jobs.entries());
+    let of_deployments = deployments
+        .values()
+        .flat_map(|view| &view.locations)
+        .flat_map(|share| share.instances.iter().map(|instance| located(share.location.as_str(), instance)));
+    let of_jobs = jobs.values().filter_map(|view| view.instance.as_ref()).map(|it| located("nrt", it));
+    Json(of_deployments.chain(of_jobs).collect())
 }
 
 async fn job(State(state): State<Shared>, Path(name): Path<String>) -> Result<Json<JobView>, Failure> {

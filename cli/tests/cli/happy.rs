@@ -14,7 +14,7 @@ use crate::{
 /// The real registry, on loopback.
 pub(crate) struct Registry {
     pub(crate) url: String,
-    credentials: PathBuf,
+    pub(crate) credentials: PathBuf,
     _data: tempfile::TempDir,
     _runtime: tokio::runtime::Runtime,
 }
@@ -59,7 +59,8 @@ pub(crate) fn platform(home: &Home, fake: &Fake, registry: Option<&Registry>) {
     assert_eq!(ran.code, 0, "{ran:?}");
 }
 
-fn example(name: &str) -> String {
+/// A spec of the documentation.
+pub(crate) fn example(name: &str) -> String {
     format!("{}/../docs/examples/{name}", env!("CARGO_MANIFEST_DIR"))
 }
 

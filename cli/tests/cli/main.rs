@@ -8,5 +8,6 @@ mod contexts;
 mod examples;
 mod fake;
 mod happy;
+mod real;
 mod runner;
 mod validator;
