@@ -1,1 +1,29 @@
 //! Machines, reservations, assignments and routes of one location.
+//!
+//! One process, four tasks around one state in memory:
+//!
+//! - HTTP: machines report, and watch what they should have; routers watch routes. A report that changes anything
+//!   changes the routes at once, before anything is written to disk.
+//! - the clock: machines whose lease expires leave the routes at that moment;
+//! - the reconcile loop: plans with the pure core, writes the plan in one transaction, then publishes it. It alone
+//!   changes reservations;
+//! - the link to the global scheduler: what is wanted comes in (and is kept, so that the location goes on without
+//!   it), what is there goes out.
+//!
+//! Store (`data_dir/store.redb`): `instances/<instance>` reservations, `fence` (changes with each plan; a plan is
+//! written only on the revision that it was made from), `desired/<key>` the last wish of the global scheduler,
+//! `machines/<machine>` machines with their size, `ran/<instance>` who ran ended instances (for their logs).
+//!
+//! This crate must not know users, runtimes or packets, nor other locations but as distant backends.
+
+mod config;
+mod http;
+mod live;
+mod naming;
+mod persist;
+mod reconcile;
+mod scheduler;
+mod upstream;
+
+pub use config::Config;
+pub use scheduler::run;

@@ -64,8 +64,11 @@ pub fn placement_statuses(state: &State, plan: &Plan) -> Vec<PlacementStatus> {
         }
     }
     // A deployment that is no longer wanted is told until its last instance is gone.
-    let unwanted: Vec<_> =
-        instances.keys().filter(|name| !plan.placements.contains_key(**name)).copied().collect();
+    let unwanted: Vec<_> = instances
+        .keys()
+        .filter(|name| !plan.placements.contains_key(**name) && !state.placements.contains_key(**name))
+        .copied()
+        .collect();
     let mut statuses: Vec<PlacementStatus> = plan
         .placements
         .iter()

@@ -1,0 +1,121 @@
+//! The reconcile loop: looks at everything, plans, writes, publishes. The only one that changes reservations.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use anyplace_location_core::{Change, Plan, State, plan};
+use anyplace_model::InstanceId;
+
+use crate::{naming, persist::too_large, scheduler::Scheduler};
+
+/// Looks at everything so often, whatever happens.
+const TICK: Duration = Duration::from_secs(1);
+
+/// Runs until the shutdown.
+pub(crate) async fn run(scheduler: Arc<Scheduler>) -> anyhow::Result<()> {
+    loop {
+        let wake = round(&scheduler).await?;
+        tokio::select! {
+            () = scheduler.reconcile.notified() => {}
+            () = tokio::time::sleep(wake.min(TICK)) => {}
+            () = scheduler.shutdown.cancelled() => return Ok(()),
+        }
+    }
+}
+
+/// One round; returns when time alone makes the next one necessary.
+async fn round(scheduler: &Scheduler) -> anyhow::Result<Duration> {
+    let (state, unsaved, forgotten) = {
+        let mut live = scheduler.live();
+        if !live.is_warm() {
+            return Ok(TICK);
+        }
+        live.state.now_ms = now_ms();
+        let unsaved = live.take_unsaved();
+        (live.state.clone(), unsaved, live.forgotten(Instant::now()))
+    };
+    // Before anything is reserved on them: a reservation on an unknown machine counts as lost.
+    scheduler.disk.machines(&unsaved, &forgotten).await?;
+    scheduler.forget(&forgotten);
+
+    let plan = plan(&state);
+    let mut changes = Vec::new();
+    let mut revision = state.revision;
+    if !plan.changes_nothing() {
+        changes = named(scheduler, &state, &plan);
+        let dropped = remember(scheduler, &state, &changes);
+        revision = scheduler.disk.commit(&state, &changes, &dropped).await?;
+        log(&changes);
+    }
+    let wait =
+        plan.wake_at_ms.map_or(TICK, |at| Duration::from_millis(at.saturating_sub(state.now_ms).max(1)));
+    let mut live = scheduler.live();
+    let publish = !changes.is_empty() || plan.prewarms != live.state.prewarms;
+    live.carried_out(plan, changes, revision);
+    if publish {
+        scheduler.publish_machines(&live);
+        scheduler.publish_routes(&live);
+    }
+    drop(live);
+    scheduler.report.notify_one();
+    Ok(wait)
+}
+
+/// The plan's changes, with names for what starts.
+fn named(scheduler: &Scheduler, state: &State, plan: &Plan) -> Vec<Change> {
+    let mut made: Vec<InstanceId> = Vec::new();
+    let history = scheduler.history();
+    let mut changes = plan.changes(state, |start| {
+        let id = naming::instance(&start.workload, |id| {
+            state.reservations.contains_key(id) || history.machine(id).is_some() || made.contains(id)
+        });
+        made.push(id.clone());
+        id
+    });
+    changes.retain(|change| {
+        let refused = too_large(change);
+        if refused {
+            tracing::error!("a spec is too large for the store; shorten its env and command");
+        }
+        !refused
+    });
+    changes
+}
+
+/// Notes who ran what ends; returns what is forgotten for it.
+fn remember(scheduler: &Scheduler, state: &State, changes: &[Change]) -> Vec<InstanceId> {
+    let mut history = scheduler.history();
+    changes
+        .iter()
+        .filter_map(|change| match change {
+            Change::Delete(instance) => {
+                let held = state.reservations.get(instance)?;
+                history.add(instance.clone(), held.machine.clone())
+            }
+            Change::Put(_) => None,
+        })
+        .collect()
+}
+
+fn log(changes: &[Change]) {
+    for change in changes {
+        match change {
+            Change::Put(held) => tracing::info!(
+                instance = %held.assignment.instance,
+                machine = %held.machine,
+                address = %held.assignment.address,
+                generation = held.generation,
+                stage = ?held.stage,
+                "reserved"
+            ),
+            Change::Delete(instance) => tracing::info!(%instance, "gone"),
+        }
+    }
+}
+
+fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}

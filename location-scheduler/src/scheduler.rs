@@ -1,0 +1,242 @@
+//! What the tasks share, and how they are started and stopped.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
+};
+
+use anyhow::Context as _;
+use anyplace_api::Client;
+use anyplace_location_core::{Life, Machine, State, desired, routes};
+use anyplace_model::{LocationDesired, LocationSettings, MachineDesired, MachineId, RouteRecord};
+use anyplace_service::{
+    Feed, TokenHash, generate_token, install_crypto_provider, load_or_create_token, read_token, serve,
+    unix_epoch,
+};
+use anyplace_store::EmbeddedStore;
+use tokio::{sync::Notify, task::JoinSet};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    config::Config,
+    http,
+    live::Live,
+    persist::{Disk, History},
+    reconcile, upstream,
+};
+
+/// Machines that are known, and watches of machines that aren't yet: well over what a location has.
+pub(crate) const MAX_MACHINES: usize = 4_096;
+
+/// The scheduler: one value that all tasks share. Locks are taken in the order of the fields, and never held over an
+/// `await`.
+pub(crate) struct Scheduler {
+    live: Mutex<Live>,
+    machine_feeds: Mutex<BTreeMap<MachineId, Arc<Feed<MachineDesired>>>>,
+    history: Mutex<History>,
+    pub(crate) routes: Arc<Feed<RouteRecord>>,
+    pub(crate) config: Config,
+    pub(crate) disk: Disk,
+    /// Wakes the reconcile loop. It never says why: the loop looks at everything.
+    pub(crate) reconcile: Notify,
+    /// Wakes the report to the global scheduler.
+    pub(crate) report: Notify,
+    pub(crate) epoch: u64,
+    pub(crate) machine_token: String,
+    pub(crate) log_token: String,
+    pub(crate) machine_token_hash: TokenHash,
+    pub(crate) log_token_hash: TokenHash,
+    /// Towards the global scheduler.
+    pub(crate) global: Client,
+    pub(crate) shutdown: CancellationToken,
+}
+
+impl Scheduler {
+    /// The state.
+    pub(crate) fn live(&self) -> MutexGuard<'_, Live> {
+        lock(&self.live)
+    }
+
+    pub(crate) fn history(&self) -> MutexGuard<'_, History> {
+        lock(&self.history)
+    }
+
+    /// Takes over what the global scheduler wants.
+    pub(crate) fn want(&self, desired: &BTreeMap<String, LocationDesired>) {
+        let mut live = self.live();
+        live.want(desired);
+        self.publish_routes(&live);
+        drop(live);
+        self.reconcile.notify_one();
+    }
+
+    /// Computes the routes and publishes them. Called with the state locked, so that an older one never follows a
+    /// newer one.
+    pub(crate) fn publish_routes(&self, live: &Live) {
+        if live.is_warm() {
+            self.routes.replace(routes(&live.state));
+        }
+    }
+
+    /// Publishes what machines should have. Called with the state locked, like the routes.
+    pub(crate) fn publish_machines(&self, live: &Live) {
+        let mut desired = desired(&live.state);
+        let mut feeds = lock(&self.machine_feeds);
+        for machine in desired.keys() {
+            if !feeds.contains_key(machine) {
+                feeds.insert(machine.clone(), Arc::new(Feed::new()));
+            }
+        }
+        for (machine, feed) in feeds.iter() {
+            feed.replace(desired.remove(machine).unwrap_or_default());
+        }
+    }
+
+    /// The feed of a machine, known or not yet; none where there are too many.
+    pub(crate) fn machine_feed(&self, machine: &MachineId) -> Option<Arc<Feed<MachineDesired>>> {
+        let live = self.live();
+        let mut feeds = lock(&self.machine_feeds);
+        if let Some(feed) = feeds.get(machine) {
+            return Some(feed.clone());
+        }
+        if feeds.len() >= MAX_MACHINES {
+            return None;
+        }
+        let feed = Arc::new(Feed::new());
+        feed.replace(desired(&live.state).remove(machine).unwrap_or_default());
+        feeds.insert(machine.clone(), feed.clone());
+        Some(feed)
+    }
+
+    /// Forgets machines that were lost long ago.
+    pub(crate) fn forget(&self, machines: &[MachineId]) {
+        let mut live = self.live();
+        machines.iter().for_each(|machine| live.forget(machine));
+        let mut feeds = lock(&self.machine_feeds);
+        machines.iter().for_each(|machine| drop(feeds.remove(machine)));
+    }
+}
+
+/// Nothing panics while it holds one of these locks with the value half changed.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs the location scheduler until the shutdown.
+///
+/// # Errors
+/// The configuration, the store or a token can't be used, the address can't be listened on, or the store fails.
+pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<()> {
+    config.validate()?;
+    install_crypto_provider();
+    let shutdown = shutdown.child_token();
+    let (scheduler, desired) = open(config, shutdown.clone()).await?;
+    let scheduler = Arc::new(scheduler);
+    let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
+    let listen = scheduler.config.listen;
+    tasks.spawn(serve(listen, http::router(scheduler.clone()), shutdown.clone()));
+    tasks.spawn(clock(scheduler.clone()));
+    tasks.spawn(reconcile::run(scheduler.clone()));
+    tasks.spawn(upstream::watch(scheduler.clone(), desired));
+    tasks.spawn(upstream::report(scheduler));
+    let mut result = Ok(());
+    while let Some(ended) = tasks.join_next().await {
+        // The first that ends takes the others with it.
+        shutdown.cancel();
+        result = result.and(ended.context("a task of the location scheduler panicked").flatten());
+    }
+    result
+}
+
+/// Reads what was stored; nothing listens yet.
+async fn open(
+    config: Config,
+    shutdown: CancellationToken,
+) -> anyhow::Result<(Scheduler, BTreeMap<String, LocationDesired>)> {
+    let location_token = read_token(&config.token_file)?;
+    let machine_token = load_or_create_token(&config.data_dir.join("machine.token"))?;
+    let path = config.data_dir.join("store.redb");
+    let store = tokio::task::spawn_blocking(move || EmbeddedStore::open(path)).await??;
+    let disk = Disk::new(store);
+    let stored = disk.load().await?;
+    tracing::info!(
+        instances = stored.reservations.len(),
+        machines = stored.machines.len(),
+        wanted = stored.desired.len(),
+        "store read"
+    );
+    let state = State {
+        revision: stored.revision,
+        now_ms: 0,
+        timing: config.timing(),
+        site: config.site(),
+        settings: LocationSettings::default(),
+        vip_prefixes: None,
+        machines: stored
+            .machines
+            .into_iter()
+            .map(|(name, report)| (name, Machine { life: Life::Suspect, report }))
+            .collect(),
+        reservations: stored.reservations,
+        placements: BTreeMap::new(),
+        attempts: BTreeMap::new(),
+        remote: BTreeMap::new(),
+        prewarms: BTreeMap::new(),
+    };
+    let mut live = Live::new(state, config.lease(), Instant::now());
+    live.want(&stored.desired);
+    let log_token = generate_token();
+    let scheduler = Scheduler {
+        live: Mutex::new(live),
+        machine_feeds: Mutex::default(),
+        history: Mutex::new(stored.history),
+        routes: Arc::new(Feed::new()),
+        global: Client::new(&config.global, Some(location_token))?,
+        config,
+        disk,
+        reconcile: Notify::new(),
+        report: Notify::new(),
+        epoch: unix_epoch(),
+        machine_token_hash: TokenHash::of(&machine_token),
+        log_token_hash: TokenHash::of(&log_token),
+        machine_token,
+        log_token,
+        shutdown,
+    };
+    let live = scheduler.live();
+    scheduler.publish_machines(&live);
+    scheduler.publish_routes(&live);
+    drop(live);
+    Ok((scheduler, stored.desired))
+}
+
+/// Lets leases expire at the moment when they do.
+async fn clock(scheduler: Arc<Scheduler>) -> anyhow::Result<()> {
+    let lease = scheduler.config.lease();
+    let mut wake = Instant::now();
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep_until(wake.into()) => {}
+            () = scheduler.shutdown.cancelled() => return Ok(()),
+        }
+        let now = Instant::now();
+        let late = now.saturating_duration_since(wake);
+        let mut live = scheduler.live();
+        // Woken late, this process was stopped or starved; reports may lie unread, so silence proves nothing.
+        if late > lease / 6 {
+            tracing::warn!(
+                late_ms = late.as_millis(),
+                "the scheduler was held up; machines get that time back"
+            );
+            live.forgive(late);
+        }
+        let (changed, next) = live.expire(now);
+        if changed {
+            scheduler.publish_routes(&live);
+            scheduler.reconcile.notify_one();
+            scheduler.report.notify_one();
+        }
+        wake = next;
+    }
+}
