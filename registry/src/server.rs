@@ -66,7 +66,10 @@ impl Server {
     /// The listener fails.
     pub async fn serve(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         tracing::info!(address = %self.local_addr()?, "registry listening");
-        let router = Router::new().fallback(routes::dispatch).with_state(self.app);
+        let router = Router::new()
+            .route("/healthz", axum::routing::get(anyplace_service::healthz))
+            .fallback(routes::dispatch)
+            .with_state(self.app);
         let server =
             axum::serve(self.listener, router).with_graceful_shutdown(shutdown.clone().cancelled_owned());
         let deadline = async {
