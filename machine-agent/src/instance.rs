@@ -35,6 +35,8 @@ use lifecycle::{Action, Event, Lifecycle};
 
 /// Pause before what failed to be removed is tried again.
 const CLEAN_RETRY: Duration = Duration::from_secs(1);
+/// How often it is asked whether the last owner of an address has let go of it.
+const ADDRESS_POLL: Duration = Duration::from_millis(20);
 /// Messages between an instance's own tasks; they wait when it is full.
 const MESSAGES: usize = 16;
 
@@ -282,6 +284,10 @@ impl Task {
         let (ctx, assignment, sender) = (self.ctx.clone(), self.assignment.clone(), self.sender.clone());
         self.work.spawn(async move {
             let result = Box::new(ctx.images.ensure(&assignment.image).await);
+            // Here and not while it starts: an instance that only waits can be removed at once.
+            while !ctx.claims.claim(assignment.address, &assignment.instance) {
+                sleep(ADDRESS_POLL).await;
+            }
             send(&sender, Message::Pulled(result)).await;
         });
     }

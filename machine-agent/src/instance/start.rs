@@ -31,8 +31,6 @@ use crate::{
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 /// How often the shim's files are looked at while it starts.
 const POLL: Duration = Duration::from_millis(2);
-/// How often it is asked whether another instance's network has gone from this one's address.
-const ADDRESS_POLL: Duration = Duration::from_millis(20);
 /// Two parts of this size for each instance.
 const LOG_BYTES: u64 = 8 << 20;
 /// The status of a process that was killed.
@@ -53,9 +51,6 @@ pub(super) async fn start(
     paths: &InstancePaths,
     image: PulledImage,
 ) -> anyhow::Result<Started> {
-    while !ctx.claims.claim(assignment.address, &assignment.instance) {
-        sleep(ADDRESS_POLL).await;
-    }
     let (context, wanted, at) = (ctx.clone(), assignment.clone(), paths.clone());
     tokio::task::spawn_blocking(move || prepare(&context, &wanted, &at, &image))
         .await

@@ -7,31 +7,26 @@ use std::{
     collections::BTreeMap,
     fs,
     io::{Read as _, Write as _},
-    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    net::{Ipv4Addr, SocketAddr, TcpStream},
     path::{Path, PathBuf},
-    process::{Command, Stdio},
-    sync::{Arc, Mutex, mpsc},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-use anyplace_api::WatchQuery;
-use anyplace_images::{ImageSpec, NoProgress, PackedImage, Source, pack};
 use anyplace_machine_agent::{Config, run};
 use anyplace_model::{
     Assignment, Health, InstanceId, InstancePhase, InstanceStatus, MachineDesired, MachineReport, Resources,
     Workload,
 };
-use anyplace_service::{Feed, Json, Query};
-use axum::{
-    Router,
-    extract::{Path as UrlPath, State},
-    http::StatusCode,
-    response::{IntoResponse as _, Response},
-    routing::{get, put},
-};
+use anyplace_service::Feed;
 use nix::sched::{CloneFlags, unshare};
 use tokio::{sync::watch, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
+
+use crate::{
+    control::{Scheduler, image, router},
+    fabric::{Fabric, answer},
+};
 
 pub(crate) const MACHINE: Ipv4Addr = Ipv4Addr::new(10, 9, 1, 1);
 /// In the fabric, and protected.
@@ -84,7 +79,7 @@ pub(crate) fn with<F: Future<Output = ()>>(test: impl FnOnce(Bed) -> F + Send + 
     }
 }
 
-fn find(program: &str) -> Option<PathBuf> {
+pub(crate) fn find(program: &str) -> Option<PathBuf> {
     ["/usr/sbin", "/usr/bin", "/sbin", "/bin"]
         .iter()
         .map(|folder| Path::new(folder).join(program))
@@ -103,13 +98,8 @@ impl Bed {
         let feed = Arc::new(Feed::new());
         let (sender, reports) = watch::channel(Vec::new());
         let control = CancellationToken::new();
-        let state =
-            Arc::new(Scheduler { feed: feed.clone(), reports: sender, image, control: control.clone() });
-        let router = Router::new()
-            .route("/v1/watch/machines/{machine}/desired", get(desired))
-            .route("/v1/machines/{machine}/report", put(report))
-            .route("/v2/{*rest}", get(registry))
-            .with_state(state);
+        let router =
+            router(Scheduler { feed: feed.clone(), reports: sender, image, control: control.clone() });
         let listener = tokio::net::TcpListener::bind(CONTROL).await.unwrap();
         tokio::spawn(async move { axum::serve(listener, router).await });
         let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
@@ -272,6 +262,11 @@ impl Bed {
         })
     }
 
+    /// Listens on port 9999 of the machine itself.
+    pub(crate) fn answer_on_the_machine(&self) {
+        answer();
+    }
+
     /// What is left of instances, as seen from outside.
     pub(crate) fn leftovers(&self) -> Vec<String> {
         let mut left = Vec::new();
@@ -370,58 +365,6 @@ fn remove_cgroup(folder: &Path, kill: &impl Fn(i32)) {
     let _ = fs::remove_dir(folder);
 }
 
-/// The second namespace: a thread that lives in it and does what it is told.
-struct Fabric(Mutex<mpsc::Sender<Box<dyn FnOnce() + Send>>>);
-
-impl Fabric {
-    fn new() -> Self {
-        let (sender, jobs) = mpsc::channel::<Box<dyn FnOnce() + Send>>();
-        let (tell, told) = mpsc::channel();
-        std::thread::spawn(move || {
-            unshare(CloneFlags::CLONE_NEWNET).unwrap();
-            tell.send(nix::unistd::gettid()).unwrap();
-            jobs.into_iter().for_each(|job| job());
-        });
-        let netns = format!("/proc/{}/task/{}/ns/net", std::process::id(), told.recv().unwrap());
-        ip(&format!(
-            "link set lo up\nlink add eth0 type veth peer name eth0 netns {netns}\n\
-             addr add {MACHINE}/31 dev eth0\nlink set eth0 up\nroute add default via {PROTECTED} dev eth0 onlink\n"
-        ));
-        let fabric = Self(Mutex::new(sender));
-        fabric.run(|| {
-            ip(&format!(
-                "link set lo up\naddr add {PROTECTED}/31 dev eth0\naddr add {OPEN}/32 dev lo\nlink set eth0 up\n\
-                 route add 10.9.1.64/26 via {MACHINE} dev eth0 onlink\n"
-            ));
-            // Answers whoever connects with who that is.
-            let listener = TcpListener::bind("0.0.0.0:9999").unwrap();
-            std::thread::spawn(move || {
-                for stream in listener.incoming().flatten() {
-                    let mut stream = stream;
-                    let peer = stream.peer_addr().unwrap().ip();
-                    let mut request = [0; 1_024];
-                    let _ = stream.read(&mut request);
-                    let _ = write!(stream, "HTTP/1.0 200 OK\r\n\r\nseen as {peer}\n");
-                }
-            });
-        });
-        fabric
-    }
-
-    fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> T {
-        let (sender, result) = mpsc::channel();
-        let job = Box::new(move || sender.send(job()).unwrap_or(()));
-        self.0.lock().unwrap().send(job).unwrap();
-        result.recv().unwrap()
-    }
-}
-
-fn ip(batch: &str) {
-    let mut child = Command::new("ip").args(["-batch", "-"]).stdin(Stdio::piped()).spawn().unwrap();
-    child.stdin.take().unwrap().write_all(batch.as_bytes()).unwrap();
-    assert!(child.wait().unwrap().success(), "ip refused {batch}");
-}
-
 /// An instance of busybox.
 pub(crate) fn assignment(name: &str, host: u8, restart: bool, command: &[&str]) -> Assignment {
     let workload = if restart {
@@ -446,73 +389,5 @@ pub(crate) fn assignment(name: &str, host: u8, restart: bool, command: &[&str]) 
         restart,
         timeout_ms: None,
         draining: false,
-    }
-}
-
-async fn image(dir: &Path) -> PackedImage {
-    let root = dir.join("rootfs");
-    for folder in ["bin", "www", "etc", "tmp"] {
-        fs::create_dir_all(root.join(folder)).unwrap();
-    }
-    let busybox = find("busybox").unwrap();
-    fs::copy(busybox, root.join("bin/busybox")).unwrap();
-    for name in ["sh", "httpd", "sleep", "wget", "echo", "cat", "id", "mount", "true", "false"] {
-        std::os::unix::fs::symlink("busybox", root.join("bin").join(name)).unwrap();
-    }
-    fs::write(root.join("www/index.html"), "hello\n").unwrap();
-    fs::write(root.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\napp:x:1000:1000::/tmp:/bin/sh\n").unwrap();
-    let work = dir.join("packed");
-    fs::create_dir(&work).unwrap();
-    let spec = ImageSpec { entrypoint: vec!["/bin/true".into()], ..ImageSpec::default() };
-    pack(&Source::Directory { root, spec }, &work, &NoProgress::shared()).await.unwrap()
-}
-
-struct Scheduler {
-    feed: Arc<Feed<MachineDesired>>,
-    reports: watch::Sender<Vec<MachineReport>>,
-    image: PackedImage,
-    control: CancellationToken,
-}
-
-async fn desired(State(state): State<Arc<Scheduler>>, Query(query): Query<WatchQuery>) -> Response {
-    state.feed.response(query, state.control.clone())
-}
-
-async fn report(State(state): State<Arc<Scheduler>>, Json(report): Json<MachineReport>) -> StatusCode {
-    state.reports.send_modify(|reports| {
-        if let Some(last) = reports.last() {
-            let position = |report: &MachineReport| (report.epoch, report.sequence);
-            assert!(position(&report) > position(last), "an older report after a newer one");
-        }
-        reports.push(report);
-    });
-    StatusCode::NO_CONTENT
-}
-
-/// As much of a registry as a pull needs.
-async fn registry(State(state): State<Arc<Scheduler>>, UrlPath(path): UrlPath<String>) -> Response {
-    let image = &state.image;
-    let top = image.manifests.last().unwrap();
-    match path.split('/').collect::<Vec<_>>()[..] {
-        ["busybox", "manifests", name] => {
-            let found = image.manifests.iter().find(|manifest| manifest.digest.as_str() == name);
-            let Some(manifest) = found.or((name == "v1").then_some(top)) else {
-                return StatusCode::NOT_FOUND.into_response();
-            };
-            let headers = [
-                ("content-type", manifest.media_type.clone()),
-                ("docker-content-digest", manifest.digest.to_string()),
-            ];
-            (headers, manifest.bytes.clone()).into_response()
-        }
-        ["busybox", "blobs", digest] => {
-            let Some(blob) = image.blobs.iter().find(|blob| blob.digest.as_str() == digest) else {
-                return StatusCode::NOT_FOUND.into_response();
-            };
-            let bytes = fs::read(&blob.path).unwrap();
-            let (start, size) = (usize::try_from(blob.offset).unwrap(), usize::try_from(blob.size).unwrap());
-            bytes[start..start + size].to_vec().into_response()
-        }
-        _ => StatusCode::NOT_FOUND.into_response(),
     }
 }
