@@ -210,7 +210,7 @@ fn instances_reach_the_world_but_not_the_machine_each_other_or_what_is_protected
         bed.want(assignment("probe", 66, false, &["/bin/sh", "-c", &script]));
         bed.until_phase("probe", InstancePhase::Exited).await;
         let (_, _, log) = bed.agent_get("/v1/instances/probe/logs", TOKEN).await;
-        assert!(log.contains(&format!("{OPEN} 9999: HTTP/1.0 200 OK\n")), "{log}");
+        assert!(log.contains(&format!("{OPEN} 9999: HTTP/1.0 200 OK")), "{log}");
         assert!(log.contains("seen as 10.9.1.1\n"), "{log}");
         for at in [&format!("{PROTECTED} 9999"), "10.9.1.1 9999", "169.254.1.1 9999", "10.9.1.65 8080"]
             .map(str::to_owned)
