@@ -91,6 +91,13 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     };
     control.find_instances(&settling);
     drop(settling);
+    if !control.instances.is_empty() {
+        // They may run already: under the rules of today's configuration, not of the last agent's.
+        let ctx = ctx.clone();
+        if let Err(error) = tokio::task::spawn_blocking(move || ctx.ensure_firewall()).await? {
+            tracing::error!(error = format!("{error:#}"), "the firewall is not set");
+        }
+    }
 
     let api = Api { board: board.clone(), paths, token: TokenHash::of(&token), shutdown: shutdown.clone() };
     let mut services = JoinSet::new();
@@ -121,8 +128,8 @@ async fn leave(ctx: Arc<Context>) {
         if let Some(cgroups) = &ctx.cgroups {
             cgroups.remove_if_empty(ctx.paths.machine_cgroup());
         }
-        let installed = *ctx.firewall.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if installed { firewall::uninstall() } else { Ok(()) }
+        // Also where an earlier agent set it.
+        firewall::uninstall()
     });
     match left.await {
         Ok(Ok(())) => {}

@@ -17,6 +17,9 @@ pub(crate) fn install(config: &Config) -> anyhow::Result<()> {
 
 /// Removes the table. Blocks.
 pub(crate) fn uninstall() -> anyhow::Result<()> {
+    if find_program("nft").is_none() {
+        return Ok(());
+    }
     nft("table inet anyplace {}\ndelete table inet anyplace\n")
 }
 

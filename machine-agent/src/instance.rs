@@ -24,7 +24,7 @@ use crate::{
     Config,
     board::Board,
     cgroup::Cgroups,
-    cleanup, health,
+    cleanup, firewall, health,
     images::{ImageProblem, Images},
     paths::{InstancePaths, Paths},
     runtime::Runtimes,
@@ -52,6 +52,18 @@ pub(crate) struct Context {
     pub(crate) claims: Claims,
     /// Whether the firewall is in place; no instance starts without it.
     pub(crate) firewall: Mutex<bool>,
+}
+
+impl Context {
+    /// Sets the firewall, unless this agent has. Blocks.
+    pub(crate) fn ensure_firewall(&self) -> anyhow::Result<()> {
+        let mut installed = self.firewall.lock().unwrap_or_else(PoisonError::into_inner);
+        if !*installed {
+            firewall::install(&self.config)?;
+            *installed = true;
+        }
+        Ok(())
+    }
 }
 
 /// Who has which address: the next owner of an address waits until the last one's network is gone.

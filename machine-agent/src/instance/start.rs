@@ -4,7 +4,7 @@ use std::{
     fs::{self, File},
     path::Path,
     process::Stdio,
-    sync::{Arc, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
@@ -20,7 +20,7 @@ use tokio::{
 use super::{Context, Exit};
 use crate::{
     bundle::Bundle,
-    cleanup, files, firewall, network,
+    cleanup, files, network,
     paths::InstancePaths,
     pidfd, rootfs,
     runtime::Kind,
@@ -106,13 +106,7 @@ fn prepare(
         Isolation::Sandbox => "gVisor is not installed; run `apt-get install runsc` and restart the agent",
         Isolation::Microvm => "microVMs are not supported yet; ask for `sandbox`",
     })?;
-    {
-        let mut installed = ctx.firewall.lock().unwrap_or_else(PoisonError::into_inner);
-        if !*installed {
-            firewall::install(&ctx.config)?;
-            *installed = true;
-        }
-    }
+    ctx.ensure_firewall()?;
     // What the last container, or a killed agent, has left.
     cleanup::end_container(ctx, assignment, paths)?;
     rootfs::remove(&paths.run)?;

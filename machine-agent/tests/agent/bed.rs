@@ -168,6 +168,12 @@ impl Bed {
         if let Some(agent) = self.agent.take() {
             agent.await.unwrap().unwrap();
         }
+        // Without instances, a clean end leaves nothing at all.
+        let tables = std::process::Command::new("nft").args(["list", "tables"]).output().unwrap();
+        assert_eq!(String::from_utf8_lossy(&tables.stdout), "");
+        for cgroup in self.cgroups() {
+            assert!(!cgroup.join("test-1").exists(), "{} stays", cgroup.display());
+        }
     }
 
     pub(crate) fn want(&self, assignment: Assignment) {
