@@ -41,8 +41,8 @@ fn main() -> ExitCode {
 fn run(words: &[&str]) -> Result<ExitCode> {
     match words {
         [] | ["help" | "--help" | "-h"] => println!("{HELP}"),
-        ["demo"] => return demo::run(false),
-        ["demo", "--check"] => return demo::run(true),
+        ["demo"] => return Ok(exit_code(demo::run(false)?)),
+        ["demo", "--check"] => return Ok(exit_code(demo::run(true)?)),
         ["test"] => return test::run(None),
         ["test", filter] if !filter.starts_with('-') => return test::run(Some(filter)),
         ["ebpf"] => ebpf::build(&shell::root()?)?,
@@ -50,4 +50,8 @@ fn run(words: &[&str]) -> Result<ExitCode> {
         _ => bail!("found `{}`, expected one of the commands in `cargo xtask help`", words.join(" ")),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn exit_code(is_good: bool) -> ExitCode {
+    if is_good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

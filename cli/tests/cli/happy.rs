@@ -89,8 +89,8 @@ fn apply_pins_the_image_and_waits_until_it_is_ready() {
     let (home, _fake, _registry) = everything();
     let ran = home.run(&["apply", "-f", &example("hello.yaml"), "--wait"]);
     assert!(ran.err.contains("deployment hello created"), "{ran:?}");
-    assert!(ran.err.contains("hello: progressing, 0 of 3 ready"), "{ran:?}");
-    assert!(ran.err.contains("deployment hello is ready: 3 of 3 instances"), "{ran:?}");
+    assert!(ran.err.contains("hello: progressing, 0 of 6 ready"), "{ran:?}");
+    assert!(ran.err.contains("deployment hello is ready: 6 of 6 instances"), "{ran:?}");
     assert_eq!(ran.ok(), "hello 203.0.113.1\n");
 
     let view: DeploymentView =
@@ -130,7 +130,7 @@ fn lists_are_one_line_for_each_and_parse_as_json_and_yaml() {
     let words: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
     let header = "NAME VIP READY WANTED PHASE LOCATIONS IMAGE AGE REASON";
     assert_eq!(words[0], header.split(' ').collect::<Vec<_>>());
-    assert_eq!(words[1][..7], ["hello", "203.0.113.1", "3", "3", "ready", "ams", "hello:v1"]);
+    assert_eq!(words[1][..7], ["hello", "203.0.113.1", "6", "6", "ready", "ams", "hello:v1"]);
     let instances = home.run(&["get", "instances"]).ok();
     assert!(instances.contains("hello-1") && instances.contains("night-1"), "{instances}");
     let mine = home.run(&["get", "instances", "hello"]).ok();
@@ -162,7 +162,7 @@ fn describe_and_capacity_show_what_matters() {
     home.run(&["apply", "-f", &example("hello.yaml"), "--wait"]).ok();
     let text = home.run(&["describe", "deployment", "hello"]).ok();
     for part in
-        ["Virtual IP:   203.0.113.1", "80/tcp -> 8080", "3 of 3 ready", "Instances:\n", "hello-1", "Events:"]
+        ["Virtual IP:   203.0.113.1", "80/tcp -> 8080", "6 of 6 ready", "Instances:\n", "hello-1", "Events:"]
     {
         assert!(text.contains(part), "{part}: {text}");
     }

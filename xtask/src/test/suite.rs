@@ -62,10 +62,10 @@ fn counted(mut command: Command) -> Result<Count> {
 /// `test result: ok. 5 passed; 0 failed; ...` (libtest).
 fn summary(line: &str) -> Option<Count> {
     let plain = without_colours(line);
-    let plain = plain.trim();
+    // Indented, it is what nextest shows of a failed test's own output, which its summary counts already.
     let text = match plain.strip_prefix("test result:") {
         Some(rest) => rest,
-        None if plain.starts_with("Summary [") => plain.split_once("run:")?.1,
+        None if plain.trim_start().starts_with("Summary [") => plain.split_once("run:")?.1,
         None => return None,
     };
     let mut count = Count::default();
@@ -107,5 +107,6 @@ mod tests {
             Some(Count { passed: 2, failed: 0 })
         );
         assert_eq!(summary("test a ... ok"), None);
+        assert_eq!(summary("    test result: FAILED. 0 passed; 1 failed; 0 ignored"), None);
     }
 }
