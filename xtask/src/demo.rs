@@ -126,7 +126,7 @@ impl Demo {
     fn stay_up(&self) -> Result<()> {
         heading(8, "yours to try");
         println!("The platform stays up until Ctrl-C. From another terminal:\n");
-        for line in self.next_commands() {
+        for line in self.next_commands()? {
             println!("  {line}");
         }
         loop {

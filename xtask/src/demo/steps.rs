@@ -112,23 +112,36 @@ impl Demo {
     }
 
     /// Three commands to go on with.
-    pub(super) fn next_commands(&self) -> Vec<String> {
+    pub(super) fn next_commands(&self) -> Result<Vec<String>> {
+        let (bed, client) = (self.platform.bed(), "nrt-client");
+        let anyplace = self.write_wrapper()?;
+        Ok(vec![
+            format!("nsenter --net=/run/netns/ap-{}-{client} curl -s http://{}/", bed.name(), self.vip),
+            format!("{} get instances", anyplace.display()),
+            format!("tail -f {}/logs/state-router-ams-1.log", bed.state_dir().display()),
+        ])
+    }
+
+    /// A script that runs the command line inside the testbed, with its address and credentials.
+    fn write_wrapper(&self) -> Result<std::path::PathBuf> {
         let bed = self.platform.bed();
         let cli = self.platform.cli([]);
-        let variables: Vec<_> = cli
+        let variables: String = cli
             .get_envs()
             .filter(|(name, _)| {
                 name.to_string_lossy().starts_with("ANYPLACE_") && *name != "ANYPLACE_TESTBED"
             })
-            .filter_map(|(name, value)| Some(format!("{}={}", name.display(), value?.display())))
+            .filter_map(|(name, value)| Some(format!("export {}='{}'\n", name.display(), value?.display())))
             .collect();
-        let enter = |node: &str| format!("nsenter --net=/run/netns/ap-{}-{node}", bed.name());
-        let program = cli.get_program().display();
-        vec![
-            format!("{} curl http://{}/", enter("nrt-client"), self.vip),
-            format!("{} env {} {program} get instances", enter("global"), variables.join(" ")),
-            format!("tail -f {}/logs/state-router-ams-1.log", bed.state_dir().display()),
-        ]
+        let script = format!(
+            "#!/bin/sh\n{variables}exec nsenter --net=/run/netns/ap-{}-global '{}' \"$@\"\n",
+            bed.name(),
+            cli.get_program().display()
+        );
+        let path = bed.state_dir().join("anyplace");
+        std::fs::write(&path, script)?;
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o700))?;
+        Ok(path)
     }
 }
 
