@@ -22,6 +22,7 @@ const PACKAGES: &[(&str, Sign, &str)] = &[
     ("nftables", Program("nft"), "what containers may reach"),
     ("runc", Program("runc"), "containers"),
     ("crun", Program("crun"), "containers, where the cgroup set-up allows it"),
+    ("runsc", Program("runsc"), "containers with `isolation: sandbox`"),
     ("busybox-static", File("/bin/busybox"), "the demo's image"),
     ("skopeo", Program("skopeo"), "the registry's tests with a foreign client"),
     ("curl", Program("curl"), "looking at the platform from outside"),

