@@ -18,7 +18,7 @@ use axum::{
 
 use crate::{
     live::Heard,
-    scheduler::{MAX_MACHINES, Scheduler},
+    scheduler::{MAX_MACHINES, Scheduler, now_ms},
 };
 
 type App = Shared<Arc<Scheduler>>;
@@ -107,7 +107,7 @@ async fn report(
         let fix = "give each machine an address and an instance_cidr of its own in machine-agent.toml";
         return Err(Problem::new(ErrorCode::Conflict, detail).field("instance_cidr").fix(fix).into());
     }
-    if live.hear(report, Instant::now()) == Heard::Changed {
+    if live.hear(report, Instant::now(), now_ms()) == Heard::Changed {
         // At once, before any disk: a container that stopped answering gets no further connection.
         scheduler.publish_routes(&live);
         drop(live);

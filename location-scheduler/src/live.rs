@@ -69,7 +69,7 @@ impl Live {
     }
 
     /// Takes a report in.
-    pub(crate) fn hear(&mut self, report: MachineReport, now: Instant) -> Heard {
+    pub(crate) fn hear(&mut self, report: MachineReport, now: Instant, heard_ms: u64) -> Heard {
         let name = report.machine.clone();
         let was_warm = self.warm;
         self.unheard.remove(&name);
@@ -87,12 +87,12 @@ impl Live {
                 // The numbers differ in every report and mean nothing by themselves.
                 (machine.report.epoch, machine.report.sequence) = (report.epoch, report.sequence);
                 let changed = machine.life != Life::Alive || machine.report != report;
-                *machine = Machine { life: Life::Alive, report };
+                *machine = Machine { life: Life::Alive, heard_ms, report };
                 changed
             }
             None => {
                 self.unsaved.insert(name.clone());
-                self.state.machines.insert(name.clone(), Machine { life: Life::Alive, report });
+                self.state.machines.insert(name.clone(), Machine { life: Life::Alive, heard_ms, report });
                 true
             }
         };

@@ -2,13 +2,17 @@
 
 use std::{
     sync::Arc,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant},
 };
 
 use anyplace_location_core::{Change, Plan, State, plan};
 use anyplace_model::InstanceId;
 
-use crate::{naming, persist::too_large, scheduler::Scheduler};
+use crate::{
+    naming,
+    persist::too_large,
+    scheduler::{Scheduler, now_ms},
+};
 
 /// Looks at everything so often, whatever happens.
 const TICK: Duration = Duration::from_secs(1);
@@ -113,9 +117,4 @@ fn log(changes: &[Change]) {
             Change::Delete(instance) => tracing::info!(%instance, "gone"),
         }
     }
-}
-
-fn now_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }

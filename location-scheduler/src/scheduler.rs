@@ -118,6 +118,11 @@ impl Scheduler {
     }
 }
 
+/// Milliseconds since 1970.
+pub(crate) fn now_ms() -> u64 {
+    unix_epoch() / 1_000
+}
+
 /// Nothing panics while it holds one of these locks with the value half changed.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -176,7 +181,7 @@ async fn open(
         machines: stored
             .machines
             .into_iter()
-            .map(|(name, report)| (name, Machine { life: Life::Suspect, report }))
+            .map(|(name, report)| (name, Machine { life: Life::Suspect, heard_ms: 0, report }))
             .collect(),
         reservations: stored.reservations,
         placements: BTreeMap::new(),

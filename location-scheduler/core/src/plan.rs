@@ -201,7 +201,11 @@ impl<'a> Planner<'a> {
         let timing = self.state.timing;
         let running = self.state.reservations.values().filter_map(|held| match held.stage {
             Stage::Draining { since_ms } => Some(since_ms.saturating_add(timing.drain_ms)),
-            Stage::Removing { since_ms } => Some(since_ms.saturating_add(timing.settle_ms)),
+            // Heartbeats that say nothing new wake nobody, and come three times in this time.
+            Stage::Removing { since_ms } => {
+                let settled = since_ms.saturating_add(timing.settle_ms);
+                Some(settled.max(self.state.now_ms.saturating_add(timing.settle_ms / 3 + 1)))
+            }
             Stage::Serving | Stage::Lost => None,
         });
         let now = self.state.now_ms;

@@ -46,8 +46,8 @@ pub struct State {
 pub struct Timing {
     /// Between "no new connections" and the end of an instance.
     pub drain_ms: u64,
-    /// After an instance's assignment is gone, a report may have been written before the machine knew: an instance
-    /// missing from reports counts as ended only after so long.
+    /// After an instance's assignment is gone, a report may have been written before the machine knew: only one that
+    /// comes so much later proves, by leaving the instance out, that it has ended.
     pub settle_ms: u64,
 }
 
@@ -89,6 +89,8 @@ pub enum Life {
 pub struct Machine {
     /// Whether it is there.
     pub life: Life,
+    /// When that report came, in milliseconds since 1970; 0 before the first since the scheduler started.
+    pub heard_ms: u64,
     /// Its last report.
     pub report: MachineReport,
 }
@@ -191,6 +193,11 @@ impl<'a> Observed<'a> {
     /// A machine that was forgotten is as good as lost.
     pub(crate) fn life(&self, reservation: &Reservation) -> Life {
         self.machines.get(&reservation.machine).map_or(Life::Lost, |machine| machine.life)
+    }
+
+    /// When the machine was heard last.
+    pub(crate) fn heard_ms(&self, reservation: &Reservation) -> u64 {
+        self.machines.get(&reservation.machine).map_or(0, |machine| machine.heard_ms)
     }
 
     /// Whether the instance takes new connections.

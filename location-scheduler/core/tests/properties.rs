@@ -16,6 +16,7 @@ fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         8 => machine.clone().prop_map(Op::Sync),
         8 => machine.clone().prop_map(Op::Report),
+        8 => machine.clone().prop_map(Op::Work),
         6 => (machine.clone(), any::<u8>()).prop_map(|(m, mask)| Op::Health(m, mask)),
         3 => machine.clone().prop_map(Op::Silence),
         2 => machine.clone().prop_map(Op::Lose),

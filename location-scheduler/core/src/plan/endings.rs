@@ -52,7 +52,8 @@ impl Planner<'_> {
             }
             Stage::Removing { since_ms } => {
                 let gone = life == Life::Alive && phase.is_none();
-                (gone && since(since_ms, state.timing.settle_ms)).then_some(Ending::Release)
+                let proved = self.observed.heard_ms(held) >= since_ms.saturating_add(state.timing.settle_ms);
+                (gone && proved).then_some(Ending::Release)
             }
         }
     }

@@ -18,6 +18,8 @@ pub(crate) enum Op {
     Sync(usize),
     /// The agent reports.
     Report(usize),
+    /// The agent does all of it: reads, starts, gets everything ready, reports.
+    Work(usize),
     /// Instances become ready or not.
     Health(usize, u8),
     /// The lease expires.
@@ -46,6 +48,8 @@ pub(crate) struct Container {
     pub(crate) assignment: Assignment,
     pub(crate) ready: bool,
     pub(crate) ended: bool,
+    /// Told to stop, which takes a while: gone at the next look.
+    pub(crate) stopping: bool,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -145,7 +149,9 @@ impl World {
             settings: LocationSettings::default(),
             vip_prefixes: None,
             machines: (0..machines)
-                .map(|index| (machine_id(index), Machine { life: Life::Alive, report: report(index) }))
+                .map(|index| {
+                    (machine_id(index), Machine { life: Life::Alive, heard_ms: 0, report: report(index) })
+                })
                 .collect(),
             reservations: BTreeMap::new(),
             placements: BTreeMap::new(),
@@ -161,6 +167,7 @@ impl World {
         match op {
             Op::Sync(index) => self.sync(&machine_id(index)),
             Op::Report(index) => self.report(&machine_id(index)),
+            Op::Work(index) => self.work(&machine_id(index)),
             Op::Health(index, mask) => {
                 if let Some(agent) = self.agents.get_mut(&machine_id(index)) {
                     for (bit, container) in agent.containers.values_mut().enumerate() {
@@ -234,15 +241,20 @@ impl World {
         let names: Vec<MachineId> = self.agents.keys().cloned().collect();
         for _ in 0..120 {
             for name in &names {
-                self.sync(name);
-                let agent = self.agents.get_mut(name).unwrap();
-                agent.images.extend(agent.wanted_images.clone());
-                agent.containers.values_mut().for_each(|container| container.ready = !container.ended);
-                self.report(name);
+                self.work(name);
             }
             self.state.now_ms += 300;
             self.step();
         }
+    }
+
+    fn work(&mut self, name: &MachineId) {
+        self.sync(name);
+        if let Some(agent) = self.agents.get_mut(name) {
+            agent.images.extend(agent.wanted_images.clone());
+            agent.containers.values_mut().for_each(|container| container.ready = !container.ended);
+        }
+        self.report(name);
     }
 
     fn placement(&self, index: usize) -> Option<&Placement> {
@@ -266,7 +278,10 @@ impl World {
     fn sync(&mut self, name: &MachineId) {
         let desired = desired(&self.state).remove(name).unwrap_or_default();
         let Some(agent) = self.agents.get_mut(name).filter(|agent| !agent.silent) else { return };
-        agent.containers.retain(|instance, _| desired.contains_key(&format!("instances/{instance}")));
+        agent.containers.retain(|_, container| !container.stopping);
+        for (instance, container) in &mut agent.containers {
+            container.stopping = !desired.contains_key(&format!("instances/{instance}"));
+        }
         agent.wanted_images.clear();
         for item in desired.into_values() {
             match item {
@@ -280,6 +295,7 @@ impl World {
                         assignment: *assignment,
                         ready: false,
                         ended: false,
+                        stopping: false,
                     });
                 }
             }
@@ -290,6 +306,7 @@ impl World {
         let Some(agent) = self.agents.get(name).filter(|agent| !agent.silent) else { return };
         let machine = self.state.machines.get_mut(name).unwrap();
         machine.life = Life::Alive;
+        machine.heard_ms = self.state.now_ms;
         machine.report.sequence += 1;
         machine.report.images = agent.images.iter().map(|image| (image.clone(), ImageState::Warm)).collect();
         machine.report.instances = agent.containers.values().map(|held| status(name, held)).collect();
