@@ -162,7 +162,7 @@ fn deserialize<T: DeserializeOwned>(text: &str, format: Format) -> Result<T, Par
         line: line.filter(|line| *line > 0),
         field,
         // Parsers append or prepend the position, which stands in front already.
-        message: strip_position(&message),
+        message: plain(strip_position(&message)),
     })
 }
 
@@ -175,6 +175,21 @@ fn strip_position(message: &str) -> String {
         Some((position, rest)) if position.starts_with("line ") => rest.to_string(),
         _ => message.strip_prefix("error: ").unwrap_or(message).to_string(),
     }
+}
+
+/// Says in the user's words what parsers say in those of their programmers.
+fn plain(message: String) -> String {
+    for (kind, most) in [("u16", u16::MAX.into()), ("u32", u32::MAX.into()), ("u64", u64::MAX)] {
+        let expected = [format!("expected a nonzero {kind}"), format!("expected {kind}")];
+        let found = expected.iter().find_map(|end| message.strip_suffix(end));
+        if found.is_some() || message == format!("invalid {kind}") {
+            return format!("{}expected a whole number of at most {most}", found.unwrap_or_default());
+        }
+    }
+    if message.starts_with("multiple YAML documents") {
+        return "a second document begins here; write each spec into a file of its own".into();
+    }
+    message
 }
 
 fn fix_for(message: &str) -> String {

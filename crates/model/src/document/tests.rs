@@ -90,3 +90,24 @@ fn a_missing_image_or_kind_is_named() {
     );
     assert!(refused(&HELLO.replace("hello:v1", "\"\"")).contains("image: `` is not an image reference"));
 }
+
+#[test]
+fn what_parsers_say_is_put_into_plain_words() {
+    let message = refused(&HELLO.replace("- port: 80\n", "- port: 70000\n"));
+    assert!(
+        message.starts_with("hello.yaml:8: ports[0].port: expected a whole number of at most 65535"),
+        "{message}"
+    );
+    let toml = "kind = 'Deployment'\nname = 'hello'\nimage = 'hello:v1'\n[[ports]]\nport = -1\n";
+    let message = parse_spec(toml, Format::Toml, "hello.toml").unwrap_err().to_string();
+    assert!(
+        message
+            .starts_with("hello.toml:5: ports[0].port: invalid value: integer `-1`, expected a whole number"),
+        "{message}"
+    );
+    let message = refused(&format!("{HELLO}---\n{HELLO}"));
+    assert!(
+        message.contains("a second document begins here; write each spec into a file of its own"),
+        "{message}"
+    );
+}
