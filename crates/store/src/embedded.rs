@@ -42,7 +42,8 @@ mod read;
 mod watch;
 mod writer;
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
@@ -217,6 +218,8 @@ fn open_database(path: &Path) -> Result<Database> {
     let io = |source: std::io::Error| Error::Open { path: path.to_owned(), source: Arc::new(source) };
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     fs::create_dir_all(parent).map_err(io)?;
+    // What is stored may be secret; redb would let everyone read it.
+    OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path).map_err(io)?;
     let db = Database::builder().set_cache_size(CACHE_BYTES).create(path).map_err(|source| match source {
         DatabaseError::DatabaseAlreadyOpen => Error::Locked { path: path.to_owned() },
         source => Error::Open { path: path.to_owned(), source: Arc::new(source) },

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "clippy only exempts functions marked as tests")]
 
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -50,6 +51,14 @@ fn other_files_are_refused_and_left_alone() {
     let error = open_error(&path);
     assert!(matches!(error, Error::Open { .. }), "{error}");
     assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
+}
+
+#[test]
+fn a_new_file_is_for_its_owner_only() {
+    let home = tempfile::tempdir().unwrap();
+    let path = home.path().join("store");
+    drop(EmbeddedStore::open(&path).unwrap());
+    assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
 }
 
 #[test]
