@@ -48,7 +48,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     install_crypto_provider();
     let paths = Paths::new(&config);
     for folder in [paths.instances(), paths.netns(), paths.logs(), paths.runtime()] {
-        std::fs::create_dir_all(&folder)
+        files::make_private(&folder)
             .with_context(|| format!("can't make {}; check `data_dir`", folder.display()))?;
     }
     let token = read_token(&config.token_file)?;

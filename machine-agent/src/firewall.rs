@@ -4,9 +4,11 @@
 //! always pass. What they send elsewhere leaves under the machine's address. Replies from virtual IPs aren't
 //! concerned: the state router sends them out before netfilter sees them.
 
-use std::process::Command;
+use std::{net::Ipv4Addr, process::Command};
 
 use anyhow::Context as _;
+use axum::http::Uri;
+use ipnet::Ipv4Net;
 
 use crate::{Config, network::feed, runtime::find_program};
 
@@ -31,12 +33,23 @@ fn nft(rules: &str) -> anyhow::Result<()> {
     feed(command, rules).context("`nft` refused the firewall's rules")
 }
 
+/// The control plane's servers that the agent itself knows by address: protected even where `protected_cidrs` leaves
+/// them out.
+fn servers(config: &Config) -> impl Iterator<Item = Ipv4Net> {
+    [&config.location_scheduler, &config.registry].into_iter().filter_map(|url| {
+        let url: Uri = url.parse().ok()?;
+        Some(Ipv4Net::from(url.host()?.parse::<Ipv4Addr>().ok()?))
+    })
+}
+
 fn rules(config: &Config) -> String {
     // One rule each: a set would be refused where two of them overlap.
     let protected: String = config
         .protected_cidrs
         .iter()
-        .map(|cidr| format!("\n        iifname \"apv*\" ip daddr {} drop", cidr.trunc()))
+        .map(Ipv4Net::trunc)
+        .chain(servers(config))
+        .map(|cidr| format!("\n        iifname \"apv*\" ip daddr {cidr} drop"))
         .collect();
     format!(
         r#"table inet anyplace {{}}
@@ -62,4 +75,27 @@ table inet anyplace {{
         cidr = config.instance_cidr.trunc(),
         uplink = config.uplink,
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_known_servers_are_protected_even_where_nothing_is_configured() {
+        let text = r#"
+            data_dir = "/var/lib/anyplace/machine"
+            advertise = "http://10.1.1.1:7620"
+            machine = "ams-1"
+            location_scheduler = "http://10.1.0.10:7610"
+            token_file = "/etc/anyplace/machine.token"
+            registry = "http://registry.example:5000"
+            address = "10.1.1.1"
+            uplink = "eth0"
+            instance_cidr = "10.1.1.64/26"
+        "#;
+        let rules = rules(&toml::from_str(text).unwrap());
+        assert!(rules.contains("iifname \"apv*\" ip daddr 10.1.0.10/32 drop"), "{rules}");
+        assert_eq!(rules.matches("daddr").count(), 1, "{rules}");
+    }
 }
