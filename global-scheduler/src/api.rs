@@ -10,8 +10,15 @@ mod platform;
 
 use std::sync::Arc;
 
-use anyplace_service::{healthz, not_found};
-use axum::{Router, middleware};
+use anyhow::Context as _;
+use anyplace_service::{Failure, healthz, not_found};
+use axum::{
+    Router,
+    extract::Request,
+    http::Method,
+    middleware::{self, Next},
+    response::Response,
+};
 use utoipa::OpenApi;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
@@ -57,10 +64,22 @@ pub(crate) fn router() -> OpenApiRouter<Arc<App>> {
 /// The service: everything under `/v1` needs a token, the rest doesn't.
 pub(crate) fn service(app: Arc<App>) -> Router {
     let (v1, document) = router().split_for_parts();
-    let v1 = v1.route_layer(middleware::from_fn_with_state(app.clone(), auth::authorize));
+    // The last layer is the outermost: who may not do it, starts nothing.
+    let v1 = v1
+        .route_layer(middleware::from_fn(to_the_end))
+        .route_layer(middleware::from_fn_with_state(app.clone(), auth::authorize));
     let document = axum::Json(document);
     v1.route("/healthz", axum::routing::get(healthz))
         .route("/openapi.json", axum::routing::get(move || async move { document }))
         .fallback(not_found)
         .with_state(app)
+}
+
+/// Runs what changes something in a task of its own. A handler ends where it waits when its client goes away; between
+/// the store's commit and the change in memory, that would leave the two apart until the next start.
+async fn to_the_end(request: Request, next: Next) -> Result<Response, Failure> {
+    if matches!(*request.method(), Method::GET | Method::HEAD) {
+        return Ok(next.run(request).await);
+    }
+    Ok(tokio::spawn(next.run(request)).await.context("a request's handler failed")?)
 }

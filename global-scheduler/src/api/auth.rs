@@ -77,7 +77,7 @@ pub(crate) async fn authorize(
 fn identify(app: &App, headers: &HeaderMap) -> Result<(Role, TokenScope), Failure> {
     let unauthenticated = |text: &str| {
         Problem::new(ErrorCode::Unauthenticated, text)
-            .fix("set the token in the context or --token; the first one is in admin.token of the server's data_dir")
+            .fix("give it with --token-file or the context; the first one is in admin.token of the server's data_dir")
     };
     let token = bearer(headers).ok_or_else(|| unauthenticated("no bearer token was sent"))?;
     let hash = TokenHash::of(token);

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyplace_api::{DeploymentPhase, ErrorCode};
+use anyplace_api::{DeploymentPhase, ErrorCode, Role};
 use anyplace_model::{DeploymentName, LocationSettings, ReasonCode};
 use serde_json::json;
 
@@ -180,4 +180,28 @@ async fn a_spec_that_fits_nowhere_says_why_with_counts() {
     let error = bed.admin.deployment_logs(&hello(), &Default::default()).await.unwrap_err();
     assert_eq!(error.code(), Some(ErrorCode::NotFound));
     assert!(error.to_string().contains("no instance has started; see `anyplace why`"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_goes_away_leaves_nothing_half_done() {
+    use tokio::io::AsyncWriteExt as _;
+
+    let bed = Bed::start().await;
+    let token = bed.token(Role::Deployer, None).await;
+    let spec = |index: u64| deployment(json!({"name": format!("app-{index}")}));
+    for index in 0..40 {
+        let body = serde_json::to_string(&spec(index)).unwrap();
+        let request = format!(
+            "PUT /v1/deployments/app-{index} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {token}\r\n\
+             content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        let mut stream = tokio::net::TcpStream::connect(bed.listen).await.unwrap();
+        stream.write_all(request.as_bytes()).await.unwrap();
+        tokio::time::sleep(Duration::from_micros(index * 250)).await;
+    }
+    // What was written is known, so that the same can be said again, and no virtual IP is given away twice.
+    for index in 0..40 {
+        bed.admin.apply_deployment(&spec(index)).await.unwrap();
+    }
 }
