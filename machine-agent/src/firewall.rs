@@ -1,8 +1,9 @@
 //! What instances may send where, in the nftables table `inet anyplace` of the machine's network namespace.
 //!
-//! Instances reach neither the machine itself, nor each other on this machine, nor the protected networks; answers
-//! always pass. What they send elsewhere leaves under the machine's address. Replies from virtual IPs aren't
-//! concerned: the state router sends them out before netfilter sees them.
+//! Instances reach neither the machine itself, nor each other on this machine, nor the protected networks, nor the
+//! services that clouds have for their machines on link-local addresses, names (port 53) excepted; answers always
+//! pass. What they send elsewhere leaves under the machine's address. Replies from virtual IPs aren't concerned: the
+//! state router sends them out before netfilter sees them.
 
 use std::{net::Ipv4Addr, process::Command};
 
@@ -64,6 +65,7 @@ table inet anyplace {{
         type filter hook forward priority filter; policy accept;
         iifname "apv*" ct state established,related accept
         iifname "apv*" oifname "apv*" drop{protected}
+        iifname "apv*" ip daddr 169.254.0.0/16 meta l4proto {{ tcp, udp }} th dport != 53 drop
         iifname "apv*" ct state invalid drop
     }}
     chain postrouting {{
@@ -96,6 +98,6 @@ mod tests {
         "#;
         let rules = rules(&toml::from_str(text).unwrap());
         assert!(rules.contains("iifname \"apv*\" ip daddr 10.1.0.10/32 drop"), "{rules}");
-        assert_eq!(rules.matches("daddr").count(), 1, "{rules}");
+        assert_eq!(rules.matches("daddr").count(), 2, "the other is that of link-local addresses: {rules}");
     }
 }

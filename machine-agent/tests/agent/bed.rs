@@ -29,6 +29,8 @@ use crate::{
 };
 
 pub(crate) const MACHINE: Ipv4Addr = Ipv4Addr::new(10, 9, 1, 1);
+/// In the fabric; where clouds tell machines their secrets.
+pub(crate) const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 /// In the fabric, and protected.
 pub(crate) const PROTECTED: Ipv4Addr = Ipv4Addr::new(10, 9, 1, 0);
 /// In the fabric, and open to all.

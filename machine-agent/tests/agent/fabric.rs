@@ -9,7 +9,7 @@ use std::{
 
 use nix::sched::{CloneFlags, unshare};
 
-use crate::bed::{MACHINE, OPEN, PROTECTED};
+use crate::bed::{MACHINE, METADATA, OPEN, PROTECTED};
 
 /// The second namespace: a thread that lives in it and does what it is told.
 pub(crate) struct Fabric(Mutex<mpsc::Sender<Box<dyn FnOnce() + Send>>>);
@@ -31,7 +31,8 @@ impl Fabric {
         let fabric = Self(Mutex::new(sender));
         fabric.run(|| {
             ip(&format!(
-                "link set lo up\naddr add {PROTECTED}/31 dev eth0\naddr add {OPEN}/32 dev lo\nlink set eth0 up\n\
+                "link set lo up\naddr add {PROTECTED}/31 dev eth0\naddr add {OPEN}/32 dev lo\naddr add {METADATA}/32 dev lo\n\
+                 link set eth0 up\n\
                  route add 10.9.1.64/26 via {MACHINE} dev eth0 onlink\n"
             ));
             answer();

@@ -15,7 +15,7 @@ use std::{
 use anyplace_model::{
     Bytes, Check, DurationMs, Health, HttpCheck, ImageState, InstancePhase, MachineDesired, ReasonCode,
 };
-use bed::{MACHINE, OPEN, PROTECTED, TOKEN, assignment};
+use bed::{MACHINE, METADATA, OPEN, PROTECTED, TOKEN, assignment};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -220,12 +220,15 @@ fn instances_reach_the_world_but_not_the_machine_each_other_or_what_is_protected
         bed.want(web("web-1", 65));
         bed.until_ready("web-1", 0).await;
         bed.answer_on_the_machine();
-        for (address, port) in [(PROTECTED, 9999), (MACHINE, 9999), ("10.9.1.65".parse().unwrap(), 8080)] {
+        for (address, port) in
+            [(PROTECTED, 9999), (METADATA, 9999), (MACHINE, 9999), ("10.9.1.65".parse().unwrap(), 8080)]
+        {
             assert!(bed.get_from_fabric(address, port).is_ok(), "nobody listens on {address} at all");
         }
         let script = format!(
             // Not wget: the static one crashes where there is no C library to look names up with.
-            "for at in '{OPEN} 9999' '{PROTECTED} 9999' '10.9.1.1 9999' '169.254.1.1 9999' '10.9.1.65 8080'; do \
+            "for at in '{OPEN} 9999' '{PROTECTED} 9999' '10.9.1.1 9999' '169.254.1.1 9999' '{METADATA} 9999' \
+             '10.9.1.65 8080'; do \
              echo \"$at: $(echo | nc -w 1 $at 2>/dev/null | grep . || echo nothing)\"; done; \
              mount -t tmpfs none /tmp || echo no mount"
         );
@@ -234,8 +237,14 @@ fn instances_reach_the_world_but_not_the_machine_each_other_or_what_is_protected
         let (_, _, log) = bed.agent_get("/v1/instances/probe/logs", TOKEN).await;
         assert!(log.contains(&format!("{OPEN} 9999: HTTP/1.0 200 OK")), "{log}");
         assert!(log.contains("seen as 10.9.1.1\n"), "{log}");
-        for at in [&format!("{PROTECTED} 9999"), "10.9.1.1 9999", "169.254.1.1 9999", "10.9.1.65 8080"]
-            .map(str::to_owned)
+        for at in [
+            &format!("{PROTECTED} 9999"),
+            &format!("{METADATA} 9999"),
+            "10.9.1.1 9999",
+            "169.254.1.1 9999",
+            "10.9.1.65 8080",
+        ]
+        .map(str::to_owned)
         {
             assert!(log.contains(&format!("{at}: nothing\n")), "{at} in {log}");
         }
