@@ -46,8 +46,10 @@ impl Planner<'_> {
         match held.stage {
             Stage::Serving | Stage::Lost => (wanted == Some(false)).then_some(Ending::Remove),
             Stage::Draining { since_ms } => {
-                // Where no container runs, there are no connections to wait for.
-                let idle = life == Life::Alive && phase != Some(InstancePhase::Running);
+                // Where no container runs, there are no connections to wait for. A machine that knows of the drain
+                // calls the container that still runs `stopping`.
+                let runs = matches!(phase, Some(InstancePhase::Running | InstancePhase::Stopping));
+                let idle = life == Life::Alive && !runs;
                 (idle || since(since_ms, state.timing.drain_ms)).then_some(Ending::Remove)
             }
             Stage::Removing { since_ms } => {

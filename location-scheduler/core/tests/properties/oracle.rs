@@ -4,7 +4,8 @@ use std::{collections::BTreeSet, net::Ipv4Addr};
 
 use anyplace_location_core::{Life, Plan, Reservation, Stage, State, plan, routes};
 use anyplace_model::{
-    Assignment, DeploymentName, Isolation, MachineId, MachineReport, ReasonCode, Resources, RouteRecord,
+    Assignment, DeploymentName, InstancePhase, Isolation, MachineId, MachineReport, ReasonCode, Resources,
+    RouteRecord,
 };
 use proptest::{prelude::*, test_runner::TestCaseError};
 
@@ -185,6 +186,20 @@ pub(crate) fn judge(before: &State, plan: &Plan, after: &State) -> Verdict {
         if let Some(refusals) = plan.attempts.get(attempt) {
             prop_assert!(counted(refusals), "{refusals:?} of {machines}");
         }
+    }
+    for instance in &plan.removals {
+        let held = &before.reservations[instance];
+        let Stage::Draining { since_ms } = held.stage else { continue };
+        let machine = &before.machines[&held.machine];
+        let runs = machine.report.instances.iter().any(|status| {
+            status.instance == *instance
+                && matches!(status.phase, InstancePhase::Running | InstancePhase::Stopping)
+        });
+        let waited = before.now_ms >= since_ms + before.timing.drain_ms;
+        prop_assert!(
+            waited || machine.life != Life::Alive || !runs,
+            "{instance} ends before its connections could"
+        );
     }
     for start in &plan.starts {
         if let anyplace_model::Workload::Job(attempt) = &start.workload {

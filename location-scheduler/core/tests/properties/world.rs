@@ -291,12 +291,15 @@ impl World {
                         self.runs.entry(attempt.clone()).or_default().insert(assignment.instance.clone());
                     }
                     agent.images.insert(assignment.image.clone());
-                    agent.containers.entry(assignment.instance.clone()).or_insert_with(|| Container {
-                        assignment: *assignment,
-                        ready: false,
-                        ended: false,
-                        stopping: false,
-                    });
+                    let draining = assignment.draining;
+                    let container =
+                        agent.containers.entry(assignment.instance.clone()).or_insert_with(|| Container {
+                            assignment: *assignment,
+                            ready: false,
+                            ended: false,
+                            stopping: false,
+                        });
+                    container.assignment.draining = draining;
                 }
             }
         }
@@ -321,7 +324,12 @@ fn status(machine: &MachineId, container: &Container) -> InstanceStatus {
         generation: assignment.generation,
         machine: machine.clone(),
         address: assignment.address,
-        phase: if container.ended { InstancePhase::Exited } else { InstancePhase::Running },
+        phase: match container {
+            Container { ended: true, .. } => InstancePhase::Exited,
+            // As the machine agent does: what drains still runs.
+            _ if assignment.draining => InstancePhase::Stopping,
+            _ => InstancePhase::Running,
+        },
         ready: container.ready,
         restarts: 0,
         exit_code: container.ended.then_some(0),
