@@ -393,6 +393,7 @@ fn reply_leaves_as_the_vips() {
             &tcp_with_segment_size((VIP, 80), client, SYN | ACK, 1360),
         ),
         pass("a connection that the container opens", &tcp((HERE, 55_555), client, SYN, b"")),
+        pass("a connection that the container opens from a serving port", &tcp(inside, client, SYN, b"")),
         pass(
             "an answer to a health check",
             &tcp(inside, (Ipv4Addr::new(169, 254, 1, 1), 40_000), SYN | ACK, b""),

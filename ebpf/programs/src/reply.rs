@@ -51,6 +51,14 @@ fn try_reply(ctx: &TcContext) -> Result<i32, Counter> {
     let instance = u32::from_ne_bytes(ip.source);
     let key = ReplyKey { instance, port: ports.source, protocol: ip.protocol, reserved: 0 };
     let Some(reply) = maps::reply(&key) else { return Ok(TC_ACT_UNSPEC) };
+    if ip.protocol == TCP
+        && let Ok(flags) = ctx.load::<u8>(TRANSPORT + TCP_FLAGS)
+        && packet::opens_connection(flags)
+    {
+        // No answer: the container opens a connection from a port that it serves. It goes the way of all others,
+        // through the machine's firewall.
+        return Ok(TC_ACT_UNSPEC);
+    }
     if packet::is_fragment(&ip) {
         // Its later parts carry no port to be known by, and the client could never put them together.
         return Err(Counter::Fragment);
