@@ -332,6 +332,7 @@ fn advert() -> Advert {
         gpu_blocks: vec![block(16, false), block(80, true)],
         isolations: vec![Isolation::Container],
         warm_images: vec!["hello:v1".into()],
+        conditions: vec![],
     }
 }
 

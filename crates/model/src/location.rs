@@ -69,6 +69,9 @@ pub struct Advert {
     pub isolations: Vec<Isolation>,
     /// Images that are warm on at least one machine.
     pub warm_images: Vec<String>,
+    /// Why machines that report take no work, counted by reason.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub conditions: Vec<Refusal>,
 }
 
 /// What the operator set for a location.

@@ -23,7 +23,13 @@ pub(crate) fn refusals(
     if let Some(refusal) = constraint(advert, placement) {
         refusals.push(refusal);
     }
-    if advert.machines > 0 && !advert.isolations.contains(&isolation) {
+    if advert.machines > 0 && advert.isolations.is_empty() && !advert.conditions.is_empty() {
+        // No machine takes work at all; the conditions say why.
+        for condition in &advert.conditions {
+            let text = format!("{} of {} machines: {}", condition.count, advert.machines, condition.message);
+            refusals.push(one(condition.reason, text));
+        }
+    } else if advert.machines > 0 && !advert.isolations.contains(&isolation) {
         let name = format!("{isolation:?}").to_lowercase();
         refusals.push(one(
             ReasonCode::IsolationUnavailable,

@@ -54,6 +54,7 @@ pub(crate) fn advert() -> Advert {
         gpu_blocks: Vec::new(),
         isolations: vec![anyplace_model::Isolation::Container],
         warm_images: Vec::new(),
+        conditions: Vec::new(),
     }
 }
 
@@ -251,6 +252,16 @@ fn what_fits_nowhere_is_explained_with_reasons_and_counts() {
     );
     let why = explain(&mut state, r#"{"isolation": "microvm"}"#);
     assert_eq!((why.refusals[0].reason, why.refusals[0].count), (ReasonCode::IsolationUnavailable, 3));
+    for location in state.locations.values_mut() {
+        let advert = location.advert.as_mut().unwrap();
+        advert.isolations.clear();
+        advert.free_cpu = MilliCpu(0);
+        let message = "no usable cgroup hierarchy below /sys/fs/cgroup; mount one".into();
+        advert.conditions = vec![Refusal { reason: ReasonCode::NoCgroups, count: advert.machines, message }];
+    }
+    let why = explain(&mut state, "{}");
+    let no_cgroups = why.refusals.iter().find(|it| it.reason == ReasonCode::NoCgroups).unwrap();
+    assert!(no_cgroups.count == 3 && no_cgroups.message.contains("no usable cgroup hierarchy"), "{why:?}");
     state.locations.clear();
     let why = explain(&mut state, "{}");
     assert_eq!(why.refusals[0].reason, ReasonCode::NoLocations);

@@ -135,6 +135,7 @@ pub(crate) fn advert() -> Advert {
         gpu_blocks: Vec::new(),
         isolations: vec![Isolation::Container],
         warm_images: Vec::new(),
+        conditions: Vec::new(),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use anyplace_model::{Advert, Bytes, GpuBlock, ImageState, Isolation, MilliCpu};
+use anyplace_model::{Advert, Bytes, GpuBlock, ImageState, Isolation, MilliCpu, ReasonCode, Refusal};
 
 use crate::{
     room::{FreeRoom, Room},
@@ -57,7 +57,18 @@ pub fn advert(state: &State) -> Advert {
         gpu_blocks: gpu_blocks(&open),
         isolations: isolations.into_iter().collect(),
         warm_images: warm_images.into_iter().take(MAX_WARM_IMAGES).cloned().collect(),
+        conditions: conditions(&alive),
     }
+}
+
+/// What keeps reporting machines from taking work; of each reason, one machine's words.
+fn conditions(alive: &[&Room<'_>]) -> Vec<Refusal> {
+    let mut by_reason: BTreeMap<ReasonCode, Refusal> = BTreeMap::new();
+    for condition in alive.iter().flat_map(|room| &room.report.conditions) {
+        let new = || Refusal { reason: condition.reason, count: 0, message: condition.message.clone() };
+        by_reason.entry(condition.reason).or_insert_with(new).count += 1;
+    }
+    by_reason.into_values().collect()
 }
 
 fn gpu_blocks(open: &[(&Room<'_>, FreeRoom)]) -> Vec<GpuBlock> {
