@@ -128,7 +128,8 @@ fn reaches_no_one(world: &World, pid: i32, addresses: &BTreeMap<i32, String>) {
     }
     in_network_of(pid, || {
         let own: SocketAddr = "127.0.0.1:8080".parse().unwrap();
-        TcpStream::connect_timeout(&own, CONNECT_TIMEOUT).expect("a container reaches itself");
+        TcpStream::connect_timeout(&own, CONNECT_TIMEOUT)
+            .unwrap_or_else(|error| panic!("a container reaches itself: {error}"));
         // All at once: each takes its whole time-out.
         std::thread::scope(|scope| {
             for (name, address, _) in &forbidden {
