@@ -44,18 +44,31 @@ pub(crate) fn deployment(world: &World, name: &DeploymentName) -> Option<Deploym
             share.wanted - status.map_or(0, |status| refused(status, share.wanted))
         })
         .sum();
+    let outdated = locations
+        .iter()
+        .flat_map(|share| &share.instances)
+        .filter(|instance| instance.ready && instance.generation < record.generation)
+        .count();
     let phase = if placed < wanted {
         DeploymentPhase::Pending
-    } else if ready < wanted {
+    } else if ready < wanted || outdated > 0 {
+        // Done only when every instance behind the address runs what was asked for.
         DeploymentPhase::Progressing
     } else {
         DeploymentPhase::Ready
     };
-    let reasons = if phase == DeploymentPhase::Ready {
+    let mut reasons = if phase == DeploymentPhase::Ready {
         Vec::new()
     } else {
         reasons(world, name, record, phase, &locations)
     };
+    if outdated > 0 {
+        reasons.push(Refusal {
+            reason: ReasonCode::Draining,
+            count: u32::try_from(outdated).unwrap_or(u32::MAX),
+            message: "instances of an older generation still take traffic".into(),
+        });
+    }
     Some(DeploymentView {
         name: name.clone(),
         generation: record.generation,

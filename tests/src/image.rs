@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 /// Debian's busybox-static: one program without libraries.
 const BUSYBOX: &str = "/bin/busybox";
 /// Commands worth having inside, for checks and for people who look around.
-const APPLETS: &[&str] = &["cat", "date", "echo", "hostname", "ls", "ps", "sh", "sleep", "wget"];
+const APPLETS: &[&str] = &["cat", "date", "echo", "hostname", "ls", "nc", "ps", "sh", "sleep"];
 /// The image's entrypoint, inside.
 pub const HELLO_ENTRY: &str = "/entry.sh";
 /// It ends as the server itself, so that signals and exit codes are the server's.
