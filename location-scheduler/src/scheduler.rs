@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::Context as _;
 use anyplace_api::Client;
-use anyplace_location_core::{Life, Machine, State, desired, routes};
+use anyplace_location_core::{Life, Machine, State, desired, routes, stamp};
 use anyplace_model::{LocationDesired, LocationSettings, MachineDesired, MachineId, RouteRecord};
 use anyplace_service::{
     Feed, TokenHash, generate_token, install_crypto_provider, load_or_create_token, read_token, serve,
@@ -75,7 +75,9 @@ impl Scheduler {
     /// newer one.
     pub(crate) fn publish_routes(&self, live: &Live) {
         if live.is_warm() {
-            self.routes.replace(routes(&live.state));
+            let mut routes = routes(&live.state);
+            stamp(&mut routes, &self.routes.entries(), now_ms());
+            self.routes.replace(routes);
         }
     }
 

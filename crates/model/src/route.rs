@@ -46,6 +46,13 @@ pub struct Endpoint {
     pub ready: bool,
     /// Keeps its connections and takes no new ones.
     pub draining: bool,
+    /// When it last began to take new connections: milliseconds since 1970 on the location scheduler's clock. Orders
+    /// changes; nothing is measured by it.
+    #[serde(default)]
+    pub began_ms: u64,
+    /// When it last stopped taking them; 0 while it takes them.
+    #[serde(default)]
+    pub stopped_ms: u64,
 }
 
 /// Another location that serves a virtual IP.

@@ -16,6 +16,6 @@ mod status;
 pub use advert::advert;
 pub use plan::{Change, Plan, Start, Verdict, plan};
 pub use room::FreeRoom;
-pub use routes::{distance_km, routes};
+pub use routes::{distance_km, routes, stamp};
 pub use state::{Life, Machine, Reservation, Site, Stage, State, Timing};
 pub use status::{attempt_statuses, desired, ingress, instance_statuses, placement_statuses};

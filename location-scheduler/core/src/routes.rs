@@ -27,6 +27,33 @@ pub fn routes(state: &State) -> BTreeMap<String, RouteRecord> {
     records
 }
 
+/// Says when each instance began and stopped taking new connections: as the routes published last say, where nothing
+/// has changed since, else now. Routers tell by it which change of a table came last.
+pub fn stamp(records: &mut BTreeMap<String, RouteRecord>, last: &BTreeMap<String, RouteRecord>, now_ms: u64) {
+    for (key, record) in records {
+        let RouteRecord::Vip(route) = record else { continue };
+        let known = match last.get(key) {
+            Some(RouteRecord::Vip(known)) => known.local.as_slice(),
+            _ => &[],
+        };
+        // Of two changes in one millisecond, or after the clock was set back, the later one still is the later.
+        let newest = known.iter().map(|it| it.began_ms.max(it.stopped_ms)).max().unwrap_or(0);
+        let now = now_ms.max(newest + 1);
+        for endpoint in &mut route.local {
+            let before = known.iter().find(|it| it.instance == endpoint.instance);
+            let takes = |it: &Endpoint| it.ready && !it.draining;
+            (endpoint.began_ms, endpoint.stopped_ms) = match (before, takes(endpoint)) {
+                (Some(before), takes_now) if takes(before) == takes_now => {
+                    (before.began_ms, before.stopped_ms)
+                }
+                (_, true) => (now, 0),
+                (Some(before), false) => (before.began_ms, now),
+                (None, false) => (0, now),
+            };
+        }
+    }
+}
+
 /// Great-circle distance between two places in degrees north and east (haversine).
 pub fn distance_km(from: (f64, f64), to: (f64, f64)) -> f64 {
     let (from_north, to_north) = (from.0.to_radians(), to.0.to_radians());
@@ -77,6 +104,8 @@ fn vips(state: &State) -> BTreeMap<Ipv4Addr, Route> {
                 address: held.assignment.address,
                 ready: observed.ready(held),
                 draining,
+                began_ms: 0,
+                stopped_ms: 0,
             });
         }
     }

@@ -1,21 +1,19 @@
 //! Chooses the backends of each bucket of a virtual IP. Pure: a route in, tables out.
 //!
-//! The rule is a function of the route alone, without history, so that all routers of a location build the same
-//! tables, also one that started a moment ago. Each bucket ranks the candidates by a hash of bucket and address
-//! (rendezvous hashing): the first *ready* one owns the bucket now, and the best-ranked *other* candidate is the one
-//! that a flow may still belong to:
-//!
-//! - a new instance that takes a bucket pushes the owner before to the second rank, so it is found there;
-//! - a draining instance keeps its rank but takes nothing new, so it is the second hop of exactly its own buckets.
+//! The rule is a function of the route alone, so that all routers of a location build the same tables, also one that
+//! started a moment ago. Each bucket ranks the instances by a hash of bucket and address (rendezvous hashing); the first
+//! *ready* one owns the bucket. The hop before is who owned it until its last change of owner: the route says when each
+//! instance began or stopped taking new connections, so those changes are undone, the latest first, until another
+//! owner appears. An instance that began stops, one that drains takes connections again.
 //!
 //! While any local instance is ready, new connections stay in the location; else they go to the nearest other one;
 //! only where nothing is ready anywhere they go to instances that drain.
 //!
 //! This crate must not know about deployments, images, sockets or maps.
 
-use std::net::Ipv4Addr;
+use std::{cmp::Reverse, net::Ipv4Addr};
 
-use anyplace_model::Route;
+use anyplace_model::{Endpoint, Route};
 
 /// Buckets of a VIP with at least one backend. A location's instances of one VIP are tens at most for now; with
 /// 256 buckets the largest share of 16 backends is within 60 % of the mean (tested). A bucket costs 8 bytes.
@@ -41,30 +39,50 @@ pub struct Tables {
 
 /// Builds the tables of a route.
 pub fn tables(route: &Route) -> Tables {
-    let mut ready = Vec::new();
-    let mut candidates = Vec::new();
-    for endpoint in &route.local {
-        if endpoint.ready && !endpoint.draining {
-            ready.push(endpoint.address);
-        }
-        if endpoint.ready || endpoint.draining {
-            candidates.push(endpoint.address);
-        }
-    }
+    let candidates: Vec<&Endpoint> = route.local.iter().filter(|it| it.ready || it.draining).collect();
+    let ready: Vec<Ipv4Addr> = candidates.iter().filter(|it| is_ready(it)).map(|it| it.address).collect();
+    let changes = changes(&candidates);
     let remote = nearest(route);
     // With nothing ready, draining instances keep serving the flows that they have, and a relayed flow must still
     // find them.
-    let local = table(if ready.is_empty() { &candidates } else { &ready }, &candidates, &[]);
+    let all: Vec<Ipv4Addr> = candidates.iter().map(|it| it.address).collect();
+    let local = table(if ready.is_empty() { &all } else { &ready }, &ready, &changes, &[]);
     let full = if !ready.is_empty() {
         // Flows that went abroad before the first local instance was ready stay there.
-        table(&ready, &candidates, &remote)
+        table(&ready, &ready, &changes, &remote)
     } else if !remote.is_empty() {
         // Flows of a draining local instance stay with it while new ones leave.
-        table(&remote, if candidates.is_empty() { &remote } else { &candidates }, &[])
+        table(&remote, &[], &changes, &[])
     } else {
         local.clone()
     };
     Tables { full, local }
+}
+
+/// An instance began or stopped taking new connections.
+struct Change {
+    at_ms: u64,
+    address: Ipv4Addr,
+    began: bool,
+}
+
+/// What led to the candidates, the latest change first; of those at one time, in an order that all routers share.
+fn changes(candidates: &[&Endpoint]) -> Vec<Change> {
+    let mut changes = Vec::with_capacity(2 * candidates.len());
+    for endpoint in candidates {
+        let address = endpoint.address;
+        changes.push(Change { at_ms: endpoint.began_ms, address, began: true });
+        if !is_ready(endpoint) {
+            changes.push(Change { at_ms: endpoint.stopped_ms, address, began: false });
+        }
+    }
+    // An instance stops after it began, also where both times are unknown.
+    changes.sort_unstable_by_key(|change| (Reverse(change.at_ms), change.began, change.address));
+    changes
+}
+
+fn is_ready(endpoint: &Endpoint) -> bool {
+    endpoint.ready && !endpoint.draining
 }
 
 /// Addresses of the nearest location that has ready instances and machines to send to.
@@ -78,23 +96,37 @@ fn nearest(route: &Route) -> Vec<Ipv4Addr> {
         .unwrap_or_default()
 }
 
-fn table(ready: &[Ipv4Addr], candidates: &[Ipv4Addr], fallback: &[Ipv4Addr]) -> Vec<Bucket> {
+/// A table of `owners`; `ready` and `changes` say how it came to be, `fallback` who had the flows before all that.
+fn table(owners: &[Ipv4Addr], ready: &[Ipv4Addr], changes: &[Change], fallback: &[Ipv4Addr]) -> Vec<Bucket> {
     (0..BUCKETS as u64)
         .map_while(|bucket| {
-            let now = first(bucket, ready, None)?;
-            let before = first(bucket, candidates, Some(now)).or_else(|| first(bucket, fallback, Some(now)));
+            let now = first(bucket, owners)?;
+            let before = before(bucket, now, ready, changes).or_else(|| first(bucket, fallback));
             Some(Bucket { now, before })
         })
         .collect()
 }
 
-/// The best-ranked address of a bucket, `except` left out.
-fn first(bucket: u64, addresses: &[Ipv4Addr], except: Option<Ipv4Addr>) -> Option<Ipv4Addr> {
-    addresses
-        .iter()
-        .copied()
-        .filter(|address| Some(*address) != except)
-        .max_by_key(|address| (rank(bucket, *address), *address))
+/// Who owned a bucket before `now`, as far as the changes tell.
+fn before(bucket: u64, now: Ipv4Addr, ready: &[Ipv4Addr], changes: &[Change]) -> Option<Ipv4Addr> {
+    let mut then = ready.to_vec();
+    for change in changes {
+        if change.began {
+            then.retain(|address| *address != change.address);
+        } else {
+            then.push(change.address);
+        }
+        match first(bucket, &then) {
+            Some(owner) if owner != now => return Some(owner),
+            _ => {}
+        }
+    }
+    None
+}
+
+/// The best-ranked address of a bucket.
+fn first(bucket: u64, addresses: &[Ipv4Addr]) -> Option<Ipv4Addr> {
+    addresses.iter().copied().max_by_key(|address| (rank(bucket, *address), *address))
 }
 
 /// A hash of bucket and address: the finaliser of splitmix64, whose output bits all depend on all input bits.
