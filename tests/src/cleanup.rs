@@ -6,6 +6,7 @@
 use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
@@ -30,6 +31,10 @@ pub(crate) fn state_dir(bed: &str) -> PathBuf {
     PathBuf::from(format!("/var/tmp/anyplace-testbed-{bed}"))
 }
 
+/// How long to wait for a lock whose owner is gone: a process that it was starting when it was killed holds the lock
+/// too, until it runs its own program.
+const FORKED: Duration = Duration::from_secs(2);
+
 /// Held by the process that uses a testbed; the kernel lets go of it however that process ends.
 pub(crate) type OwnerLock = Flock<File>;
 
@@ -38,17 +43,26 @@ pub(crate) fn lock(bed: &str) -> Result<OwnerLock> {
     let folder = state_dir(bed);
     std::fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
     let path = folder.join("owner");
-    let file = OpenOptions::new().create(true).truncate(false).write(true).open(&path)?;
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => {
-            std::fs::write(&path, std::process::id().to_string())?;
-            Ok(lock)
+    let deadline = Instant::now() + FORKED;
+    loop {
+        let file = OpenOptions::new().create(true).truncate(false).write(true).open(&path)?;
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => {
+                std::fs::write(&path, std::process::id().to_string())?;
+                return Ok(lock);
+            }
+            Err((_, Errno::EWOULDBLOCK)) => {
+                let owner = std::fs::read_to_string(&path).unwrap_or_default();
+                if !Path::new("/proc").join(&owner).exists() && Instant::now() < deadline {
+                    std::thread::sleep(Duration::from_millis(5));
+                    continue;
+                }
+                bail!(
+                    "testbed `{bed}` is in use by process {owner}; end that first (Ctrl-C, or `kill {owner}`)"
+                )
+            }
+            Err((_, error)) => return Err(error).with_context(|| format!("lock {}", path.display())),
         }
-        Err((_, Errno::EWOULDBLOCK)) => {
-            let owner = std::fs::read_to_string(&path).unwrap_or_default();
-            bail!("testbed `{bed}` is in use by process {owner}; end that first (Ctrl-C, or `kill {owner}`)")
-        }
-        Err((_, error)) => Err(error).with_context(|| format!("lock {}", path.display())),
     }
 }
 

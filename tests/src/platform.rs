@@ -23,7 +23,7 @@ use crate::node::{Node, Process};
 use crate::procs::MACHINE_VARIABLE;
 use crate::testbed::{Testbed, target_dir};
 use crate::topology::{GLOBAL_ADDRESS, Location, Machine};
-use crate::{cgroups, netns};
+use crate::{cgroups, netns, procs};
 
 /// How long a role may take from its start to its first answer.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
@@ -233,6 +233,9 @@ impl Platform {
         pids.dedup();
         let line = |pid: &i32| fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         pids.retain(|pid| String::from_utf8_lossy(&line(pid)).replace('\0', " ").contains(part));
+        // A server's children, which come and go with requests, carry its command line too.
+        let servers = pids.clone();
+        pids.retain(|pid| procs::parent(*pid).is_some_and(|parent| !servers.contains(&parent)));
         pids
     }
 
