@@ -23,12 +23,6 @@ pub(crate) const MACHINE_VARIABLE: &str = "ANYPLACE_MACHINE";
 /// How long killed processes may take to disappear.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The parent of a process; none for one that has ended.
-pub(crate) fn parent(pid: i32) -> Option<i32> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().parse().ok()
-}
-
 /// Which processes are meant.
 #[derive(Clone, Debug)]
 pub(crate) struct Selection {
@@ -157,7 +151,7 @@ fn has_marks(pid: i32, marks: &[String]) -> bool {
     !marks.is_empty() && marks.iter().all(|mark| entries.contains(&mark.as_bytes()))
 }
 
-fn parent(pid: i32) -> Option<i32> {
+pub(crate) fn parent(pid: i32) -> Option<i32> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().parse().ok()
 }
