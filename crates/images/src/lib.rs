@@ -18,6 +18,7 @@ mod progress;
 mod push;
 mod reference;
 mod store;
+pub mod tree;
 
 pub use client::{BlobStream, Client, Credentials, ManifestInfo, PutOutcome, RawManifest};
 pub use digest::{Digest, Hasher};

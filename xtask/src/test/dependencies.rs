@@ -11,12 +11,14 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("anyplace-model", &[]),
     ("anyplace-ebpf-common", &[]),
     ("anyplace-store", &[]),
-    ("anyplace-images", &[]),
+    ("zstd-chunked", &[]),
+    ("anyplace-images", &["zstd-chunked"]),
     ("anyplace-api", &["anyplace-model"]),
     ("anyplace-service", &["anyplace-api", "anyplace-model"]),
     ("anyplace-ebpf", &["anyplace-ebpf-common"]),
     ("anyplace-global-core", &["anyplace-model"]),
     ("anyplace-location-core", &["anyplace-model"]),
+    ("anyplace-registry-core", &["anyplace-model"]),
     ("anyplace-router-core", &["anyplace-model"]),
     (
         "anyplace-global-scheduler",
@@ -27,7 +29,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
         &["anyplace-api", "anyplace-location-core", "anyplace-model", "anyplace-service", "anyplace-store"],
     ),
     ("anyplace-machine-agent", &["anyplace-api", "anyplace-images", "anyplace-model", "anyplace-service"]),
-    ("anyplace-registry", &["anyplace-images", "anyplace-model", "anyplace-service"]),
+    (
+        "anyplace-registry",
+        &["anyplace-images", "anyplace-model", "anyplace-registry-core", "anyplace-service"],
+    ),
     (
         "anyplace-state-router",
         &[
@@ -72,6 +77,7 @@ const PURE: &[&str] = &[
     "anyplace-global-core",
     "anyplace-location-core",
     "anyplace-model",
+    "anyplace-registry-core",
     "anyplace-router-core",
 ];
 
