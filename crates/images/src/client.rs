@@ -5,6 +5,8 @@
 
 mod auth;
 mod blobs;
+mod download;
+mod retry;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -20,7 +22,10 @@ use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::manifest::{MANIFEST_MAX_BYTES, MANIFEST_TYPES, OCI_MANIFEST};
 use crate::reference::Reference;
-pub use blobs::{BlobStream, PutOutcome};
+pub use blobs::PutOutcome;
+pub use download::BlobStream;
+use retry::Counters;
+pub use retry::{ClientStats, Patience};
 
 /// How long to wait for a connection: longer than any healthy path on Earth needs, with two retransmissions.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -85,6 +90,7 @@ pub struct ManifestInfo {
 #[derive(Clone)]
 pub struct Client {
     inner: Arc<Inner>,
+    patience: Patience,
 }
 
 struct Inner {
@@ -93,9 +99,11 @@ struct Inner {
     credentials: Option<Credentials>,
     /// Authorization header by registry, repository and actions, as last accepted.
     authorizations: Mutex<HashMap<auth::Scope, HeaderValue>>,
+    counters: Counters,
 }
 
 /// A repository in a registry: where requests go.
+#[derive(Clone)]
 struct Target {
     base: Url,
     repository: String,
@@ -125,7 +133,18 @@ impl Client {
             .or_else(|_| builder().tls_certs_only([]).build())
             .map_err(|e| invalid(e.to_string()))?;
         let authorizations = Mutex::new(HashMap::new());
-        Ok(Client { inner: Arc::new(Inner { http, base, credentials, authorizations }) })
+        let inner = Inner { http, base, credentials, authorizations, counters: Counters::default() };
+        Ok(Client { inner: Arc::new(inner), patience: Patience::SHORT })
+    }
+
+    /// The same client, but with this patience.
+    pub fn with_patience(&self, patience: Patience) -> Client {
+        Client { inner: self.inner.clone(), patience }
+    }
+
+    /// What this client and its clones met.
+    pub fn stats(&self) -> ClientStats {
+        self.inner.counters.snapshot()
     }
 
     /// The client's own registry.
@@ -175,15 +194,16 @@ impl Client {
             }
             bytes.extend_from_slice(&chunk);
         }
-        let found = Digest::of(&bytes);
         for expected in reference.digest.iter().chain(&claimed) {
+            let found = expected.same_of(&bytes);
             if *expected != found {
                 let what = format!("the manifest of `{reference}`");
                 return Err(Error::DigestMismatch { what, expected: expected.clone(), found });
             }
         }
         let media_type = media_type_of(content_type.as_deref(), &bytes);
-        Ok(RawManifest { digest: found, media_type, bytes: bytes.into() })
+        let digest = reference.digest.clone().or(claimed).unwrap_or_else(|| Digest::of(&bytes));
+        Ok(RawManifest { digest, media_type, bytes: bytes.into() })
     }
 
     /// Stores a manifest under the reference's tag or digest.

@@ -1,16 +1,75 @@
-//! Content digests: `sha256:` and 64 lower-case hexadecimal digits.
-//!
-//! The algorithm is part of the text, so that sha512 can join without a change of any signature.
+//! Content digests: `sha256:` and 64, or `sha512:` and 128 lower-case hexadecimal digits.
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest as _, Sha256};
+use sha2::{Digest as _, Sha256, Sha512};
 
 use crate::error::Error;
 
-const SHA256: &str = "sha256";
+/// The algorithms that the OCI image specification registers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Algorithm {
+    /// What everything uses unless it is asked for another.
+    #[default]
+    Sha256,
+    /// Optional in the specification.
+    Sha512,
+}
+
+impl Algorithm {
+    /// All of them.
+    pub const ALL: [Algorithm; 2] = [Algorithm::Sha256, Algorithm::Sha512];
+
+    /// Its name, the part of a digest before the colon.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Algorithm::Sha256 => "sha256",
+            Algorithm::Sha512 => "sha512",
+        }
+    }
+
+    /// Hexadecimal digits of its digests.
+    pub fn hex_len(self) -> usize {
+        match self {
+            Algorithm::Sha256 => 64,
+            Algorithm::Sha512 => 128,
+        }
+    }
+
+    /// A hasher of this algorithm.
+    pub fn hasher(self) -> Hasher {
+        match self {
+            Algorithm::Sha256 => Hasher(State::Sha256(Sha256::new())),
+            Algorithm::Sha512 => Hasher(State::Sha512(Box::new(Sha512::new()))),
+        }
+    }
+
+    /// The digest of `bytes` by this algorithm.
+    pub fn digest(self, bytes: &[u8]) -> Digest {
+        let mut hasher = self.hasher();
+        hasher.update(bytes);
+        hasher.finish()
+    }
+}
+
+impl fmt::Display for Algorithm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for Algorithm {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Algorithm, Error> {
+        Algorithm::ALL.into_iter().find(|algorithm| algorithm.as_str() == text).ok_or_else(|| {
+            let reason = "the algorithm is neither sha256 nor sha512".to_owned();
+            Error::InvalidDigest { text: text.to_owned(), reason }
+        })
+    }
+}
 
 /// The digest of some content, known to be well formed.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -20,14 +79,17 @@ pub struct Digest(String);
 impl Digest {
     /// The sha256 digest of `bytes`.
     pub fn of(bytes: &[u8]) -> Digest {
-        let mut hasher = Hasher::sha256();
-        hasher.update(bytes);
-        hasher.finish()
+        Algorithm::Sha256.digest(bytes)
     }
 
     /// The algorithm's name, the part before the colon.
     pub fn algorithm(&self) -> &str {
-        self.0.split_once(':').map_or(SHA256, |(algorithm, _)| algorithm)
+        self.kind().as_str()
+    }
+
+    /// The algorithm.
+    pub fn kind(&self) -> Algorithm {
+        if self.0.starts_with("sha512:") { Algorithm::Sha512 } else { Algorithm::Sha256 }
     }
 
     /// The hexadecimal part, after the colon.
@@ -47,7 +109,12 @@ impl Digest {
 
     /// A hasher of this digest's algorithm, to verify content while it streams by.
     pub fn hasher(&self) -> Hasher {
-        Hasher::sha256()
+        self.kind().hasher()
+    }
+
+    /// The digest of `bytes` by this digest's algorithm: equal to this one if they are its content.
+    pub fn same_of(&self, bytes: &[u8]) -> Digest {
+        self.kind().digest(bytes)
     }
 }
 
@@ -55,14 +122,15 @@ impl FromStr for Digest {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Digest, Error> {
-        let invalid =
-            |reason: &str| Error::InvalidDigest { text: text.to_owned(), reason: reason.to_owned() };
-        let (algorithm, hex) = text.split_once(':').ok_or_else(|| invalid("no `:` after the algorithm"))?;
-        if algorithm != SHA256 {
-            return Err(invalid("the algorithm is not sha256"));
-        }
-        if hex.len() != 64 || !hex.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
-            return Err(invalid("expected 64 lower-case hexadecimal digits"));
+        let invalid = |reason: String| Error::InvalidDigest { text: text.to_owned(), reason };
+        let (algorithm, hex) =
+            text.split_once(':').ok_or_else(|| invalid("no `:` after the algorithm".to_owned()))?;
+        let algorithm: Algorithm = algorithm
+            .parse()
+            .map_err(|_| invalid("the algorithm is neither sha256 nor sha512".to_owned()))?;
+        let len = algorithm.hex_len();
+        if hex.len() != len || !hex.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
+            return Err(invalid(format!("expected {len} lower-case hexadecimal digits")));
         }
         Ok(Digest(text.to_owned()))
     }
@@ -96,22 +164,34 @@ impl fmt::Debug for Digest {
 
 /// Computes a digest over content that streams by.
 #[derive(Clone)]
-pub struct Hasher(Sha256);
+pub struct Hasher(State);
+
+#[derive(Clone)]
+enum State {
+    Sha256(Sha256),
+    Sha512(Box<Sha512>),
+}
 
 impl Hasher {
     /// A sha256 hasher.
     pub fn sha256() -> Hasher {
-        Hasher(Sha256::new())
+        Algorithm::Sha256.hasher()
     }
 
     /// Takes the next bytes of the content.
     pub fn update(&mut self, bytes: &[u8]) {
-        self.0.update(bytes);
+        match &mut self.0 {
+            State::Sha256(state) => state.update(bytes),
+            State::Sha512(state) => state.update(bytes),
+        }
     }
 
     /// The digest of all that was taken.
     pub fn finish(self) -> Digest {
-        Digest(format!("{SHA256}:{}", hex::encode(self.0.finalize())))
+        Digest(match self.0 {
+            State::Sha256(state) => format!("sha256:{}", hex::encode(state.finalize())),
+            State::Sha512(state) => format!("sha512:{}", hex::encode(state.finalize())),
+        })
     }
 }
 
@@ -124,11 +204,21 @@ mod tests {
         let empty = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
         assert_eq!(Digest::of(b"").as_str(), empty);
         assert_eq!(empty.parse::<Digest>().unwrap().short(), "e3b0c44298fc");
+        let empty = Algorithm::Sha512.digest(b"");
+        assert_eq!(empty.hex().len(), 128);
+        assert!(
+            empty
+                .as_str()
+                .starts_with("sha512:cf83e1357eefb8bdf1542850d66d8007d620e4050b5715dc83f4a921d36ce9ce")
+        );
+        assert_eq!(empty.as_str().parse::<Digest>().unwrap(), empty);
+        assert_eq!((empty.algorithm(), empty.same_of(b"") == empty), ("sha512", true));
     }
 
     #[test]
     fn malformed_digests_are_refused() {
-        for bad in ["", "sha256", "sha256:", "sha256:00", "md5:d41d8cd98f00b204e9800998ecf8427e"] {
+        for bad in ["", "sha256", "sha256:", "sha256:00", "sha512:00", "md5:d41d8cd98f00b204e9800998ecf8427e"]
+        {
             assert!(bad.parse::<Digest>().is_err(), "{bad}");
         }
         let upper = "sha256:E3B0C44298FC1C149AFBF4C8996FB92427AE41E4649B934CA495991B7852B855";

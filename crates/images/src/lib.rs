@@ -20,8 +20,10 @@ mod reference;
 mod store;
 pub mod tree;
 
-pub use client::{BlobStream, Client, Credentials, ManifestInfo, PutOutcome, RawManifest};
-pub use digest::{Digest, Hasher};
+pub use client::{
+    BlobStream, Client, ClientStats, Credentials, ManifestInfo, Patience, PutOutcome, RawManifest,
+};
+pub use digest::{Algorithm, Digest, Hasher};
 pub use error::{Error, Result};
 pub use pack::{BlobFile, ImageSpec, PackedImage, Source, pack};
 pub use progress::{Item, NoProgress, Progress, SharedProgress, Stage};

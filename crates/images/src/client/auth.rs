@@ -2,7 +2,10 @@
 //!
 //! A request is sent with whatever was accepted last for its registry, repository and actions. On 401 the
 //! challenge decides: `Basic` sends the credentials, `Bearer` gets a token from the challenge's realm. Each request
-//! is repeated once at most.
+//! is repeated once at most for that.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
@@ -10,6 +13,7 @@ use reqwest::header::{AUTHORIZATION, HeaderValue, WWW_AUTHENTICATE};
 use reqwest::{RequestBuilder, Response, StatusCode, Url};
 use serde::Deserialize;
 
+use super::retry::{Backoff, is_passing, retry_after};
 use super::{Client, Credentials, Target, check};
 use crate::error::{Error, Result};
 
@@ -32,8 +36,46 @@ enum Challenge {
 }
 
 impl Client {
-    /// Sends a request, authorized for `actions` (`pull` or `pull,push`) on the target's repository.
+    /// Sends a request, authorized for `actions` (`pull` or `pull,push`) on the target's repository, and again
+    /// while its failures are of a kind that passes.
     pub(super) async fn send(
+        &self,
+        target: &Target,
+        actions: &'static str,
+        request: impl Fn() -> Result<RequestBuilder>,
+    ) -> Result<Response> {
+        let mut backoff = self.patience.backoff();
+        loop {
+            let outcome = self.send_once(target, actions, &request).await;
+            let asked = match &outcome {
+                Ok(response) if is_passing(response.status().as_u16()) => retry_after(response.headers()),
+                Err(error) if error.is_passing() => None,
+                _ => return outcome,
+            };
+            if !self.pause(&mut backoff, asked).await {
+                return outcome;
+            }
+        }
+    }
+
+    /// Waits before a repetition; false, at once, when there were enough.
+    pub(super) async fn pause(&self, backoff: &mut Backoff, asked: Option<Duration>) -> bool {
+        let counters = &self.inner.counters;
+        match backoff.next(asked) {
+            Some(wait) => {
+                counters.retries.fetch_add(1, Ordering::Relaxed);
+                tokio::time::sleep(wait).await;
+                true
+            }
+            None => {
+                counters.gave_up.fetch_add(1, Ordering::Relaxed);
+                false
+            }
+        }
+    }
+
+    /// Sends a request; twice where the registry wants another authorization.
+    pub(super) async fn send_once(
         &self,
         target: &Target,
         actions: &'static str,

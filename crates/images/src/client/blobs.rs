@@ -1,11 +1,10 @@
-//! Blobs: verified downloads, and uploads in parts.
+//! Blobs: uploads in parts.
 //!
 //! An upload asks first whether the blob is there (in the repository by HEAD, anywhere in the registry by a mount
 //! without source), then sends parts of at most 500 MB with PATCH, and closes with PUT.
 
 use std::io::{Seek as _, SeekFrom};
 
-use bytes::Bytes;
 use futures_util::StreamExt as _;
 use reqwest::header::{CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LOCATION};
 use reqwest::{Body, Response, StatusCode, Url};
@@ -13,7 +12,7 @@ use tokio::io::AsyncReadExt as _;
 use tokio_util::io::ReaderStream;
 
 use super::{Client, Target, check, header};
-use crate::digest::{Digest, Hasher};
+use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::pack::BlobFile;
 use crate::progress::{Item, SharedProgress};
@@ -33,90 +32,11 @@ pub enum PutOutcome {
     Skipped,
 }
 
-/// A blob that arrives; its size and digest are verified before the end is reported.
-pub struct BlobStream {
-    response: Response,
-    hasher: Option<Hasher>,
-    digest: Digest,
-    expected_size: Option<u64>,
-    received: u64,
-    url: String,
-}
-
-impl BlobStream {
-    /// The next bytes; none once all arrived and the digest is right.
-    pub async fn chunk(&mut self) -> Result<Option<Bytes>> {
-        let next = self.response.chunk().await.map_err(|source| Error::RegistryUnreachable {
-            url: self.url.clone(),
-            source: source.without_url(),
-        })?;
-        let Some(hasher) = &mut self.hasher else { return Ok(None) };
-        let what = || format!("blob {}", self.digest);
-        if let Some(chunk) = next {
-            self.received += chunk.len() as u64;
-            if let Some(expected) = self.expected_size.filter(|expected| self.received > *expected) {
-                return Err(Error::SizeMismatch { what: what(), expected, found: self.received });
-            }
-            hasher.update(&chunk);
-            return Ok(Some(chunk));
-        }
-        if let Some(expected) = self.expected_size.filter(|expected| self.received != *expected) {
-            return Err(Error::SizeMismatch { what: what(), expected, found: self.received });
-        }
-        if let Some(found) = self.hasher.take().map(Hasher::finish).filter(|found| *found != self.digest) {
-            return Err(Error::DigestMismatch { what: what(), expected: self.digest.clone(), found });
-        }
-        Ok(None)
-    }
-
-    /// All of a small blob, verified; an error if it is larger than `max_bytes`.
-    pub async fn read(mut self, max_bytes: usize) -> Result<Vec<u8>> {
-        let mut all = Vec::new();
-        while let Some(chunk) = self.chunk().await? {
-            if all.len() + chunk.len() > max_bytes {
-                let what = format!("blob {}", self.digest);
-                let found = (all.len() + chunk.len()) as u64;
-                return Err(Error::SizeMismatch { what, expected: max_bytes as u64, found });
-            }
-            all.extend_from_slice(&chunk);
-        }
-        Ok(all)
-    }
-}
-
 impl Client {
     /// The size of a blob, or none if the repository doesn't have it.
     pub async fn head_blob(&self, reference: &Reference, digest: &Digest) -> Result<Option<u64>> {
         let target = self.target(reference)?;
         self.head_blob_at(&target, digest, "pull").await
-    }
-
-    /// Gets a blob; `expected_size` is its descriptor's, where known.
-    pub async fn get_blob(
-        &self,
-        reference: &Reference,
-        digest: &Digest,
-        expected_size: Option<u64>,
-    ) -> Result<BlobStream> {
-        let target = self.target(reference)?;
-        let url = target.url(&format!("blobs/{digest}"))?;
-        let response = self.send(&target, "pull", || Ok(self.inner.http.get(url.clone()))).await?;
-        if response.status() == StatusCode::NOT_FOUND {
-            return Err(Error::BlobNotFound {
-                repository: target.repository.clone(),
-                digest: digest.clone(),
-                url: target.name(),
-            });
-        }
-        let response = check(&target, response).await?;
-        Ok(BlobStream {
-            response,
-            hasher: Some(digest.hasher()),
-            digest: digest.clone(),
-            expected_size,
-            received: 0,
-            url: target.name(),
-        })
     }
 
     /// Sends a blob unless the registry has it.
