@@ -20,6 +20,9 @@ pub struct Config {
     /// Another registry, which this one caches.
     #[serde(default)]
     pub upstream: Option<Upstream>,
+    /// How long transfers may go on after a shutdown began, in seconds.
+    #[serde(default = "default_drain_s")]
+    pub drain_s: u64,
 }
 
 /// The registry behind a cache.
@@ -34,6 +37,17 @@ pub struct Upstream {
 }
 
 impl Config {
+    /// The defaults, with this folder.
+    pub fn new(data_dir: impl Into<PathBuf>) -> Config {
+        Config {
+            data_dir: data_dir.into(),
+            listen: default_listen(),
+            credentials_file: None,
+            upstream: None,
+            drain_s: default_drain_s(),
+        }
+    }
+
     /// The file with the users and passwords.
     pub fn credentials_path(&self) -> PathBuf {
         self.credentials_file.clone().unwrap_or_else(|| self.data_dir.join("credentials"))
@@ -42,4 +56,8 @@ impl Config {
 
 fn default_listen() -> SocketAddr {
     (Ipv4Addr::LOCALHOST, 5000).into()
+}
+
+fn default_drain_s() -> u64 {
+    30
 }

@@ -16,9 +16,6 @@ use crate::storage::Storage;
 use crate::uploads::Uploads;
 use crate::upstream::Cache;
 
-/// How long transfers may go on after the shutdown began; uploads resume afterwards from where they were.
-const DRAIN: Duration = Duration::from_secs(5);
-
 /// What all endpoints share.
 pub(crate) struct App {
     pub(crate) users: Users,
@@ -31,6 +28,7 @@ pub(crate) struct App {
 pub struct Server {
     listener: TcpListener,
     app: Arc<App>,
+    drain: Duration,
 }
 
 impl Server {
@@ -49,7 +47,8 @@ impl Server {
         let listener = TcpListener::bind(config.listen).await.with_context(|| {
             format!("can't listen on {}; check `listen`, and that nothing else listens there", config.listen)
         })?;
-        Ok(Server { listener, app: Arc::new(App { users, storage, uploads, cache }) })
+        let drain = Duration::from_secs(config.drain_s);
+        Ok(Server { listener, app: Arc::new(App { users, storage, uploads, cache }), drain })
     }
 
     /// The address that it listens on, with the port that the system chose for port 0.
@@ -74,7 +73,7 @@ impl Server {
             axum::serve(self.listener, router).with_graceful_shutdown(shutdown.clone().cancelled_owned());
         let deadline = async {
             shutdown.cancelled().await;
-            tokio::time::sleep(DRAIN).await;
+            tokio::time::sleep(self.drain).await;
         };
         tokio::select! {
             result = server => result.context("the registry's server failed"),

@@ -25,10 +25,8 @@ impl Registry {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let config = anyplace_registry::Config {
-            data_dir: data.path().into(),
             listen: "127.0.0.1:0".parse().unwrap(),
-            credentials_file: None,
-            upstream: None,
+            ..anyplace_registry::Config::new(data.path())
         };
         anyplace_service::install_crypto_provider();
         let server = runtime.block_on(anyplace_registry::Server::bind(config)).unwrap();

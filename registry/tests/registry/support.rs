@@ -41,7 +41,7 @@ impl Registry {
 
     async fn start_with(dir: &Path, upstream: Option<Upstream>) -> Registry {
         let listen = "127.0.0.1:0".parse().unwrap();
-        let config = Config { data_dir: dir.to_owned(), listen, credentials_file: None, upstream };
+        let config = Config { listen, upstream, ..Config::new(dir) };
         let server = Server::bind(config).await.unwrap();
         let (address, shutdown) = (server.local_addr().unwrap(), CancellationToken::new());
         let task = tokio::spawn(server.serve(shutdown.clone()));

@@ -152,12 +152,7 @@ async fn an_upload_survives_kill_9_of_the_registry() {
 async fn a_registry_for_kill() {
     let Some(dir) = std::env::var_os(CHILD_DIR) else { return };
     let dir = Path::new(&dir);
-    let config = Config {
-        data_dir: dir.to_owned(),
-        listen: "127.0.0.1:0".parse().unwrap(),
-        credentials_file: None,
-        upstream: None,
-    };
+    let config = Config { listen: "127.0.0.1:0".parse().unwrap(), ..Config::new(dir) };
     let server = anyplace_registry::Server::bind(config).await.unwrap();
     std::fs::write(dir.join("address.new"), server.local_addr().unwrap().to_string()).unwrap();
     std::fs::rename(dir.join("address.new"), dir.join("address")).unwrap();
