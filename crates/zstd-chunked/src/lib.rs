@@ -1,7 +1,49 @@
 //! zstd:chunked layers: ordinary zstd layers to everyone else, with a table of contents that lists each file's chunks.
 //!
 //! This crate stands alone: it knows archives and compression, not registries, stores or images.
+//!
+//! # The format
+//!
+//! A blob is a sequence of zstd frames that decode to the layer's tar archive. Headers and padding lie in frames of
+//! their own, and each chunk of a file starts a frame, so that a chunk can be fetched by its range and decoded alone.
+//! Three skippable frames follow, which zstd ignores:
+//!
+//! | Frame | Content | Verified by |
+//! |---|---|---|
+//! | table of contents ([`Toc`]) | zstd of JSON: every entry's metadata, digests, and where its chunks lie | annotation `manifest-checksum` |
+//! | tar-split ([`TarSplit`]) | zstd of JSON lines: every byte of the archive that is not a file's content | `tarSplitDigest` in the table |
+//! | footer ([`Footer`]) | 64 bytes: where the other two lie | nothing: prefer the annotations |
+//!
+//! The layer's descriptor carries [`Annotations`]. A reader fetches table and tar-split by range, verifies both,
+//! requires that they agree, takes the chunks that it lacks, and can still rebuild the exact archive.
 
+mod annotations;
+mod chunk;
+mod digest;
+mod error;
+mod footer;
+mod limits;
+mod names;
+mod tar;
+mod tar_split;
+mod time;
 mod toc;
 
-pub use toc::{ChunkType, Entry, EntryType, Toc};
+pub use annotations::{Annotations, Positions, Section};
+pub use chunk::ChunkDecoder;
+pub use digest::Digest;
+pub use error::Error;
+pub use footer::Footer;
+pub use limits::Limits;
+pub use names::clean_path;
+pub use tar_split::{TarSplit, read_tar_split};
+pub use time::Time;
+pub use toc::{Chunk, ChunkType, Entry, EntryType, File, Toc, read_toc};
+
+/// A result with this crate's error.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// First bytes of a skippable frame; zstd passes over it.
+pub(crate) const SKIPPABLE_MAGIC: [u8; 4] = [0x50, 0x2a, 0x4d, 0x18];
+/// Bytes before a skippable frame's content: magic and length.
+pub(crate) const SKIPPABLE_HEADER: u64 = 8;
