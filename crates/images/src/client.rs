@@ -2,11 +2,14 @@
 //!
 //! A reference without a host goes to the client's registry, with the client's credentials. A reference with
 //! another host goes there without credentials (over https, or http on loopback), so that public images work.
+//! Failures that pass are repeated (see [`Patience`]), broken transfers go on where they were, and proxies are those
+//! of the environment.
 
 mod auth;
-mod blobs;
 mod download;
+mod proxy;
 mod retry;
+mod upload;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -14,7 +17,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderValue, LINK};
+use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, LINK};
 use reqwest::{Response, StatusCode, Url};
 use serde::Deserialize;
 
@@ -22,10 +25,12 @@ use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::manifest::{MANIFEST_MAX_BYTES, MANIFEST_TYPES, OCI_MANIFEST};
 use crate::reference::Reference;
-pub use blobs::PutOutcome;
+use auth::Grant;
 pub use download::BlobStream;
 use retry::Counters;
 pub use retry::{ClientStats, Patience};
+pub(crate) use upload::{Content, UploadOptions};
+pub use upload::{PutOutcome, RemoteBlob};
 
 /// How long to wait for a connection: longer than any healthy path on Earth needs, with two retransmissions.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -97,8 +102,8 @@ struct Inner {
     http: reqwest::Client,
     base: Url,
     credentials: Option<Credentials>,
-    /// Authorization header by registry, repository and actions, as last accepted.
-    authorizations: Mutex<HashMap<auth::Scope, HeaderValue>>,
+    /// Authorization headers as last accepted.
+    authorizations: Mutex<HashMap<auth::Scope, Arc<auth::Slot>>>,
     counters: Counters,
 }
 
@@ -108,6 +113,12 @@ struct Target {
     base: Url,
     repository: String,
     credentials: Option<Credentials>,
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Client({})", self.inner.base)
+    }
 }
 
 impl Client {
@@ -122,16 +133,17 @@ impl Client {
         }
         install_crypto_provider();
         let builder = || {
-            reqwest::Client::builder()
+            let builder = reqwest::Client::builder()
                 .connect_timeout(CONNECT_TIMEOUT)
                 .read_timeout(READ_TIMEOUT)
-                .user_agent(concat!("anyplace/", env!("CARGO_PKG_VERSION")))
+                .user_agent(concat!("anyplace/", env!("CARGO_PKG_VERSION")));
+            proxy::apply(builder, |name| std::env::var(name).ok())
         };
         // A machine without any CA certificate can't speak https, but its own registry may well be http.
-        let http = builder()
-            .build()
-            .or_else(|_| builder().tls_certs_only([]).build())
-            .map_err(|e| invalid(e.to_string()))?;
+        let http = match builder()?.build() {
+            Ok(http) => http,
+            Err(_) => builder()?.tls_certs_only([]).build().map_err(|e| invalid(e.to_string()))?,
+        };
         let authorizations = Mutex::new(HashMap::new());
         let inner = Inner { http, base, credentials, authorizations, counters: Counters::default() };
         Ok(Client { inner: Arc::new(inner), patience: Patience::SHORT })
@@ -157,7 +169,7 @@ impl Client {
         let target = self.target(reference)?;
         let url = target.url(&format!("manifests/{}", reference.manifest_key()))?;
         let response = self
-            .send(&target, "pull", || Ok(self.inner.http.head(url.clone()).header(ACCEPT, accepted())))
+            .send(&target, Grant::Pull, || Ok(self.inner.http.head(url.clone()).header(ACCEPT, accepted())))
             .await?;
         if response.status() == StatusCode::NOT_FOUND {
             return Err(target.not_found(reference));
@@ -172,7 +184,7 @@ impl Client {
         let target = self.target(reference)?;
         let url = target.url(&format!("manifests/{}", reference.manifest_key()))?;
         let response = self
-            .send(&target, "pull", || Ok(self.inner.http.get(url.clone()).header(ACCEPT, accepted())))
+            .send(&target, Grant::Pull, || Ok(self.inner.http.get(url.clone()).header(ACCEPT, accepted())))
             .await?;
         if response.status() == StatusCode::NOT_FOUND {
             return Err(target.not_found(reference));
@@ -214,7 +226,7 @@ impl Client {
             let request = self.inner.http.put(url.clone()).header(CONTENT_TYPE, manifest.media_type.as_str());
             Ok(request.body(manifest.bytes.clone()))
         };
-        let response = self.send(&target, "pull,push", request).await?;
+        let response = self.send(&target, Grant::Push, request).await?;
         check(&target, response).await.map(drop)
     }
 
@@ -229,7 +241,7 @@ impl Client {
         let mut url = target.url("tags/list?n=1000")?;
         let mut tags = Vec::new();
         for _ in 0..TAG_PAGES_MAX {
-            let response = self.send(&target, "pull", || Ok(self.inner.http.get(url.clone()))).await?;
+            let response = self.send(&target, Grant::Pull, || Ok(self.inner.http.get(url.clone()))).await?;
             if response.status() == StatusCode::NOT_FOUND {
                 return Err(target.not_found(reference));
             }

@@ -21,12 +21,12 @@ mod store;
 pub mod tree;
 
 pub use client::{
-    BlobStream, Client, ClientStats, Credentials, ManifestInfo, Patience, PutOutcome, RawManifest,
+    BlobStream, Client, ClientStats, Credentials, ManifestInfo, Patience, PutOutcome, RawManifest, RemoteBlob,
 };
 pub use digest::{Algorithm, Digest, Hasher};
 pub use error::{Error, Result};
 pub use pack::{BlobFile, ImageSpec, PackedImage, Source, pack};
 pub use progress::{Item, NoProgress, Progress, SharedProgress, Stage};
-pub use push::{PushSummary, push};
+pub use push::{Journal, PushOptions, PushSummary, push, push_with};
 pub use reference::{Reference, check_repository, check_tag};
 pub use store::{PulledImage, Store, StoredImage};

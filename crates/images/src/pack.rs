@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::client::RawManifest;
+use crate::client::{RawManifest, RemoteBlob};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::manifest::{
@@ -91,8 +91,10 @@ pub struct BlobFile {
 pub struct PackedImage {
     /// Manifests in the order to send them: children before the index that lists them, the image itself last.
     pub manifests: Vec<RawManifest>,
-    /// Layers and configurations.
+    /// Layers and configurations that lie on disk.
     pub blobs: Vec<BlobFile>,
+    /// Those that stay in another registry until they are sent.
+    pub remote: Vec<RemoteBlob>,
     /// Bytes of files that were read to make it.
     pub bytes_read: u64,
     /// Bytes of all blobs.
@@ -165,6 +167,7 @@ fn pack_directory(
             BlobFile { digest: layer.digest, size: layer.size, path: layer_path, offset: 0 },
             BlobFile { digest: config_digest, size: config_size, path: config_path, offset: 0 },
         ],
+        remote: Vec::new(),
         bytes_read: layer.bytes_read,
         bytes_packed: layer.size + config_size,
         elapsed: begun.elapsed(),
@@ -179,6 +182,7 @@ fn pack_layout(path: &Path, name: Option<&str>) -> Result<PackedImage> {
     Ok(PackedImage {
         manifests,
         blobs,
+        remote: Vec::new(),
         bytes_read: bytes,
         bytes_packed: bytes,
         elapsed: begun.elapsed(),

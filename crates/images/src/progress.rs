@@ -28,6 +28,9 @@ pub trait Progress: Send + Sync {
     fn started(&self, item: &Item, total_bytes: u64);
     /// `bytes` more were done.
     fn advanced(&self, item: &Item, bytes: u64);
+    /// `done_bytes` of the item are done, more or less than was told so far: an upload goes on where the registry
+    /// says, not where it broke off.
+    fn moved(&self, _item: &Item, _done_bytes: u64) {}
     /// The item is done.
     fn finished(&self, item: &Item);
     /// The item needs no work, because it is there already.

@@ -1,36 +1,53 @@
 //! Sends a packed image to a registry: all blobs, a few at once, and then the manifests.
 
+pub(crate) mod journal;
+
 use std::time::{Duration, Instant};
 
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use serde::Serialize;
 
-use crate::client::{Client, PutOutcome};
+use crate::client::{Client, Content, PutOutcome, UploadOptions};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::pack::PackedImage;
 use crate::progress::{Item, SharedProgress, Stage};
 use crate::reference::Reference;
+pub use journal::Journal;
 
-/// Blobs that are sent at once: enough to keep a link busy while one waits for its commit.
-const PARALLEL: usize = 3;
+/// Blobs that are sent at once: enough to keep a link busy while one waits for its commit. Each is read in pieces of
+/// 256 KiB, of which the HTTP connection holds a few, so that memory stays at some MiB whatever the blobs' sizes.
+const PARALLEL: usize = 4;
 
-/// What a push did.
+/// What a push did. All sizes are in bytes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct PushSummary {
     /// Digest of the image.
     pub digest: Digest,
-    /// Bytes of files that were read to pack it.
+    /// What was read to pack it.
     pub bytes_read: u64,
-    /// Bytes of all its blobs.
+    /// All its blobs.
     pub bytes_packed: u64,
-    /// Bytes that went to the registry.
+    /// What went to the registry; more than the blobs have where breaks made parts go twice.
     pub bytes_sent: u64,
+    /// Blobs that needn't be sent, because the registry had them, or mounted them from another repository.
+    pub bytes_deduplicated: u64,
     /// Blobs that the registry had already.
     pub skipped: usize,
+    /// Requests that were repeated because the network or the registry failed for a moment.
+    pub retries: u64,
     /// Packing and sending together.
     #[serde(rename = "elapsed_ms", serialize_with = "as_ms")]
     pub elapsed: Duration,
+}
+
+/// How to push, beyond the image and its name.
+#[derive(Clone, Debug, Default)]
+pub struct PushOptions {
+    /// Repositories of the same registry that may have some of the blobs.
+    pub mount_from: Vec<String>,
+    /// Where uploads are remembered, so that a push after a kill goes on.
+    pub journal: Option<Journal>,
 }
 
 /// Sends `image` to the registry that `reference` names, under its tag (or `latest`).
@@ -40,7 +57,19 @@ pub async fn push(
     client: &Client,
     progress: &SharedProgress,
 ) -> Result<PushSummary> {
+    push_with(image, reference, client, progress, &PushOptions::default()).await
+}
+
+/// The same as [`push`], with options.
+pub async fn push_with(
+    image: &PackedImage,
+    reference: &Reference,
+    client: &Client,
+    progress: &SharedProgress,
+    options: &PushOptions,
+) -> Result<PushSummary> {
     let begun = Instant::now();
+    let retries_before = client.stats().retries;
     let Some((top, children)) = image.manifests.split_last() else {
         return Err(Error::InvalidManifest {
             what: "the image".to_owned(),
@@ -51,15 +80,19 @@ pub async fn push(
         let what = format!("the image for `{reference}`");
         return Err(Error::DigestMismatch { what, expected: expected.clone(), found: top.digest.clone() });
     }
+    let options = UploadOptions { mount_from: &options.mount_from, journal: options.journal.as_ref() };
     // A list, because the compiler can't see that a future made inside a stream's closure may change threads.
-    let mut sends = Vec::with_capacity(image.blobs.len());
-    for blob in &image.blobs {
+    let mut sends = Vec::with_capacity(image.blobs.len() + image.remote.len());
+    let files = image.blobs.iter().map(Content::File);
+    for content in files.chain(image.remote.iter().map(Content::Remote)) {
         sends.push(async move {
-            let item = Item { stage: Stage::Send, name: blob.digest.short().to_owned() };
-            client.put_blob(reference, blob, &item, progress).await
+            let item = Item { stage: Stage::Send, name: content.digest().short().to_owned() };
+            let outcome = client.upload(reference, content, options, &item, progress).await?;
+            Ok((outcome, content.size()))
         });
     }
-    let outcomes: Vec<PutOutcome> = stream::iter(sends).buffer_unordered(PARALLEL).try_collect().await?;
+    let outcomes: Vec<(PutOutcome, u64)> =
+        stream::iter(sends).buffer_unordered(PARALLEL).try_collect().await?;
     for child in children {
         client.put_manifest(&reference.at(&child.digest), child).await?;
     }
@@ -69,16 +102,24 @@ pub async fn push(
         name.digest = None;
     }
     client.put_manifest(&name, top).await?;
-    let sent = |outcome: &PutOutcome| match outcome {
-        PutOutcome::Sent(bytes) => *bytes,
-        PutOutcome::Skipped => 0,
-    };
+    let (mut bytes_sent, mut bytes_deduplicated, mut skipped) = (0, 0, 0);
+    for (outcome, size) in outcomes {
+        match outcome {
+            PutOutcome::Sent(bytes) => bytes_sent += bytes,
+            PutOutcome::Skipped => {
+                bytes_deduplicated += size;
+                skipped += 1;
+            }
+        }
+    }
     Ok(PushSummary {
         digest: top.digest.clone(),
         bytes_read: image.bytes_read,
         bytes_packed: image.bytes_packed,
-        bytes_sent: outcomes.iter().map(sent).sum(),
-        skipped: outcomes.iter().filter(|outcome| **outcome == PutOutcome::Skipped).count(),
+        bytes_sent,
+        bytes_deduplicated,
+        skipped,
+        retries: client.stats().retries - retries_before,
         elapsed: image.elapsed + begun.elapsed(),
     })
 }

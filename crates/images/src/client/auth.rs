@@ -5,6 +5,7 @@
 //! is repeated once at most for that.
 
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -20,12 +21,52 @@ use crate::error::{Error, Result};
 /// Most authorizations that are remembered; all are dropped when there are more.
 const REMEMBERED_MAX: usize = 4_096;
 
+/// What a request does, and so what its authorization must allow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Grant<'a> {
+    /// Read the target's repository.
+    Pull,
+    /// Write to it.
+    Push,
+    /// Write to it what is read from this other repository.
+    Mount(&'a str),
+}
+
 /// What an authorization is good for.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub(super) struct Scope {
     registry: String,
-    repository: String,
-    actions: &'static str,
+    /// In the token flow's words, separated by spaces: `repository:a/b:pull,push`.
+    resources: String,
+}
+
+impl Scope {
+    fn new(target: &Target, grant: Grant<'_>) -> Scope {
+        let own = &target.repository;
+        let resources = match grant {
+            Grant::Pull => format!("repository:{own}:pull"),
+            Grant::Push => format!("repository:{own}:pull,push"),
+            Grant::Mount(from) => format!("repository:{own}:pull,push repository:{from}:pull"),
+        };
+        Scope { registry: target.name(), resources }
+    }
+}
+
+/// The authorization of one scope. Requests that need a new token at once wait for one fetch.
+#[derive(Default)]
+pub(super) struct Slot {
+    accepted: Mutex<Option<HeaderValue>>,
+    fetching: tokio::sync::Mutex<()>,
+}
+
+impl Slot {
+    fn get(&self) -> Option<HeaderValue> {
+        self.accepted.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set(&self, value: Option<HeaderValue>) {
+        *self.accepted.lock().unwrap_or_else(PoisonError::into_inner) = value;
+    }
 }
 
 /// A parsed `WWW-Authenticate`.
@@ -36,17 +77,16 @@ enum Challenge {
 }
 
 impl Client {
-    /// Sends a request, authorized for `actions` (`pull` or `pull,push`) on the target's repository, and again
-    /// while its failures are of a kind that passes.
+    /// Sends a request with what it needs to be allowed, and again while its failures are of a kind that passes.
     pub(super) async fn send(
         &self,
         target: &Target,
-        actions: &'static str,
+        grant: Grant<'_>,
         request: impl Fn() -> Result<RequestBuilder>,
     ) -> Result<Response> {
         let mut backoff = self.patience.backoff();
         loop {
-            let outcome = self.send_once(target, actions, &request).await;
+            let outcome = self.send_once(target, grant, &request).await;
             let asked = match &outcome {
                 Ok(response) if is_passing(response.status().as_u16()) => retry_after(response.headers()),
                 Err(error) if error.is_passing() => None,
@@ -78,16 +118,13 @@ impl Client {
     pub(super) async fn send_once(
         &self,
         target: &Target,
-        actions: &'static str,
+        grant: Grant<'_>,
         request: impl Fn() -> Result<RequestBuilder>,
     ) -> Result<Response> {
-        let scope = Scope { registry: target.name(), repository: target.repository.clone(), actions };
-        let remembered = match self.inner.authorizations.lock() {
-            Ok(authorizations) => authorizations.get(&scope).cloned(),
-            Err(_) => None,
-        };
-        let first = match (remembered, &target.credentials) {
-            (Some(authorization), _) => Some(authorization),
+        let scope = Scope::new(target, grant);
+        let slot = self.slot(&scope);
+        let first = match (slot.get(), &target.credentials) {
+            (Some(accepted), _) => Some(accepted),
             (None, Some(credentials)) => Some(basic(credentials)?),
             (None, None) => None,
         };
@@ -99,8 +136,17 @@ impl Client {
         let challenge = challenges.iter().find_map(|value| parse(value.to_str().ok()?));
         let second = match challenge {
             Some(Challenge::Bearer { realm, service, scope: asked }) => {
-                let asked = asked.unwrap_or_else(|| format!("repository:{}:{actions}", target.repository));
-                self.token(target, &realm, service.as_deref(), &asked).await?
+                let _only_one = slot.fetching.lock().await;
+                match slot.get().filter(|accepted| Some(accepted) != first.as_ref()) {
+                    // Another request was told the same, and has a new one already.
+                    Some(new) => new,
+                    None => {
+                        let asked = union(&scope.resources, asked.as_deref().unwrap_or_default());
+                        let new = self.token(target, &realm, service.as_deref(), &asked).await?;
+                        slot.set(Some(new.clone()));
+                        new
+                    }
+                }
             }
             Some(Challenge::Basic) => match &target.credentials {
                 Some(credentials) => basic(credentials)?,
@@ -112,15 +158,20 @@ impl Client {
             return Ok(response);
         }
         let response = attempt(target, request()?, Some(&second)).await?;
-        if response.status() != StatusCode::UNAUTHORIZED
-            && let Ok(mut authorizations) = self.inner.authorizations.lock()
-        {
-            if authorizations.len() >= REMEMBERED_MAX {
-                authorizations.clear();
-            }
-            authorizations.insert(scope, second);
+        if response.status() != StatusCode::UNAUTHORIZED {
+            slot.set(Some(second));
+        } else if slot.get().as_ref() == Some(&second) {
+            slot.set(None);
         }
         Ok(response)
+    }
+
+    fn slot(&self, scope: &Scope) -> Arc<Slot> {
+        let mut slots = self.inner.authorizations.lock().unwrap_or_else(PoisonError::into_inner);
+        if slots.len() >= REMEMBERED_MAX && !slots.contains_key(scope) {
+            slots.clear();
+        }
+        slots.entry(scope.clone()).or_default().clone()
     }
 
     async fn token(
@@ -148,7 +199,7 @@ impl Client {
             if let Some(service) = service {
                 query.append_pair("service", service);
             }
-            for one in scope.split(' ') {
+            for one in scope.split(' ').filter(|one| !one.is_empty()) {
                 query.append_pair("scope", one);
             }
         }
@@ -196,6 +247,13 @@ fn basic(credentials: &Credentials) -> Result<HeaderValue> {
     Ok(value)
 }
 
+/// What we need, and what the registry asks for beyond it.
+fn union(own: &str, asked: &str) -> String {
+    let mut all: Vec<&str> = own.split(' ').collect();
+    all.extend(asked.split(' ').filter(|one| !one.is_empty() && !own.split(' ').any(|known| known == *one)));
+    all.join(" ")
+}
+
 fn parse(header: &str) -> Option<Challenge> {
     let (scheme, mut rest) = header.trim().split_once(' ').unwrap_or((header.trim(), ""));
     if scheme.eq_ignore_ascii_case("basic") {
@@ -224,6 +282,16 @@ fn parse(header: &str) -> Option<Challenge> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn scopes_are_joined() {
+        assert_eq!(union("repository:a:pull", ""), "repository:a:pull");
+        assert_eq!(union("repository:a:pull", "repository:a:pull"), "repository:a:pull");
+        assert_eq!(
+            union("repository:a:pull,push repository:b:pull", "repository:a:pull,push registry:catalog:*"),
+            "repository:a:pull,push repository:b:pull registry:catalog:*"
+        );
+    }
 
     #[test]
     fn challenges_are_parsed() {

@@ -11,6 +11,7 @@ use bytes::Bytes;
 use reqwest::header::{CONTENT_RANGE, RANGE};
 use reqwest::{Response, StatusCode};
 
+use super::auth::Grant;
 use super::retry::Backoff;
 use super::{Client, Target, check, header};
 use crate::digest::{Digest, Hasher};
@@ -117,7 +118,7 @@ impl Client {
                 Some(end) => request.header(RANGE, format!("bytes={start}-{}", end - 1)),
             })
         };
-        let response = self.send(target, "pull", request).await?;
+        let response = self.send(target, Grant::Pull, request).await?;
         if response.status() == StatusCode::NOT_FOUND {
             return Err(Error::BlobNotFound {
                 repository: target.repository.clone(),
