@@ -24,6 +24,7 @@ const PACKAGES: &[(&str, Sign, &str)] = &[
     ("crun", Program("crun"), "containers, where the cgroup set-up allows it"),
     ("runsc", Program("runsc"), "containers with `isolation: sandbox`"),
     ("busybox-static", File("/bin/busybox"), "the demo's image"),
+    ("erofs-utils", Program("fsck.erofs"), "checking images that the machine's store makes"),
     ("skopeo", Program("skopeo"), "the registry's tests with a foreign client"),
     ("curl", Program("curl"), "looking at the platform from outside"),
     ("procps", Program("ps"), "looking at the platform from outside"),

@@ -11,6 +11,7 @@
 
 mod client;
 mod digest;
+pub mod erofs;
 mod error;
 pub mod manifest;
 mod pack;
