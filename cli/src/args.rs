@@ -119,6 +119,9 @@ pub(crate) enum ClientCommand {
         #[arg(long, value_name = "INSTANCE")]
         instance: Option<InstanceId>,
     },
+    /// Keep images on machines before anything asks for them
+    #[command(subcommand)]
+    Prewarm(PrewarmCommand),
     /// Show what each location has and could take
     Capacity {
         #[command(flatten)]
@@ -357,6 +360,43 @@ pub(crate) enum JobsCommand {
         /// The job
         name: JobName,
     },
+}
+
+/// Warm images.
+#[derive(Debug, Subcommand)]
+pub(crate) enum PrewarmCommand {
+    /// Ask for an image on machines, or change what is asked
+    Set(PrewarmSetArgs),
+    /// List what is asked for, and how far each machine is
+    Ls {
+        #[command(flatten)]
+        output: OutputArg,
+    },
+    /// No longer ask for an image
+    Rm {
+        /// As `ls` lists it, or without the digest
+        image: String,
+    },
+}
+
+/// A wish for warm images.
+#[derive(Debug, Args)]
+pub(crate) struct PrewarmSetArgs {
+    /// Image reference
+    pub(crate) image: String,
+    /// Only in this location; may be given several times [default: all]
+    #[arg(long, value_name = "LOCATION")]
+    pub(crate) location: Vec<LocationId>,
+    /// On so many machines of each location [default: all]
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) machines: Option<u32>,
+    /// 0 to 100; a higher one is fetched first
+    #[arg(long, default_value_t = 50, value_name = "NUMBER")]
+    pub(crate) priority: u8,
+    #[command(flatten)]
+    pub(crate) wait: WaitArgs,
+    #[command(flatten)]
+    pub(crate) output: OutputArg,
 }
 
 /// Operating a location.

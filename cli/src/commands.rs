@@ -8,6 +8,7 @@ mod events;
 mod get;
 mod location;
 mod logs;
+mod prewarm;
 mod push;
 mod token;
 mod why;
@@ -57,6 +58,7 @@ fn done((): ()) -> ExitCode {
 async fn dispatch(session: &Session, command: ClientCommand) -> anyhow::Result<ExitCode> {
     match command {
         ClientCommand::Push(args) => return push::run(session, args).await,
+        ClientCommand::Prewarm(command) => return prewarm::run(session, command).await,
         ClientCommand::Apply(args) => return apply::run(session, args).await,
         ClientCommand::Jobs(JobsCommand::Run(args)) => return apply::run_job(session, args).await,
         ClientCommand::Jobs(command) => jobs(session, command).await?,

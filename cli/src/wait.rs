@@ -21,6 +21,8 @@ const DEPLOYMENTS: &str = "/v1/watch/deployments";
 const JOBS: &str = "/v1/watch/jobs";
 /// Pause before the stream is opened again.
 const RETRY: Duration = Duration::from_millis(300);
+/// Exit code for what isn't there yet at the deadline.
+pub(crate) const PENDING: u8 = 4;
 /// How often the spinner turns.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -137,13 +139,13 @@ fn is_final(error: &ClientError) -> bool {
 }
 
 /// Where states are shown.
-struct Shown {
+pub(crate) struct Shown {
     spinner: Option<ProgressBar>,
     last: String,
 }
 
 impl Shown {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let spinner = std::io::stderr().is_terminal().then(|| {
             let spinner = ProgressBar::new_spinner();
             if let Ok(style) = ProgressStyle::with_template("{spinner} {elapsed} {wide_msg}") {
@@ -155,7 +157,7 @@ impl Shown {
         Self { spinner, last: String::new() }
     }
 
-    fn state(&mut self, state: String) {
+    pub(crate) fn state(&mut self, state: String) {
         if state == self.last {
             return;
         }

@@ -7,6 +7,7 @@ mod jobs;
 mod locations;
 mod logs;
 mod platform;
+mod prewarm;
 
 use std::sync::Arc;
 
@@ -54,6 +55,7 @@ pub(crate) fn router() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(locations::report))
         .routes(routes!(locations::desired))
         .routes(routes!(locations::capacity))
+        .routes(routes!(prewarm::set, prewarm::list, prewarm::delete))
         .routes(routes!(platform::instances))
         .routes(routes!(platform::events))
         .routes(routes!(platform::create_token))

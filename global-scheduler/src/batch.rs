@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 
 use anyplace_api::{Event, EventSeverity};
-use anyplace_model::{AttemptId, DeploymentName, JobName, LocationId, LocationSettings};
+use anyplace_model::{AttemptId, DeploymentName, JobName, LocationId, LocationSettings, Prewarm};
 use anyplace_store::{Revision, Txn};
 use jiff::Timestamp;
 use serde::Serialize;
@@ -165,6 +165,21 @@ impl Batch {
         self.then(move |world, _| {
             world.attempts.remove(&attempt);
         });
+    }
+
+    pub(crate) fn put_prewarm(&mut self, image: String, wish: Option<Prewarm>) -> anyhow::Result<()> {
+        let key = format!("prewarms/{image}");
+        match &wish {
+            Some(wish) => self.put(key, wish)?,
+            None => self.delete(key),
+        }
+        self.then(move |world, _| {
+            match wish {
+                Some(wish) => world.prewarms.insert(image, wish),
+                None => world.prewarms.remove(&image),
+            };
+        });
+        Ok(())
     }
 
     pub(crate) fn put_settings(&mut self, id: LocationId, settings: LocationSettings) -> anyhow::Result<()> {

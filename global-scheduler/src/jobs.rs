@@ -188,8 +188,9 @@ impl App {
         let mut waiting = std::collections::BTreeMap::new();
         for decision in plan_jobs(&state, now) {
             let location = match decision.outcome {
-                JobOutcome::Wait { position, refusals, predicted_start, nearest_fit: _ } => {
-                    waiting.insert(decision.job, Waiting { position, refusals, predicted_start });
+                JobOutcome::Wait { position, refusals, predicted_start, next_location, nearest_fit: _ } => {
+                    let wait = Waiting { position, refusals, predicted_start, next_location };
+                    waiting.insert(decision.job, wait);
                     continue;
                 }
                 JobOutcome::Place(location) => location,

@@ -42,6 +42,7 @@ impl App {
             ingress: report.ingress,
             placements: report.placements.into_iter().map(|it| (it.deployment.clone(), it)).collect(),
             attempts: report.attempts.into_iter().map(|it| (it.attempt.clone(), it)).collect(),
+            prewarms: report.prewarms,
         };
         let was_alive = location.alive.replace(true) == Some(true);
         let before = location.observed.replace(observed);

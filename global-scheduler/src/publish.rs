@@ -5,11 +5,16 @@
 use std::collections::BTreeMap;
 
 use anyplace_model::{
-    AttemptId, DeploymentName, InstancePhase, LocationDesired, LocationId, Placement, RemoteBackend,
+    AttemptId, DeploymentName, InstancePhase, LocationDesired, LocationId, Placement, Prewarm, RemoteBackend,
     RemoteRoute,
 };
 
 use crate::{app::App, views, world::World};
+
+/// Queued jobs whose images a location fetches before its window opens.
+const QUEUE_AHEAD: usize = 32;
+/// Above the default of a wish: it is known that these will run.
+const QUEUE_PRIORITY: u8 = 60;
 
 /// Publishes everything.
 pub(crate) fn all(app: &App, world: &World) {
@@ -29,6 +34,7 @@ pub(crate) fn all(app: &App, world: &World) {
         );
         desired.extend(placements(world, id));
         desired.extend(attempts(world, id));
+        desired.extend(prewarms(world, id));
         location.feed.replace(desired);
     }
     app.deployments.replace(views::deployments(world).map(|view| (view.name.to_string(), view)).collect());
@@ -86,6 +92,29 @@ fn placements<'a>(
             Placement { generation: record.generation, spec: record.spec.clone(), vip: record.vip, count };
         Some((format!("placements/{name}"), LocationDesired::Placement(Box::new(placement))))
     })
+}
+
+/// The operators' wishes, and the images of the first jobs that wait for this location's window.
+fn prewarms(world: &World, id: &LocationId) -> BTreeMap<String, LocationDesired> {
+    let mut next: Vec<_> = world
+        .waiting
+        .iter()
+        .filter(|(_, waiting)| waiting.next_location.as_ref() == Some(id))
+        .filter_map(|(name, waiting)| Some((waiting.position, &world.jobs.get(name)?.value.spec)))
+        .collect();
+    next.sort_by_key(|(position, _)| *position);
+    let queued = next.into_iter().take(QUEUE_AHEAD).map(|(_, job)| Prewarm {
+        image: job.image.clone(),
+        locations: vec![id.clone()],
+        machines: Some(1),
+        priority: QUEUE_PRIORITY,
+    });
+    let wished = world.prewarms.values().filter(|wish| wish.covers(id)).cloned();
+    // A wish says more than the queue.
+    queued
+        .chain(wished)
+        .map(|wish| (format!("prewarms/{}", wish.image), LocationDesired::Prewarm(wish)))
+        .collect()
 }
 
 fn attempts<'a>(

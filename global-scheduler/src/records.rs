@@ -7,6 +7,7 @@
 //! | `vips/<address>` | the deployment's name |
 //! | `jobs/<name>` | [`JobRecord`] |
 //! | `attempts/<job>/<attempt>` | [`AttemptRecord`] |
+//! | `prewarms/<image>` | `Prewarm` |
 //! | `settings/<location>` | `LocationSettings` |
 //! | `locations/<location>` | [`LocationKnown`] |
 //! | `tokens/<hash>` | [`TokenRecord`] |

@@ -2,10 +2,12 @@
 
 use std::{cmp::Reverse, collections::BTreeMap};
 
-use anyplace_api::{CapacityView, DeploymentPhase, DeploymentView, JobView, LocationShare};
+use anyplace_api::{
+    CapacityView, DeploymentPhase, DeploymentView, JobView, LocationShare, PrewarmShare, PrewarmView,
+};
 use anyplace_model::{
-    DeploymentName, Explanation, InstancePhase, InstanceStatus, JobName, JobPhase, LocationId,
-    LocationRecord, ReasonCode, Refusal, Workload,
+    DeploymentName, Explanation, ImageState, InstancePhase, InstanceStatus, JobName, JobPhase, LocationId,
+    LocationRecord, Prewarm, ReasonCode, Refusal, Workload,
 };
 use jiff::Timestamp;
 use serde::Serialize;
@@ -320,6 +322,29 @@ pub(crate) fn location(world: &World, id: &LocationId) -> Option<LocationRecord>
 }
 
 /// Capacity of all locations that have reported to this process.
+/// Wishes for warm images, and how far they are where anyone reports.
+pub(crate) fn prewarms(world: &World) -> impl Iterator<Item = PrewarmView> + use<'_> {
+    world.prewarms.values().map(|wish| prewarm(world, wish))
+}
+
+pub(crate) fn prewarm(world: &World, wish: &Prewarm) -> PrewarmView {
+    let covered = world.locations.iter().filter(|(id, location)| wish.covers(id) && location.is_alive());
+    let locations: Vec<PrewarmShare> = covered
+        .filter_map(|(id, location)| {
+            let machines = location.observed.as_ref()?.prewarms.get(&wish.image).cloned().unwrap_or_default();
+            Some(PrewarmShare { location: id.clone(), machines })
+        })
+        .collect();
+    let states = || locations.iter().flat_map(|share| share.machines.values());
+    let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+    PrewarmView {
+        spec: wish.clone(),
+        warm: count(states().filter(|state| **state == ImageState::Warm).count()),
+        machines: count(states().count()),
+        locations,
+    }
+}
+
 pub(crate) fn capacity(world: &World, now: Timestamp) -> Vec<CapacityView> {
     let view = |(id, location): (&LocationId, &LocationState)| {
         let observed = location.observed.as_ref()?;

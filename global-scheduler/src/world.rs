@@ -11,8 +11,8 @@ use anyhow::Context as _;
 use anyplace_api::Event;
 use anyplace_global_core::{Deployment, Liveness, Location, Missing, QueuedJob, RefusedUntil, Share, State};
 use anyplace_model::{
-    Advert, AttemptId, AttemptStatus, DeploymentName, InstancePhase, JobName, JobPhase, LocationDesired,
-    LocationId, LocationSettings, PlacementStatus, Refusal,
+    Advert, AttemptId, AttemptStatus, DeploymentName, ImageState, InstancePhase, JobName, JobPhase,
+    LocationDesired, LocationId, LocationSettings, MachineId, PlacementStatus, Prewarm, Refusal,
 };
 use anyplace_service::Feed;
 use anyplace_store::{Revision, Store, StoreExt as _};
@@ -36,6 +36,8 @@ pub(crate) struct Waiting {
     pub(crate) position: u32,
     pub(crate) refusals: Vec<Refusal>,
     pub(crate) predicted_start: Option<Timestamp>,
+    /// Where that will be.
+    pub(crate) next_location: Option<LocationId>,
 }
 
 /// A location's last report, taken apart for look-up.
@@ -50,6 +52,7 @@ pub(crate) struct Observed {
     pub(crate) ingress: Vec<Ipv4Addr>,
     pub(crate) placements: BTreeMap<DeploymentName, PlacementStatus>,
     pub(crate) attempts: BTreeMap<AttemptId, AttemptStatus>,
+    pub(crate) prewarms: BTreeMap<String, BTreeMap<MachineId, ImageState>>,
 }
 
 /// A location.
@@ -85,6 +88,8 @@ pub(crate) struct World {
     pub(crate) vips: BTreeMap<Ipv4Addr, DeploymentName>,
     pub(crate) jobs: BTreeMap<JobName, Stored<JobRecord>>,
     pub(crate) attempts: BTreeMap<AttemptId, Stored<AttemptRecord>>,
+    /// Wishes for warm images, by reference.
+    pub(crate) prewarms: BTreeMap<String, Prewarm>,
     pub(crate) tokens: BTreeMap<String, TokenRecord>,
     /// By key below `tombstones/`.
     pub(crate) tombstones: BTreeMap<String, Tombstone>,
@@ -133,6 +138,9 @@ impl World {
             let (job, attempt) = key.split_once('/').with_context(|| format!("key attempts/{key}"))?;
             world.locations.entry(stored.value.location.clone()).or_default();
             world.attempts.insert(AttemptId { job: job.parse()?, attempt: attempt.parse()? }, stored);
+        }
+        for (image, stored) in read(store, "prewarms/").await? {
+            world.prewarms.insert(image, stored.value);
         }
         for (name, stored) in read(store, "settings/").await? {
             world.locations.entry(name.parse()?).or_default().settings = stored.value;

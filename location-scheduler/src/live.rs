@@ -172,6 +172,7 @@ impl Live {
         let state = &mut self.state;
         state.placements.clear();
         state.attempts.clear();
+        state.wishes.clear();
         state.remote.clear();
         for item in desired.values().cloned() {
             match item {
@@ -180,6 +181,9 @@ impl Live {
                 }
                 LocationDesired::Attempt { attempt, spec } => {
                     state.attempts.insert(attempt, *spec);
+                }
+                LocationDesired::Prewarm(wish) => {
+                    state.wishes.insert(wish.image.clone(), wish);
                 }
                 LocationDesired::Route(route) => {
                     state.remote.insert(route.deployment.clone(), route);
@@ -206,6 +210,7 @@ impl Live {
         }
         self.state.revision = revision;
         self.state.prewarms = plan.prewarms.clone();
+        self.state.warm = plan.warm.clone();
         self.plan = plan;
         self.planned = true;
     }

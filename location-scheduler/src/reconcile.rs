@@ -56,7 +56,8 @@ async fn round(scheduler: &Scheduler) -> anyhow::Result<Duration> {
     let wait =
         plan.wake_at_ms.map_or(TICK, |at| Duration::from_millis(at.saturating_sub(state.now_ms).max(1)));
     let mut live = scheduler.live();
-    let publish = !changes.is_empty() || plan.prewarms != live.state.prewarms;
+    let images = plan.prewarms != live.state.prewarms || plan.warm != live.state.warm;
+    let publish = !changes.is_empty() || images;
     live.carried_out(plan, changes, revision);
     if publish {
         scheduler.publish_machines(&live);

@@ -188,8 +188,10 @@ async fn open(
         reservations: stored.reservations,
         placements: BTreeMap::new(),
         attempts: BTreeMap::new(),
+        wishes: BTreeMap::new(),
         remote: BTreeMap::new(),
         prewarms: BTreeMap::new(),
+        warm: BTreeMap::new(),
     };
     let mut live = Live::new(state, config.lease(), Instant::now());
     live.want(&stored.desired);

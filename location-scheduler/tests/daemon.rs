@@ -14,7 +14,7 @@ mod routes;
 use std::time::Duration;
 
 use anyplace_api::{Client, ErrorCode, LogQuery};
-use anyplace_model::{InstancePhase, LocationSettings, ReasonCode};
+use anyplace_model::{ImageState, InstancePhase, LocationSettings, ReasonCode};
 use bed::{Bed, LEASE, attempt, placement};
 
 /// A generous bound for "at once" on a busy machine; what is asserted to be fast says its own.
@@ -258,4 +258,38 @@ fn ready(status: &anyplace_model::PlacementStatus) -> usize {
 
 fn ready_in(status: &anyplace_model::PlacementStatus, generation: u64) -> usize {
     status.instances.iter().filter(|instance| instance.ready && instance.generation == generation).count()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn wished_images_are_kept_on_the_machines_chosen_for_them() {
+    let bed = Bed::start(&["m1", "m2", "m3"]).await;
+    bed.machines.values().for_each(|machine| machine.set_fetching(false));
+    bed.wish("app:1", Some(2));
+    let states =
+        |report: &anyplace_model::LocationReport| report.prewarms.get("app:1").cloned().unwrap_or_default();
+    let cold = bed.global.until(SOON, |report| states(report).len() == 2).await;
+    assert!(states(&cold).values().all(|state| *state != ImageState::Warm), "{cold:?}");
+    bed.machines.values().for_each(|machine| machine.set_fetching(true));
+    let warm = |report: &anyplace_model::LocationReport| {
+        let states = states(report);
+        states.len() == 2 && states.values().all(|state| *state == ImageState::Warm)
+    };
+    let first = states(&bed.global.until(SOON, warm).await);
+    // One that goes silent is replaced; the other stays.
+    let (lost, kept) = (first.keys().next().unwrap().clone(), first.keys().nth(1).unwrap().clone());
+    bed.machine(lost.as_str()).set_silent(true);
+    let moved = bed.global.until(SOON, |report| warm(report) && !states(report).contains_key(&lost)).await;
+    assert!(states(&moved).contains_key(&kept));
+    bed.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deployment_has_a_spare_machine_with_its_image() {
+    let bed = Bed::start(&["m1", "m2", "m3"]).await;
+    bed.want("hello", placement("hello", 1, 1, ""));
+    bed.routes().until(SOON, |r| r.ready("203.0.113.1") == 1).await;
+    bed.until(SOON, "one machine is the spare", |bed| bed.wanted_images() == 1).await;
+    bed.forget("hello");
+    bed.until(SOON, "no spare is needed", |bed| bed.wanted_images() == 0).await;
+    bed.stop().await;
 }

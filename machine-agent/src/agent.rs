@@ -283,7 +283,7 @@ impl Control {
                 }
                 None => self.spawn(*assignment, Origin::New),
             },
-            MachineDesired::Image(reference) => {
+            MachineDesired::Image { image: reference, priority: _ } => {
                 if !self.images.contains_key(&reference) {
                     let (ctx, name) = (self.ctx.clone(), reference.clone());
                     let task = self.tasks.spawn(async move {

@@ -15,8 +15,6 @@ use crate::{
 
 /// The largest spec that is read: a bound against a wrong file, far above any spec.
 const MAX_SPEC_BYTES: u64 = 4 << 20;
-/// Exit code for what is still pending at the deadline.
-const PENDING: u8 = 4;
 
 pub(super) async fn run(session: &Session, args: ApplyArgs) -> anyhow::Result<ExitCode> {
     match read(&args.file.file)? {
@@ -90,7 +88,7 @@ async fn deployment(
                 view = last.map_or(view, |last| *last);
                 let explanation = client.why_deployment(&view.name).await;
                 pending(&format!("deployment {}", view.name), waiting, explanation.ok().as_ref());
-                code = ExitCode::from(PENDING);
+                code = ExitCode::from(wait::PENDING);
             }
         }
     }
@@ -148,7 +146,7 @@ fn ended(view: &anyplace_api::JobView) -> ExitCode {
 async fn pending_job(client: &Client, view: &anyplace_api::JobView, waiting: WaitArgs) -> ExitCode {
     let explanation = client.why_job(&view.name).await;
     pending(&format!("job {}", view.name), waiting, explanation.ok().as_ref());
-    ExitCode::from(PENDING)
+    ExitCode::from(wait::PENDING)
 }
 
 fn pending(what: &str, waiting: WaitArgs, explanation: Option<&anyplace_model::Explanation>) {

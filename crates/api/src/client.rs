@@ -4,14 +4,14 @@ use std::time::Duration;
 
 use anyplace_model::{
     DeploymentName, DeploymentSpec, Explanation, InstanceId, JobName, JobSpec, LocationId, LocationRecord,
-    LocationReport, LocationSettings, MachineId, MachineRecord, MachineReport,
+    LocationReport, LocationSettings, MachineId, MachineRecord, MachineReport, Prewarm,
 };
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
-    ApplyOutcome, CapacityView, DeploymentView, ErrorCode, Event, JobView, LogQuery, NewToken, Problem,
-    TokenRequest,
+    ApplyOutcome, CapacityView, DeploymentView, ErrorCode, Event, JobView, LogQuery, NewToken, PrewarmQuery,
+    PrewarmView, Problem, TokenRequest,
 };
 
 /// How long a request may take; watches and logs are streams and have their own bounds.
@@ -273,6 +273,23 @@ impl Client {
         settings: &LocationSettings,
     ) -> Result<LocationRecord, ClientError> {
         self.json(Method::PATCH, &format!("/v1/locations/{name}"), Some(settings)).await
+    }
+
+    /// Wishes that machines have an image.
+    pub async fn set_prewarm(&self, spec: &Prewarm) -> Result<PrewarmView, ClientError> {
+        self.json(Method::PUT, "/v1/prewarm", Some(spec)).await
+    }
+
+    /// All wishes for warm images, by image.
+    pub async fn prewarms(&self) -> Result<Vec<PrewarmView>, ClientError> {
+        self.get("/v1/prewarm").await
+    }
+
+    /// Takes a wish back; machines keep the image until they need its room.
+    pub async fn delete_prewarm(&self, image: &str) -> Result<(), ClientError> {
+        let query = PrewarmQuery { image: image.to_owned() };
+        let request = self.request(Method::DELETE, "/v1/prewarm").query(&query).timeout(TIMEOUT);
+        self.send(request, "/v1/prewarm").await.map(drop)
     }
 
     /// Capacity by location.

@@ -14,6 +14,9 @@
 //! | `GET /v1/instances` | | array of `InstanceStatus` with location |
 //! | `GET /v1/locations[/{name}]` | | `LocationRecord` (list: array) |
 //! | `PATCH /v1/locations/{name}` | `LocationSettings` | `LocationRecord` |
+//! | `PUT /v1/prewarm` | `Prewarm` | `PrewarmView` |
+//! | `GET /v1/prewarm` | | array of `PrewarmView` |
+//! | `DELETE /v1/prewarm?image=` | | 204 |
 //! | `GET /v1/capacity` | | array of `CapacityView` |
 //! | `GET /v1/events?subject=deployment/hello` | | array of `Event`, oldest first |
 //! | `POST /v1/tokens` | `TokenRequest` | `NewToken` |
@@ -25,7 +28,8 @@
 use std::net::Ipv4Addr;
 
 use anyplace_model::{
-    Advert, DeploymentName, DeploymentSpec, InstanceStatus, JobPhase, JobSpec, LocationId, Refusal,
+    Advert, DeploymentName, DeploymentSpec, ImageState, InstanceStatus, JobPhase, JobSpec, LocationId,
+    MachineId, Prewarm, Refusal,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -122,6 +126,37 @@ pub struct JobView {
     pub reasons: Vec<Refusal>,
     /// What was asked for.
     pub spec: JobSpec,
+}
+
+/// A wish for warm images: what was asked for, and how far it is.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct PrewarmView {
+    /// What was asked for.
+    pub spec: Prewarm,
+    /// Machines that have the image.
+    pub warm: u32,
+    /// Machines that should have it.
+    pub machines: u32,
+    /// How far it is in each location that reports.
+    pub locations: Vec<PrewarmShare>,
+}
+
+/// How far a wish is in one location.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct PrewarmShare {
+    /// The location.
+    pub location: LocationId,
+    /// The image's state on each machine that was chosen for it.
+    #[schema(value_type = std::collections::BTreeMap<String, ImageState>)]
+    pub machines: std::collections::BTreeMap<MachineId, ImageState>,
+}
+
+/// Which wish to delete.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PrewarmQuery {
+    /// The image's reference.
+    pub image: String,
 }
 
 /// Capacity of a location.

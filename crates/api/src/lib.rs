@@ -12,7 +12,8 @@ pub use client::{Client, ClientError, LogOptions};
 pub use error::{ErrorCode, Problem};
 pub use global::{
     ApplyOutcome, CapacityView, DeploymentPhase, DeploymentView, Event, EventSeverity, JobView,
-    LocationShare, LogQuery, NewToken, Role, TokenRequest, TokenScope,
+    LocationShare, LogQuery, NewToken, PrewarmQuery, PrewarmShare, PrewarmView, Role, TokenRequest,
+    TokenScope,
 };
 pub use watch::{WatchEvent, WatchQuery, Watcher};
 

@@ -11,6 +11,7 @@ mod location;
 mod machine;
 mod naming;
 mod off_peak;
+mod prewarm;
 mod quantity;
 mod reason;
 mod route;
@@ -28,6 +29,7 @@ pub use location::{
 pub use machine::{Assignment, Condition, Gpu, ImageState, MachineDesired, MachineRecord, MachineReport};
 pub use naming::{GATEWAY, container_mac, host_interface};
 pub use off_peak::{InvalidWindow, OffPeakWindow};
+pub use prewarm::{PRIORITY_AWAITED, PRIORITY_MAX, Prewarm};
 pub use quantity::{Bytes, DurationMs, InvalidQuantity, MilliCpu};
 pub use reason::{Explanation, LocationExplanation, ReasonCode, Refusal};
 pub use route::{Announcement, Endpoint, RemoteLocation, Route, RouteRecord};

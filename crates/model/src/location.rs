@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::{
-    AttemptId, AttemptStatus, Bytes, DeploymentName, DeploymentSpec, InstanceStatus, Isolation, JobSpec,
-    LocationId, MilliCpu, OffPeakWindow, Port, Refusal,
+    AttemptId, AttemptStatus, Bytes, DeploymentName, DeploymentSpec, ImageState, InstanceStatus, Isolation,
+    JobSpec, LocationId, MachineId, MilliCpu, OffPeakWindow, Port, Prewarm, Refusal,
 };
 
 /// Free blocks of one size on GPUs of one model.
@@ -116,6 +116,8 @@ pub enum LocationDesired {
         /// What to run.
         spec: Box<JobSpec>,
     },
+    /// An image that machines should have. Key `prewarms/<reference>`.
+    Prewarm(Prewarm),
     /// Where else a deployment is served. Key `routes/<deployment>`.
     Route(RemoteRoute),
     /// Key `settings`.
@@ -196,6 +198,9 @@ pub struct LocationReport {
     pub placements: Vec<PlacementStatus>,
     /// What became of each attempt.
     pub attempts: Vec<AttemptStatus>,
+    /// How far each wished image is on the machines chosen for it.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub prewarms: BTreeMap<String, BTreeMap<MachineId, ImageState>>,
 }
 
 /// What became of a placement.

@@ -34,6 +34,8 @@ pub struct Condition {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ImageState {
+    /// Wanted, and nothing of it is there yet. Said by the location scheduler of machines that have said nothing.
+    Cold,
     /// Being fetched: bytes there and in all.
     Pulling {
         /// Bytes on the machine.
@@ -106,7 +108,12 @@ pub enum MachineDesired {
     /// Run this. Key `instances/<instance>`; deleted when it should stop.
     Instance(Box<Assignment>),
     /// Have this image. Key `images/<reference>`.
-    Image(String),
+    Image {
+        /// Its reference.
+        image: String,
+        /// The higher, the sooner; [`crate::PRIORITY_AWAITED`] where something waits for it.
+        priority: u8,
+    },
 }
 
 /// An instance that a machine should run: everything the agent needs, nothing about why it is here.

@@ -223,7 +223,7 @@ impl Check {
     }
 }
 
-fn image(reference: &str) -> Result<(), Problem> {
+pub(crate) fn image(reference: &str) -> Result<(), Problem> {
     if reference.is_empty() || reference.contains(char::is_whitespace) {
         return Err(Problem::new(
             "image",

@@ -199,7 +199,7 @@ pub fn explain_job(state: &State, name: &JobName, now: Timestamp) -> Option<Expl
     let decision = jobs::plan_jobs(state, now).into_iter().find(|decision| decision.job == *name)?;
     let (summary, refusals, nearest_fit) = match decision.outcome {
         JobOutcome::Place(location) => (format!("it starts in {location}"), Vec::new(), None),
-        JobOutcome::Wait { position, refusals, predicted_start, nearest_fit } => {
+        JobOutcome::Wait { position, refusals, predicted_start, next_location: _, nearest_fit } => {
             let when = predicted_start.map_or(String::new(), |at| format!("; it can start at {at}"));
             (format!("it waits at position {position} of the queue{when}"), refusals, nearest_fit)
         }

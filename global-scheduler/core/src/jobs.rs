@@ -36,6 +36,8 @@ pub enum JobOutcome {
         refusals: Vec<Refusal>,
         /// When the next window opens, where it waits for one.
         predicted_start: Option<Timestamp>,
+        /// Where that is: it may fetch the image before.
+        next_location: Option<LocationId>,
         /// What comes nearest.
         nearest_fit: Option<String>,
     },
@@ -82,17 +84,18 @@ pub fn plan_jobs(state: &State, now: Timestamp) -> Vec<JobDecision> {
             None => {
                 waiting += 1;
                 // Only locations that lack nothing but their window will take it when that opens.
-                let predicted_start = why
+                let next = why
                     .iter()
                     .filter(|(_, refusals)| {
                         refusals.iter().all(|refusal| refusal.reason == ReasonCode::OutsideOffPeakWindow)
                     })
-                    .filter_map(|(id, _)| opening(&state.locations[*id], now))
+                    .filter_map(|(id, _)| Some((opening(&state.locations[*id], now)?, *id)))
                     .min();
                 JobOutcome::Wait {
                     position: waiting,
                     refusals: summed(why.iter().map(|(id, refusals)| (*id, refusals.as_slice()))),
-                    predicted_start,
+                    predicted_start: next.map(|(at, _)| at),
+                    next_location: next.map(|(_, id)| id.clone()),
                     nearest_fit: nearest_fit(state, &job.spec.resources, &job.spec.placement, &rooms),
                 }
             }

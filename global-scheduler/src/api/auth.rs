@@ -32,7 +32,9 @@ fn need(method: &Method, path: &str) -> Need {
     match (method.as_str(), path) {
         ("PUT", "/v1/locations/{name}/report") | (_, "/v1/watch/locations/{name}/desired") => Need::Location,
         ("GET" | "HEAD", _) => Need::Role(Role::Viewer),
-        (_, path) if path.starts_with("/v1/deployments") || path.starts_with("/v1/jobs") => {
+        (_, path)
+            if ["/v1/deployments", "/v1/jobs", "/v1/prewarm"].iter().any(|own| path.starts_with(own)) =>
+        {
             Need::Role(Role::Deployer)
         }
         _ => Need::Role(Role::Admin),

@@ -23,7 +23,7 @@ async fn phase(bed: &Bed, wanted: JobPhase) {
 }
 
 /// A window of some seconds that opens so many seconds from now.
-fn window(opens_in_s: i64) -> String {
+pub(crate) fn window(opens_in_s: i64) -> String {
     let at = |seconds: i64| {
         let at = Timestamp::now() + jiff::SignedDuration::from_secs(seconds);
         at.to_zoned(TimeZone::UTC).time().strftime("%H:%M:%S").to_string()

@@ -6,4 +6,5 @@ mod api;
 mod deployments;
 mod jobs;
 mod logs;
+mod prewarm;
 mod support;

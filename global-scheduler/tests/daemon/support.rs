@@ -11,8 +11,9 @@ use std::{
 use anyplace_api::{Client, Role, TokenRequest, TokenScope, WatchEvent, Watcher};
 use anyplace_global_scheduler::Config;
 use anyplace_model::{
-    Advert, AttemptStatus, Bytes, DeploymentSpec, InstancePhase, InstanceStatus, Isolation, JobSpec,
-    LocationDesired, LocationReport, MilliCpu, PlacementStatus, ReasonCode, Refusal, RemoteRoute, Workload,
+    Advert, AttemptStatus, Bytes, DeploymentSpec, ImageState, InstancePhase, InstanceStatus, Isolation,
+    JobSpec, LocationDesired, LocationReport, MachineId, MilliCpu, PlacementStatus, ReasonCode, Refusal,
+    RemoteRoute, Workload,
 };
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
@@ -152,6 +153,8 @@ pub(crate) struct Script {
     pub(crate) foreign: Vec<AttemptStatus>,
     /// Where it serves logs.
     pub(crate) advertise: Option<String>,
+    /// How far wished images are on its machines.
+    pub(crate) prewarms: BTreeMap<String, BTreeMap<MachineId, ImageState>>,
     /// What it was told to have.
     pub(crate) desired: BTreeMap<String, LocationDesired>,
 }
@@ -193,6 +196,11 @@ impl FakeLocation {
     pub(crate) fn serving(&self, deployment: &str) -> Vec<String> {
         let route = self.route(deployment);
         route.iter().flat_map(|it| &it.backends).map(|backend| backend.location.to_string()).collect()
+    }
+
+    pub(crate) fn prewarms(&self) -> Vec<String> {
+        let script = self.script.lock().unwrap();
+        script.desired.keys().filter_map(|key| key.strip_prefix("prewarms/").map(Into::into)).collect()
     }
 
     pub(crate) fn attempts(&self) -> Vec<String> {
@@ -261,6 +269,7 @@ fn make_report(name: &str, epoch: u64, sequence: u64, advert: &Advert, script: &
         ingress: vec![Ipv4Addr::new(10, 1, 1, 1)],
         placements: Vec::new(),
         attempts: script.foreign.clone(),
+        prewarms: script.prewarms.clone(),
     };
     for desired in script.desired.values() {
         match desired {

@@ -18,4 +18,6 @@ pub use plan::{Change, Plan, Start, Verdict, plan};
 pub use room::FreeRoom;
 pub use routes::{distance_km, routes, stamp};
 pub use state::{Life, Machine, Reservation, Site, Stage, State, Timing};
-pub use status::{attempt_statuses, desired, ingress, instance_statuses, placement_statuses};
+pub use status::{
+    attempt_statuses, desired, ingress, instance_statuses, placement_statuses, prewarm_statuses,
+};

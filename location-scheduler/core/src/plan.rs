@@ -6,6 +6,7 @@
 
 mod deployments;
 mod endings;
+mod images;
 mod jobs;
 
 use std::{cmp::Reverse, collections::BTreeMap, net::Ipv4Addr};
@@ -41,6 +42,8 @@ pub struct Plan {
     pub releases: Vec<InstanceId>,
     /// Machines that should fetch the images of waiting attempts.
     pub prewarms: BTreeMap<AttemptId, MachineId>,
+    /// Images that machines should keep warm, with their priorities.
+    pub warm: BTreeMap<MachineId, BTreeMap<String, u8>>,
     /// What becomes of each placement.
     pub placements: BTreeMap<DeploymentName, Verdict>,
     /// Why attempts don't run yet; those that do are left out.
@@ -126,6 +129,7 @@ pub fn plan(state: &State) -> Plan {
     planner.endings();
     planner.deployments();
     planner.jobs();
+    planner.images();
     planner.plan.wake_at_ms = planner.wake_at_ms();
     planner.plan
 }

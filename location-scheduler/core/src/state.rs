@@ -7,7 +7,7 @@ use std::{
 
 use anyplace_model::{
     Assignment, AttemptId, DeploymentName, InstanceId, InstanceStatus, JobSpec, LocationId, LocationSettings,
-    MachineId, MachineReport, OffPeakWindow, Placement, RemoteRoute, Workload,
+    MachineId, MachineReport, OffPeakWindow, Placement, Prewarm, RemoteRoute, Workload,
 };
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
@@ -35,10 +35,14 @@ pub struct State {
     pub placements: BTreeMap<DeploymentName, Placement>,
     /// What it wants of jobs.
     pub attempts: BTreeMap<AttemptId, JobSpec>,
+    /// Images that it wants warm, by reference.
+    pub wishes: BTreeMap<String, Prewarm>,
     /// Where else deployments are served.
     pub remote: BTreeMap<DeploymentName, RemoteRoute>,
     /// Machines that the last plan had fetch the images of waiting attempts.
     pub prewarms: BTreeMap<AttemptId, MachineId>,
+    /// Images that the last plan had machines keep warm, with their priorities.
+    pub warm: BTreeMap<MachineId, BTreeMap<String, u8>>,
 }
 
 /// How long the steps of an ending take.

@@ -6,8 +6,8 @@ use std::{
 };
 
 use anyplace_model::{
-    AttemptStatus, InstancePhase, InstanceStatus, MachineDesired, MachineId, PlacementStatus, ReasonCode,
-    Refusal,
+    AttemptStatus, ImageState, InstancePhase, InstanceStatus, MachineDesired, MachineId, PRIORITY_AWAITED,
+    PlacementStatus, ReasonCode, Refusal,
 };
 
 use crate::{
@@ -36,10 +36,36 @@ pub fn desired(state: &State) -> BTreeMap<MachineId, BTreeMap<String, MachineDes
             machines
                 .entry(machine.clone())
                 .or_default()
-                .insert(format!("images/{}", spec.image), MachineDesired::Image(spec.image.clone()));
+                .insert(format!("images/{}", spec.image), wanted(&spec.image, PRIORITY_AWAITED));
+        }
+    }
+    for (machine, images) in &state.warm {
+        for (image, priority) in images {
+            machines
+                .entry(machine.clone())
+                .or_default()
+                .entry(format!("images/{image}"))
+                .or_insert_with(|| wanted(image, *priority));
         }
     }
     machines
+}
+
+fn wanted(image: &str, priority: u8) -> MachineDesired {
+    MachineDesired::Image { image: image.to_owned(), priority }
+}
+
+/// How far each wished image is on the machines that keep it.
+pub fn prewarm_statuses(state: &State) -> BTreeMap<String, BTreeMap<MachineId, ImageState>> {
+    let on = |image: &String| {
+        let keepers = state.warm.iter().filter(|(_, images)| images.contains_key(image));
+        let states = keepers.map(|(name, _)| {
+            let reported = state.machines.get(name).and_then(|machine| machine.report.images.get(image));
+            (name.clone(), reported.cloned().unwrap_or(ImageState::Cold))
+        });
+        states.collect()
+    };
+    state.wishes.keys().map(|image| (image.clone(), on(image))).collect()
 }
 
 /// The status of every instance that holds a reservation.

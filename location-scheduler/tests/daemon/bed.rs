@@ -10,7 +10,7 @@ use std::{
 use anyplace_api::Client;
 use anyplace_location_scheduler::{Config, run};
 use anyplace_model::{
-    AttemptId, Format, JobSpec, LocationDesired, LocationSettings, Placement, Spec, parse_spec,
+    AttemptId, Format, JobSpec, LocationDesired, LocationSettings, Placement, Prewarm, Spec, parse_spec,
 };
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -22,7 +22,7 @@ pub(crate) const LEASE: Duration = Duration::from_millis(500);
 
 pub(crate) struct Bed {
     pub(crate) global: Global,
-    machines: BTreeMap<String, Machine>,
+    pub(crate) machines: BTreeMap<String, Machine>,
     folder: tempfile::TempDir,
     listen: SocketAddr,
     url: String,
@@ -94,6 +94,11 @@ impl Bed {
 
     pub(crate) fn forget(&self, name: &str) {
         self.global.desired.remove(&format!("placements/{name}"));
+    }
+
+    pub(crate) fn wish(&self, image: &str, machines: Option<u32>) {
+        let wish = Prewarm { image: image.into(), locations: Vec::new(), machines, priority: 50 };
+        self.global.desired.set(format!("prewarms/{image}"), LocationDesired::Prewarm(wish));
     }
 
     pub(crate) fn want_attempt(&self, (attempt, spec): (AttemptId, JobSpec)) {

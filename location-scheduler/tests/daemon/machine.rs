@@ -124,7 +124,7 @@ impl Machine {
 
     pub(crate) fn wanted_images(&self) -> usize {
         let inner = self.shared.lock();
-        inner.wanted.values().filter(|item| matches!(item, MachineDesired::Image(_))).count()
+        inner.wanted.values().filter(|item| matches!(item, MachineDesired::Image { .. })).count()
     }
 }
 
@@ -143,8 +143,8 @@ impl Inner {
         self.containers.retain(|instance, _| wanted.contains_key(&format!("instances/{instance}")));
         for item in self.wanted.values() {
             match item {
-                MachineDesired::Image(image) if self.fetching => drop(self.warm.insert(image.clone())),
-                MachineDesired::Image(_) => {}
+                MachineDesired::Image { image, .. } if self.fetching => drop(self.warm.insert(image.clone())),
+                MachineDesired::Image { .. } => {}
                 MachineDesired::Instance(assignment) => {
                     let started = &mut self.started;
                     self.containers
@@ -163,7 +163,7 @@ impl Inner {
     fn report(&mut self) -> MachineReport {
         self.sequence += 1;
         let images = self.wanted.values().filter_map(|item| match item {
-            MachineDesired::Image(image) => Some(image.clone()),
+            MachineDesired::Image { image, .. } => Some(image.clone()),
             MachineDesired::Instance(_) => None,
         });
         let state = |image: &String| match self.warm.contains(image) {

@@ -53,7 +53,7 @@ fn reason(status: &anyplace_model::InstanceStatus) -> Option<ReasonCode> {
 fn a_web_server_serves_restarts_outlives_the_agent_and_leaves_nothing() {
     bed::with(|mut bed| async move {
         bed.start_agent();
-        bed.feed.set("images/busybox:v1", MachineDesired::Image("busybox:v1".into()));
+        bed.feed.set("images/busybox:v1", MachineDesired::Image { image: "busybox:v1".into(), priority: 50 });
         let begun = Instant::now();
         bed.want(web("web-1", 65));
         bed.until_ready("web-1", 0).await;

@@ -158,6 +158,8 @@ impl World {
             attempts: BTreeMap::new(),
             remote: BTreeMap::new(),
             prewarms: BTreeMap::new(),
+            warm: BTreeMap::new(),
+            wishes: BTreeMap::new(),
         };
         let agents = (0..machines).map(|index| (machine_id(index), Agent::default())).collect();
         Self { state, agents, runs: BTreeMap::new(), names: 0, tries: 0 }
@@ -285,7 +287,7 @@ impl World {
         agent.wanted_images.clear();
         for item in desired.into_values() {
             match item {
-                MachineDesired::Image(image) => drop(agent.wanted_images.insert(image)),
+                MachineDesired::Image { image, .. } => drop(agent.wanted_images.insert(image)),
                 MachineDesired::Instance(assignment) => {
                     if let Workload::Job(attempt) = &assignment.workload {
                         self.runs.entry(attempt.clone()).or_default().insert(assignment.instance.clone());
@@ -348,4 +350,5 @@ pub(crate) fn apply(state: &mut State, plan: &Plan, changes: Vec<Change>) {
         }
     }
     state.prewarms = plan.prewarms.clone();
+    state.warm = plan.warm.clone();
 }
