@@ -2,7 +2,8 @@
 
 use anyplace_images::Digest;
 use axum::Json;
-use axum::http::{HeaderName, HeaderValue, StatusCode};
+use axum::http::header::{ALLOW, RETRY_AFTER};
+use axum::http::{HeaderName, HeaderValue, Method, StatusCode};
 use axum::response::{AppendHeaders, IntoResponse, Response};
 use serde_json::{Value, json};
 
@@ -64,9 +65,15 @@ impl Refusal {
         Refusal::new(StatusCode::NOT_FOUND, "NAME_UNKNOWN", message).detail(json!({ "name": repository }))
     }
 
-    /// A method or feature that isn't there.
-    pub(crate) fn unsupported(message: impl Into<String>) -> Refusal {
-        Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "UNSUPPORTED", message)
+    /// A method that isn't there; `allowed` is what is.
+    pub(crate) fn unsupported(method: &Method, path: &str, allowed: &'static str) -> Refusal {
+        let message = format!("{method} on `{path}` is not supported; expected {allowed}");
+        Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "UNSUPPORTED", message).header(ALLOW, allowed)
+    }
+
+    /// Too much work for now.
+    pub(crate) fn busy(message: impl Into<String>) -> Refusal {
+        Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "TOOMANYREQUESTS", message).header(RETRY_AFTER, "1")
     }
 }
 

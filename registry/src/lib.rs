@@ -10,9 +10,14 @@
 
 mod auth;
 mod blobs;
+mod conditions;
 mod config;
+mod connections;
+mod counters;
 mod errors;
 mod manifests;
+mod references;
+mod referrers;
 mod routes;
 mod server;
 mod storage;

@@ -4,6 +4,7 @@
 //! before them is the repository.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use anyplace_images::{Digest, check_repository};
 use axum::extract::{Request, State};
@@ -12,7 +13,7 @@ use axum::response::{IntoResponse as _, Response};
 
 use crate::errors::{Answer, Refusal};
 use crate::server::App;
-use crate::{blobs, manifests, tags, uploads};
+use crate::{blobs, manifests, referrers, tags, uploads};
 
 const API_VERSION: HeaderName = HeaderName::from_static("docker-distribution-api-version");
 
@@ -22,6 +23,7 @@ enum Endpoint<'a> {
     Base,
     Tags { name: String },
     Manifest { name: String, key: &'a str },
+    Referrers { name: String, digest: &'a str },
     Blob { name: String, digest: &'a str },
     Uploads { name: String },
     Upload { name: String, id: &'a str },
@@ -29,14 +31,14 @@ enum Endpoint<'a> {
 
 /// Answers every request.
 pub(crate) async fn dispatch(State(app): State<Arc<App>>, request: Request) -> Response {
-    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let (method, uri) = (request.method().clone(), request.uri().clone());
     let mut response = match app.users.check(request.headers()) {
         Ok(_) => answer(&app, request).await.unwrap_or_else(Refusal::into_response),
         Err(refusal) => refusal.into_response(),
     };
     // Old docker clients take nothing else for a registry.
     response.headers_mut().insert(API_VERSION, HeaderValue::from_static("registry/2.0"));
-    tracing::debug!(%method, path, status = response.status().as_u16(), "answered");
+    tracing::debug!(%method, path = uri.path(), status = response.status().as_u16(), "answered");
     response
 }
 
@@ -45,40 +47,61 @@ async fn answer(app: &Arc<App>, request: Request) -> Answer {
     let endpoint = parse(&path).ok_or_else(|| {
         Refusal::new(StatusCode::NOT_FOUND, "UNSUPPORTED", format!("no endpoint `{path}`; expected /v2/..."))
     })?;
+    // An upload that runs may get its last parts; everything else begins something.
+    if app.draining.is_cancelled() && !matches!(endpoint, Endpoint::Upload { .. }) {
+        app.counters.draining_refused.fetch_add(1, Ordering::Relaxed);
+        return Err(Refusal::busy("this registry is shutting down; ask another, or again soon"));
+    }
     let method = request.method().clone();
-    match (endpoint, method) {
-        (Endpoint::Base, Method::GET | Method::HEAD) => Ok(axum::Json(serde_json::json!({})).into_response()),
-        (Endpoint::Tags { name }, Method::GET) => tags::list(app, &checked(name)?, request.uri()).await,
-        (Endpoint::Manifest { name, key }, Method::GET | Method::HEAD) => {
-            manifests::get(app, &checked(name)?, key).await
-        }
-        (Endpoint::Manifest { name, key }, Method::PUT) => {
-            manifests::put(app, &checked(name)?, key, request).await
-        }
-        (Endpoint::Manifest { name, key }, Method::DELETE) => {
-            manifests::delete(app, &checked(name)?, key).await
-        }
-        (Endpoint::Blob { name, digest }, method) => {
-            let (name, digest) = (checked(name)?, parse_digest(digest)?);
+    let unsupported = |allowed| Err(Refusal::unsupported(&method, &path, allowed));
+    match endpoint {
+        Endpoint::Base => match method {
+            Method::GET | Method::HEAD => Ok(axum::Json(serde_json::json!({})).into_response()),
+            _ => unsupported("GET, HEAD"),
+        },
+        Endpoint::Tags { name } => match method {
+            Method::GET | Method::HEAD => tags::list(app, &checked(name)?, request.uri()).await,
+            _ => unsupported("GET, HEAD"),
+        },
+        Endpoint::Manifest { name, key } => {
+            let name = checked(name)?;
             match method {
-                Method::HEAD => blobs::head(app, &name, &digest).await,
-                Method::GET => blobs::get(app, &name, &digest, request.headers()).await,
-                Method::DELETE => blobs::delete(app, &name, &digest).await,
-                other => Err(Refusal::unsupported(format!("{other} on a blob is not supported"))),
+                Method::GET | Method::HEAD => manifests::get(app, &name, key, request.headers()).await,
+                Method::PUT => manifests::put(app, &name, key, request).await,
+                Method::DELETE => manifests::delete(app, &name, key).await,
+                _ => unsupported("GET, HEAD, PUT, DELETE"),
             }
         }
-        (Endpoint::Uploads { name }, Method::POST) => uploads::post(app, &checked(name)?, request).await,
-        (Endpoint::Upload { name, id }, method) => {
+        Endpoint::Referrers { name, digest } => {
+            let (name, digest) = (checked(name)?, parse_digest(digest)?);
+            match method {
+                Method::GET | Method::HEAD => referrers::list(app, &name, &digest, request.uri()).await,
+                _ => unsupported("GET, HEAD"),
+            }
+        }
+        Endpoint::Blob { name, digest } => {
+            let (name, digest) = (checked(name)?, parse_digest(digest)?);
+            match method {
+                Method::HEAD => blobs::head(app, &name, &digest, request.headers()).await,
+                Method::GET => blobs::get(app, &name, &digest, request.headers()).await,
+                Method::DELETE => blobs::delete(app, &name, &digest).await,
+                _ => unsupported("GET, HEAD, DELETE"),
+            }
+        }
+        Endpoint::Uploads { name } => match method {
+            Method::POST => uploads::post(app, &checked(name)?, request).await,
+            _ => unsupported("POST"),
+        },
+        Endpoint::Upload { name, id } => {
             let name = checked(name)?;
             match method {
                 Method::GET => uploads::status(app, &name, id).await,
                 Method::PATCH => uploads::patch(app, &name, id, request).await,
                 Method::PUT => uploads::put(app, &name, id, request).await,
                 Method::DELETE => uploads::cancel(app, &name, id).await,
-                other => Err(Refusal::unsupported(format!("{other} on an upload is not supported"))),
+                _ => unsupported("GET, PATCH, PUT, DELETE"),
             }
         }
-        (_, method) => Err(Refusal::unsupported(format!("{method} on `{path}` is not supported"))),
     }
 }
 
@@ -103,6 +126,7 @@ fn parse(path: &str) -> Option<Endpoint<'_>> {
     match parts.as_slice() {
         [before @ .., "tags", "list"] => Some(Endpoint::Tags { name: name(before) }),
         [before @ .., "manifests", key] => Some(Endpoint::Manifest { name: name(before), key }),
+        [before @ .., "referrers", digest] => Some(Endpoint::Referrers { name: name(before), digest }),
         [before @ .., "blobs", "uploads"] | [before @ .., "blobs", "uploads", ""] => {
             Some(Endpoint::Uploads { name: name(before) })
         }
@@ -138,6 +162,7 @@ mod tests {
             ("/v2/", Endpoint::Base),
             ("/v2/a/blobs/b/tags/list", Endpoint::Tags { name: name() }),
             ("/v2/a/blobs/b/manifests/v1", Endpoint::Manifest { name: name(), key: "v1" }),
+            ("/v2/a/blobs/b/referrers/sha256:0", Endpoint::Referrers { name: name(), digest: "sha256:0" }),
             ("/v2/a/blobs/b/blobs/uploads/", Endpoint::Uploads { name: name() }),
             ("/v2/a/blobs/b/blobs/uploads", Endpoint::Uploads { name: name() }),
             ("/v2/a/blobs/b/blobs/uploads/1f", Endpoint::Upload { name: name(), id: "1f" }),

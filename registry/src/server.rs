@@ -6,15 +6,19 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use axum::Router;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::routing::get;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::auth::Users;
 use crate::config::Config;
-use crate::routes;
+use crate::counters::Counters;
 use crate::storage::Storage;
 use crate::uploads::Uploads;
 use crate::upstream::Cache;
+use crate::{connections, routes};
 
 /// What all endpoints share.
 pub(crate) struct App {
@@ -22,6 +26,9 @@ pub(crate) struct App {
     pub(crate) storage: Storage,
     pub(crate) uploads: Arc<Uploads>,
     pub(crate) cache: Option<Cache>,
+    pub(crate) counters: Arc<Counters>,
+    /// Cancelled when the shutdown begins: what runs ends, nothing new starts.
+    pub(crate) draining: CancellationToken,
 }
 
 /// A registry that listens, and serves once [`Server::serve`] runs.
@@ -47,8 +54,9 @@ impl Server {
         let listener = TcpListener::bind(config.listen).await.with_context(|| {
             format!("can't listen on {}; check `listen`, and that nothing else listens there", config.listen)
         })?;
-        let drain = Duration::from_secs(config.drain_s);
-        Ok(Server { listener, app: Arc::new(App { users, storage, uploads, cache }), drain })
+        let (counters, draining) = (Arc::default(), CancellationToken::new());
+        let app = Arc::new(App { users, storage, uploads, cache, counters, draining });
+        Ok(Server { listener, app, drain: Duration::from_secs(config.drain_s) })
     }
 
     /// The address that it listens on, with the port that the system chose for port 0.
@@ -59,27 +67,42 @@ impl Server {
         self.listener.local_addr()
     }
 
-    /// Serves until the shutdown; open transfers get a moment to end.
+    /// Serves until the shutdown; what runs then may end within the drain's time.
     ///
     /// # Errors
     /// The listener fails.
     pub async fn serve(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         tracing::info!(address = %self.local_addr()?, "registry listening");
+        let draining = self.app.draining.clone();
+        let counters = self.app.counters.clone();
         let router = Router::new()
-            .route("/healthz", axum::routing::get(anyplace_service::healthz))
+            .route("/healthz", get(healthz))
+            .route("/metrics", get(metrics))
             .fallback(routes::dispatch)
             .with_state(self.app);
-        let server =
-            axum::serve(self.listener, router).with_graceful_shutdown(shutdown.clone().cancelled_owned());
-        let deadline = async {
+        let serving = connections::serve(self.listener, router, counters, draining.clone(), self.drain);
+        let told = async {
             shutdown.cancelled().await;
-            tokio::time::sleep(self.drain).await;
+            draining.cancel();
+            std::future::pending::<()>().await;
         };
         tokio::select! {
-            result = server => result.context("the registry's server failed"),
-            () = deadline => Ok(()),
+            () = serving => {}
+            () = told => {}
         }
+        Ok(())
     }
+}
+
+async fn healthz(State(app): State<Arc<App>>) -> (StatusCode, &'static str) {
+    match app.draining.is_cancelled() {
+        false => (StatusCode::OK, "ok\n"),
+        true => (StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
+    }
+}
+
+async fn metrics(State(app): State<Arc<App>>) -> String {
+    app.counters.render()
 }
 
 /// Runs a registry until the shutdown.

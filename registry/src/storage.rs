@@ -174,6 +174,39 @@ impl Storage {
         Ok(inside.common_prefixes.iter().any(|p| p.filename().is_some_and(|name| name.starts_with('_'))))
     }
 
+    /// Remembers that one manifest is about another.
+    pub(crate) async fn put_referrer(
+        &self,
+        repository: &str,
+        subject: &Digest,
+        digest: &Digest,
+    ) -> Result<()> {
+        let key = referrer_key(repository, subject, digest);
+        self.objects.put(&key, Bytes::new().into()).await.map(drop)
+    }
+
+    pub(crate) async fn delete_referrer(
+        &self,
+        repository: &str,
+        subject: &Digest,
+        digest: &Digest,
+    ) -> Result<bool> {
+        self.remove(&referrer_key(repository, subject, digest)).await
+    }
+
+    /// The manifests that are about this one, in no order.
+    pub(crate) async fn referrers(&self, repository: &str, subject: &Digest) -> Result<Vec<Digest>> {
+        let folder =
+            format!("repositories/{repository}/_referrers/{}/{}", subject.algorithm(), subject.hex());
+        let keys = self.objects.list(Some(&Path::from(folder))).map_ok(|meta| meta.location);
+        let digests = keys.try_filter_map(|key| async move {
+            let mut parts = key.as_ref().rsplit('/');
+            let (hex, algorithm) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
+            Ok(format!("{algorithm}:{hex}").parse().ok())
+        });
+        digests.try_collect().await
+    }
+
     async fn read(&self, key: &Path) -> Result<Option<Bytes>> {
         match found(self.objects.get(key).await)? {
             Some(object) => object.bytes().await.map(Some),
@@ -200,6 +233,11 @@ fn link_key(link: Link, repository: &str, digest: &Digest) -> Path {
         Link::Manifest => "_manifests",
     };
     Path::from(format!("repositories/{repository}/{folder}/{}/{}", digest.algorithm(), digest.hex()))
+}
+
+fn referrer_key(repository: &str, subject: &Digest, digest: &Digest) -> Path {
+    let (subject, algorithm) = (format!("{}/{}", subject.algorithm(), subject.hex()), digest.algorithm());
+    Path::from(format!("repositories/{repository}/_referrers/{subject}/{algorithm}/{}", digest.hex()))
 }
 
 fn tag_folder(of: TagOf) -> &'static str {

@@ -14,6 +14,9 @@ use crate::errors::{Answer, Refusal, internal};
 use crate::server::App;
 use crate::storage::TagOf;
 
+/// Most tags in one answer: at most 128 bytes each, so the answer stays around 1 MiB.
+const TAGS_MAX: usize = 10_000;
+
 #[derive(Deserialize)]
 struct Page {
     n: Option<usize>,
@@ -33,7 +36,7 @@ pub(crate) async fn list(app: &App, name: &str, uri: &Uri) -> Answer {
     }
     let after = page.last.unwrap_or_default();
     let mut rest = tags.into_iter().skip_while(|tag| *tag <= after);
-    let limit = page.n.unwrap_or(usize::MAX);
+    let limit = page.n.unwrap_or(TAGS_MAX).min(TAGS_MAX);
     let listed: Vec<String> = rest.by_ref().take(limit).collect();
     let next = match (listed.last(), rest.next()) {
         (Some(last), Some(_)) => {

@@ -10,8 +10,10 @@
 mod session;
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
-use anyplace_images::Digest;
+use anyplace_images::{Algorithm, Digest};
 use axum::body::Body;
 use axum::extract::{Query, Request};
 use axum::http::header::{CONTENT_LENGTH, CONTENT_RANGE, LOCATION, RANGE};
@@ -28,14 +30,24 @@ pub(crate) use session::{Session, Uploads};
 
 const UPLOAD_ID: HeaderName = HeaderName::from_static("docker-upload-uuid");
 const CHUNK_MAX: HeaderName = HeaderName::from_static("oci-chunk-max-length");
-/// The part size that clients are asked for, as proxies commonly stop there. Larger parts are taken too.
+const CHUNK_MIN: HeaderName = HeaderName::from_static("oci-chunk-min-length");
+/// The longest part of a chunked upload, as proxies commonly stop there. A request without `Content-Range` is not a
+/// part: docker and podman stream whole layers that way, of any length.
 const CHUNK_MAX_BYTES: u64 = 500_000_000;
+/// The shortest part that isn't the last: any, since parts are appended to a file.
+const CHUNK_MIN_BYTES: u64 = 1;
+/// How much of a refused body is read, so that the client gets to see the refusal.
+const DISCARD_MAX_BYTES: usize = 4 << 20;
+/// How long that may take.
+const DISCARD_TIMEOUT: Duration = Duration::from_secs(1);
 
 #[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
 struct Start {
     digest: Option<String>,
     mount: Option<String>,
     from: Option<String>,
+    digest_algorithm: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -46,18 +58,28 @@ struct Finish {
 pub(crate) async fn post(app: &Arc<App>, name: &str, request: Request) -> Answer {
     let query = Query::<Start>::try_from_uri(request.uri());
     let Query(start) = query.map_err(|e| Refusal::upload_invalid(e.to_string()))?;
-    if let Some(mount) = &start.mount
-        && try_mount(app, name, &parse_digest(mount)?, start.from.as_deref()).await?
-    {
-        return Ok(created(name, &parse_digest(mount)?));
-    }
     let digest = start.digest.as_deref().map(parse_digest).transpose()?;
-    let id = app.uploads.start(name).await.map_err(|e| internal("starting an upload", e))?;
+    let algorithm = match (&start.digest_algorithm, &digest) {
+        (Some(text), _) => text.parse().map_err(|_| {
+            let message = format!("digest-algorithm `{text}`: expected sha256 or sha512");
+            Refusal::digest_invalid(message)
+        })?,
+        (None, Some(digest)) => digest.kind(),
+        (None, None) => Algorithm::default(),
+    };
+    if let Some(mount) = &start.mount {
+        let mount = parse_digest(mount)?;
+        if try_mount(app, name, &mount, start.from.as_deref()).await? {
+            return Ok(created(name, &mount));
+        }
+    }
+    let id = app.uploads.start(name, algorithm).await.map_err(|e| internal("starting an upload", e))?;
     let Some(digest) = digest else {
         let headers = [
             (LOCATION, location(name, &id)),
             (RANGE, "0-0".to_owned()),
             (UPLOAD_ID, id.clone()),
+            (CHUNK_MIN, CHUNK_MIN_BYTES.to_string()),
             (CHUNK_MAX, CHUNK_MAX_BYTES.to_string()),
         ];
         return Ok((StatusCode::ACCEPTED, headers).into_response());
@@ -82,20 +104,24 @@ pub(crate) async fn status(app: &Arc<App>, name: &str, id: &str) -> Answer {
 }
 
 pub(crate) async fn patch(app: &Arc<App>, name: &str, id: &str, request: Request) -> Answer {
-    let session = app.uploads.resume(name, id).await?;
-    let declared = check_range(name, id, &session, request.headers())?;
-    let session = append(app, session, request.into_body(), declared).await?;
+    let session = take_part(app, name, id, request).await?;
     Ok((StatusCode::ACCEPTED, progress(name, id, session.size())).into_response())
 }
 
 pub(crate) async fn put(app: &Arc<App>, name: &str, id: &str, request: Request) -> Answer {
     let query = Query::<Finish>::try_from_uri(request.uri());
-    let Query(Finish { digest }) = query.map_err(|e| Refusal::upload_invalid(e.to_string()))?;
-    let digest = digest.ok_or_else(|| Refusal::digest_invalid("expected ?digest=sha256:..."))?;
-    let digest = parse_digest(&digest)?;
-    let session = app.uploads.resume(name, id).await?;
-    let declared = check_range(name, id, &session, request.headers())?;
-    let session = append(app, session, request.into_body(), declared).await?;
+    let digest = query.map_err(|e| Refusal::upload_invalid(e.to_string())).and_then(|Query(finish)| {
+        let digest = finish.digest.ok_or_else(|| Refusal::digest_invalid("expected ?digest=sha256:..."))?;
+        parse_digest(&digest)
+    });
+    let digest = match digest {
+        Ok(digest) => digest,
+        Err(refusal) => {
+            discard(request.into_body()).await;
+            return Err(refusal);
+        }
+    };
+    let session = take_part(app, name, id, request).await?;
     finish(app, name, session, &digest).await?;
     Ok(created(name, &digest))
 }
@@ -105,6 +131,28 @@ pub(crate) async fn cancel(app: &Arc<App>, name: &str, id: &str) -> Answer {
     drop(session);
     app.uploads.discard(id).await;
     Ok(StatusCode::NO_CONTENT.into_response())
+}
+
+/// Appends a request's body to an upload, if its range says that it belongs there.
+async fn take_part(app: &Arc<App>, name: &str, id: &str, request: Request) -> Answer<Session> {
+    let (head, body) = request.into_parts();
+    let opened = app.uploads.resume(name, id).await.and_then(|session| {
+        let declared = check_range(app, name, id, &session, &head.headers)?;
+        Ok((session, declared))
+    });
+    match opened {
+        Ok((session, declared)) => append(app, session, body, declared).await,
+        Err(refusal) => {
+            discard(body).await;
+            Err(refusal)
+        }
+    }
+}
+
+/// Reads what a client is already sending; else the connection ends under it, and it never sees the refusal.
+async fn discard(body: Body) {
+    let reading = axum::body::to_bytes(body, DISCARD_MAX_BYTES);
+    let _ = tokio::time::timeout(DISCARD_TIMEOUT, reading).await;
 }
 
 async fn try_mount(app: &App, name: &str, digest: &Digest, from: Option<&str>) -> Answer<bool> {
@@ -130,13 +178,21 @@ async fn finish(app: &App, name: &str, session: Session, digest: &Digest) -> Ans
 }
 
 /// The length that the request declares; where it declares a range, that has to start at the upload's offset.
-fn check_range(name: &str, id: &str, session: &Session, headers: &HeaderMap) -> Answer<Option<u64>> {
+fn check_range(
+    app: &App,
+    name: &str,
+    id: &str,
+    session: &Session,
+    headers: &HeaderMap,
+) -> Answer<Option<u64>> {
     let declared = length(headers)?;
     let Some(range) = headers.get(CONTENT_RANGE) else { return Ok(declared) };
     let parsed = range.to_str().ok().and_then(|text| {
-        let (first, last) = text.strip_prefix("bytes=").unwrap_or(text).split_once('-')?;
+        // `bytes=` and a total are no part of the specification's form, but some clients write them.
+        let text = text.strip_prefix("bytes=").or(text.strip_prefix("bytes ")).unwrap_or(text);
+        let (first, last) = text.split_once('/').map_or(text, |(range, _)| range).split_once('-')?;
         let (first, last) = (first.trim().parse::<u64>().ok()?, last.trim().parse::<u64>().ok()?);
-        (last >= first).then_some((first, last - first + 1))
+        Some((first, last.checked_sub(first)?.checked_add(1)?))
     });
     let (first, len) = parsed.ok_or_else(|| Refusal::upload_invalid("Content-Range: expected START-END"))?;
     if first != session.size() {
@@ -146,6 +202,12 @@ fn check_range(name: &str, id: &str, session: &Session, headers: &HeaderMap) -> 
             refusal = refusal.header(header, value);
         }
         return Err(refusal);
+    }
+    if len > CHUNK_MAX_BYTES {
+        app.counters.parts_refused.fetch_add(1, Ordering::Relaxed);
+        let message = format!("the part has {len} bytes; send parts of at most {CHUNK_MAX_BYTES}");
+        return Err(Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, "SIZE_INVALID", message)
+            .header(CHUNK_MAX, CHUNK_MAX_BYTES.to_string()));
     }
     if declared.is_some_and(|declared| declared != len) {
         let message = format!("Content-Range has {len} bytes, Content-Length {}", declared.unwrap_or(0));

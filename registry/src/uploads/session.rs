@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
-use anyplace_images::{Digest, Hasher};
+use anyplace_images::{Algorithm, Digest, Hasher};
 use axum::http::StatusCode;
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt as _};
@@ -77,16 +77,16 @@ impl Uploads {
     }
 
     /// Starts an upload into a repository, and gives its id.
-    pub(crate) async fn start(&self, repository: &str) -> io::Result<String> {
+    pub(crate) async fn start(&self, repository: &str, algorithm: Algorithm) -> io::Result<String> {
         let id = format!("{}{}", random_id(), repository_hash(repository));
-        self.create(id.clone()).await?;
+        self.create(id.clone(), algorithm).await?;
         Ok(id)
     }
 
     /// Starts a download from upstream, which nobody can resume.
     pub(crate) async fn start_fetch(&self) -> io::Result<Session> {
         let id = format!("{FETCH_PREFIX}{}", random_id());
-        let state = self.create(id).await?;
+        let state = self.create(id, Algorithm::default()).await?;
         Ok(Session(state.lock_owned().await))
     }
 
@@ -155,9 +155,10 @@ impl Uploads {
 
     /// Verifies the upload and makes it content. A wrong digest discards it.
     pub(crate) async fn finish(&self, session: Session, digest: &Digest) -> Answer<()> {
+        let algorithm = digest.kind();
         let checking = tokio::task::spawn_blocking(move || {
             let mut session = session;
-            let found = session.digest();
+            let found = session.digest(algorithm);
             (session, found)
         });
         let (mut session, found) = checking.await.map_err(|e| internal("verifying an upload", e))?;
@@ -190,10 +191,10 @@ impl Uploads {
         }
     }
 
-    async fn create(&self, id: String) -> io::Result<Arc<tokio::sync::Mutex<State>>> {
+    async fn create(&self, id: String, algorithm: Algorithm) -> io::Result<Arc<tokio::sync::Mutex<State>>> {
         let path = self.storage.uploads().join(&id);
         tokio::fs::OpenOptions::new().write(true).create_new(true).open(&path).await?;
-        let state = State { path, id: id.clone(), size: 0, hasher: Some(Hasher::sha256()), closed: false };
+        let state = State { path, id: id.clone(), size: 0, hasher: Some(algorithm.hasher()), closed: false };
         let state = Arc::new(tokio::sync::Mutex::new(state));
         let mut sessions = self.sessions();
         if sessions.len() >= REMEMBERED_MAX {
@@ -225,23 +226,25 @@ impl Uploads {
 
 impl Session {
     /// Blocking: the digest of all that the upload has, with all of it on disk.
-    fn digest(&mut self) -> io::Result<Digest> {
+    fn digest(&mut self, algorithm: Algorithm) -> io::Result<Digest> {
         let state = &mut *self.0;
         let mut file = File::open(&state.path)?;
         file.sync_all()?;
-        let hasher = match state.hasher.clone() {
-            Some(hasher) => hasher,
-            None => {
-                let mut hasher = Hasher::sha256();
-                let mut buffer = vec![0; 1 << 20];
-                loop {
-                    match file.read(&mut buffer)? {
-                        0 => break hasher,
-                        read => hasher.update(&buffer[..read]),
-                    }
-                }
+        if let Some(hasher) = &state.hasher {
+            let found = hasher.clone().finish();
+            // Hashed by another algorithm than the one that is asked for now: once more, from the file.
+            if found.kind() == algorithm {
+                return Ok(found);
             }
-        };
+        }
+        let mut hasher = algorithm.hasher();
+        let mut buffer = vec![0; 1 << 20];
+        loop {
+            match file.read(&mut buffer)? {
+                0 => break,
+                read => hasher.update(&buffer[..read]),
+            }
+        }
         state.hasher = Some(hasher.clone());
         Ok(hasher.finish())
     }

@@ -1,0 +1,45 @@
+//! What the registry's HTTP side counts, above all what it refused and why.
+
+use std::fmt::Write as _;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Counters since the start.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    /// Connections over the bound.
+    pub(crate) connections_refused: AtomicU64,
+    /// Requests that came while the registry was draining.
+    pub(crate) draining_refused: AtomicU64,
+    /// Parts of uploads over the longest that is taken.
+    pub(crate) parts_refused: AtomicU64,
+    /// Manifests over the size or number of references that is taken.
+    pub(crate) manifests_refused: AtomicU64,
+    /// Manifests answered from memory.
+    pub(crate) manifests_remembered: AtomicU64,
+    /// Manifests answered from storage.
+    pub(crate) manifests_read: AtomicU64,
+}
+
+impl Counters {
+    /// As Prometheus reads them.
+    pub(crate) fn render(&self) -> String {
+        let mut text = String::new();
+        for (name, help, counter) in [
+            ("connections_refused", "Connections over the bound", &self.connections_refused),
+            ("draining_refused", "Requests refused while draining", &self.draining_refused),
+            ("parts_refused", "Upload parts over the longest that is taken", &self.parts_refused),
+            ("manifests_refused", "Manifests over a bound", &self.manifests_refused),
+            ("manifests_remembered", "Manifests answered from memory", &self.manifests_remembered),
+            ("manifests_read", "Manifests answered from storage", &self.manifests_read),
+        ] {
+            let value = counter.load(Ordering::Relaxed);
+            // Writing to a string can't fail.
+            let _ = write!(
+                text,
+                "# HELP anyplace_registry_{name}_total {help}.\n# TYPE anyplace_registry_{name}_total counter\n\
+                 anyplace_registry_{name}_total {value}\n"
+            );
+        }
+        text
+    }
+}
