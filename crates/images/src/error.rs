@@ -187,6 +187,17 @@ pub enum Error {
         source: io::Error,
     },
 
+    /// The kernel refused to mount an image.
+    #[error("mounting {what} failed ({said}); see `dmesg`, and check that this runs as root")]
+    Mount {
+        /// The image.
+        what: String,
+        /// At which step, and what the kernel said.
+        said: String,
+        /// The cause.
+        source: io::Error,
+    },
+
     /// The operation was given up because its caller went away.
     #[error("the operation was cancelled")]
     Cancelled,

@@ -14,6 +14,7 @@ mod digest;
 pub mod erofs;
 mod error;
 pub mod manifest;
+pub mod mount;
 mod pack;
 mod progress;
 mod push;

@@ -213,14 +213,15 @@ impl Tree {
     /// How many names each node has, by index; for folders, 2 and the number of folders in it.
     pub fn nlink(&self) -> Vec<u32> {
         let mut count = vec![0u32; self.nodes.len()];
-        for (_, id) in self.walk() {
-            match self.node(id).names() {
-                Some(names) => {
-                    let dirs = names.values().filter(|child| self.node(**child).names().is_some()).count();
-                    count[id.0] = u32::try_from(dirs + 2).unwrap_or(u32::MAX);
-                }
-                None => count[id.0] += 1,
-            }
+        let mut stack = vec![ROOT];
+        while let Some(id) = stack.pop() {
+            let Some(names) = self.node(id).names() else {
+                count[id.0] += 1;
+                continue;
+            };
+            let dirs = names.values().filter(|child| self.node(**child).names().is_some()).count();
+            count[id.0] = u32::try_from(dirs + 2).unwrap_or(u32::MAX);
+            stack.extend(names.values());
         }
         count
     }
@@ -250,5 +251,7 @@ fn too_many(path: &[u8]) -> Error {
     )
 }
 
+#[cfg(test)]
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;

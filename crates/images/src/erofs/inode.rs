@@ -63,7 +63,9 @@ pub(super) fn is_compact(node: &Node, size: u64, nlink: u32, time: (i64, u32)) -
 impl Inode<'_> {
     pub(super) fn bytes(&self, compact: bool) -> Vec<u8> {
         let meta = &self.node.meta;
-        let mode = (file_type(self.node).1 | meta.mode) as u16;
+        // Linux ignores a link's mode, and shows this one.
+        let permissions = if matches!(self.node.kind, Kind::Symlink(_)) { 0o777 } else { meta.mode };
+        let mode = (file_type(self.node).1 | permissions) as u16;
         let mut out = Vec::with_capacity(EXTENDED_BYTES as usize);
         let mut put = |bytes: &[u8]| out.extend_from_slice(bytes);
         put(&(self.layout.code() << 1 | u16::from(!compact)).to_le_bytes());

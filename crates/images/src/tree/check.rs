@@ -59,6 +59,13 @@ pub(super) fn node(path: &[u8], node: &Node) -> Result<()> {
     if meta.mode > 0o7777 {
         return Err(refused(path, &format!("its mode is {:o}, more than 7777", meta.mode)));
     }
+    // Linux means "no owner" by this number.
+    if meta.uid == u32::MAX || meta.gid == u32::MAX {
+        return Err(refused(
+            path,
+            &format!("it has the owner {}:{}, which nobody can be", meta.uid, meta.gid),
+        ));
+    }
     if meta.mtime_ns >= 1_000_000_000 {
         return Err(refused(path, "its time has a second or more of nanoseconds"));
     }
