@@ -1,8 +1,9 @@
-//! The project's own commands: `cargo xtask demo`, `cargo xtask test` and what they are made of.
+//! The project's own commands: `cargo xtask demo`, `cargo xtask test`, `cargo xtask bench` and what they are made of.
 //!
 //! xtask installs the packages that the build needs, so it must itself build where nothing is installed: it depends on
 //! the testbed library and a few small crates, never on the platform's.
 
+mod bench;
 mod demo;
 mod ebpf;
 mod setup;
@@ -20,6 +21,8 @@ Commands:
   demo           the platform on three locations, step by step; stays up until Ctrl-C
   demo --check   the same unattended: verifies every step, prints one JSON line, removes everything
   test [FILTER]  all that CI runs: format, lints, dependencies, licences, eBPF, tests, scenarios
+  bench NAME [--json]
+                 figures beside the peers': registry
   ebpf           rebuild the eBPF object that is committed
   setup          install the Debian packages that the other commands need
   help           this text
@@ -45,6 +48,8 @@ fn run(words: &[&str]) -> Result<ExitCode> {
         ["demo", "--check"] => return Ok(exit_code(demo::run(true)?)),
         ["test"] => return test::run(None),
         ["test", filter] if !filter.starts_with('-') => return test::run(Some(filter)),
+        ["bench", name] => return bench::run(name, false),
+        ["bench", name, "--json"] | ["bench", "--json", name] => return bench::run(name, true),
         ["ebpf"] => ebpf::build(&shell::root()?)?,
         ["setup"] => setup::ensure()?,
         _ => bail!("found `{}`, expected one of the commands in `cargo xtask help`", words.join(" ")),

@@ -1,0 +1,228 @@
+//! One registry under measurement, and the requests that curl and wrk send to it.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+
+use super::super::daemon::{Daemon, free_address};
+use super::super::sample::settle;
+use super::super::{WorkDir, payload};
+use crate::shell;
+
+const USER: &str = "bench:bench-password";
+
+pub(crate) struct Server {
+    pub(crate) daemon: Daemon,
+    auth: bool,
+    data: PathBuf,
+}
+
+impl Server {
+    /// Ours, as its users run it: with a password, every write synced.
+    pub(crate) fn anyplace(binary: &Path, work: &WorkDir) -> Result<Server> {
+        let (data, address) = (work.join("anyplace"), free_address()?);
+        std::fs::create_dir_all(&data)?;
+        let credentials = data.join("credentials");
+        std::fs::write(&credentials, format!("{USER}\n"))?;
+        let config = work.join("registry.toml");
+        let text =
+            format!("data_dir = {data:?}\nlisten = \"{address}\"\ncredentials_file = {credentials:?}\n");
+        std::fs::write(&config, text)?;
+        let mut command = Command::new(binary);
+        command.arg("registry").arg("--config").arg(&config).env("RUST_LOG", "warn");
+        Ok(Server { daemon: Daemon::start(command, address, &work.join("anyplace.log"))?, auth: true, data })
+    }
+
+    /// Debian's, without a password, as its example configuration is.
+    pub(crate) fn docker_registry(work: &WorkDir) -> Result<Server> {
+        let (data, address) = (work.join("docker-registry"), free_address()?);
+        std::fs::create_dir_all(&data)?;
+        let config = work.join("docker-registry.yml");
+        let text = format!(
+            "version: 0.1\nlog: {{level: error, accesslog: {{disabled: true}}}}\n\
+             storage: {{filesystem: {{rootdirectory: {data:?}}}, delete: {{enabled: true}}}}\nhttp: {{addr: \"{address}\"}}\n"
+        );
+        std::fs::write(&config, text)?;
+        let mut command = Command::new("docker-registry");
+        command.arg("serve").arg(&config);
+        Ok(Server {
+            daemon: Daemon::start(command, address, &work.join("docker-registry.log"))?,
+            auth: false,
+            data,
+        })
+    }
+
+    /// Runs something; its seconds and the server's CPU seconds.
+    pub(crate) fn timed(&self, act: impl FnOnce() -> Result<()>) -> Result<(f64, f64)> {
+        settle();
+        let (cpu, begun) = (self.daemon.cpu_s()?, Instant::now());
+        act()?;
+        Ok((begun.elapsed().as_secs_f64(), self.daemon.cpu_s()? - cpu))
+    }
+
+    fn url(&self, path: &str) -> String {
+        if path.starts_with("http") {
+            path.to_owned()
+        } else {
+            format!("http://{}{path}", self.daemon.address)
+        }
+    }
+
+    /// curl, for one path or more at this server.
+    pub(crate) fn curl(&self, paths: &[&str]) -> Command {
+        let mut curl = Command::new("curl");
+        // Without the question whether to go on, which costs a round trip.
+        curl.args(["--silent", "--show-error", "--fail", "--header", "Expect:"]);
+        if self.auth {
+            curl.args(["--user", USER]);
+        }
+        curl.args(paths.iter().map(|path| self.url(path))).stdin(Stdio::null());
+        curl
+    }
+
+    /// Starts an upload; where it goes on.
+    fn begin(&self, repository: &str) -> Result<String> {
+        let mut curl = self.curl(&[&format!("/v2/{repository}/blobs/uploads/")]);
+        curl.args([
+            "--request",
+            "POST",
+            "--data",
+            "",
+            "--output",
+            "/dev/null",
+            "--write-out",
+            "%header{location}",
+        ]);
+        location(&mut curl)
+    }
+
+    /// Pushes a blob in one request.
+    pub(crate) fn push(&self, repository: &str, digest: &str, file: &[PathBuf]) -> Result<()> {
+        let at = with_digest(&self.begin(repository)?, digest);
+        let mut curl = self.curl(&[&at]);
+        curl.args([
+            "--request",
+            "PUT",
+            "--header",
+            "Content-Type: application/octet-stream",
+            "--upload-file",
+        ]);
+        curl.arg(&file[0]).args(["--output", "/dev/null"]);
+        shell::output(&mut curl).map(drop)
+    }
+
+    /// Pushes a blob in parts of `size` bytes, the last one shorter.
+    pub(crate) fn push_parts(
+        &self,
+        repository: &str,
+        digest: &str,
+        parts: &[PathBuf],
+        size: u64,
+    ) -> Result<()> {
+        let mut at = self.begin(repository)?;
+        for (number, part) in parts.iter().enumerate() {
+            let (first, length) = (number as u64 * size, std::fs::metadata(part)?.len());
+            let range = format!("Content-Range: {first}-{}", first + length - 1);
+            let mut curl = self.curl(&[&at]);
+            curl.args([
+                "--request",
+                "PATCH",
+                "--header",
+                &range,
+                "--header",
+                "Content-Type: application/octet-stream",
+            ]);
+            curl.arg("--upload-file").arg(part);
+            curl.args(["--output", "/dev/null", "--write-out", "%header{location}"]);
+            at = location(&mut curl)?;
+        }
+        let mut curl = self.curl(&[&with_digest(&at, digest)]);
+        curl.args(["--request", "PUT", "--header", "Content-Length: 0", "--output", "/dev/null"]);
+        shell::output(&mut curl).map(drop)
+    }
+
+    /// Pulls a blob over some connections at once.
+    pub(crate) fn pull(&self, repository: &str, digest: &str, connections: usize) -> Result<()> {
+        let readers = (0..connections).map(|_| {
+            let mut curl = self.curl(&[&format!("/v2/{repository}/blobs/{digest}")]);
+            curl.args(["--output", "/dev/null"]).spawn().context("start curl")
+        });
+        for mut reader in readers.collect::<Result<Vec<_>>>()? {
+            anyhow::ensure!(reader.wait()?.success(), "a reader failed");
+        }
+        Ok(())
+    }
+
+    /// Pushes a small image.
+    pub(crate) fn push_manifest(&self, repository: &str, tag: &str) -> Result<()> {
+        let config = br#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]}}"#;
+        let (digest, file) = (payload::digest(config), self.data.with_extension("config"));
+        std::fs::write(&file, config)?;
+        self.push(repository, &digest, &[file])?;
+        let manifest = format!(
+            r#"{{"schemaVersion":2,"mediaType":"{KIND}","config":{{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"{digest}","size":{}}},"layers":[]}}"#,
+            config.len()
+        );
+        let mut curl = self.curl(&[&format!("/v2/{repository}/manifests/{tag}")]);
+        curl.args([
+            "--request",
+            "PUT",
+            "--header",
+            &format!("Content-Type: {KIND}"),
+            "--data-binary",
+            &manifest,
+        ]);
+        shell::output(curl.args(["--output", "/dev/null"])).map(drop)
+    }
+
+    /// Requests a second that wrk gets answered.
+    pub(crate) fn wrk(&self, path: &str, connections: u32, seconds: u32) -> Result<f64> {
+        let mut wrk = Command::new("wrk");
+        wrk.args([
+            "-t1",
+            &format!("-c{connections}"),
+            &format!("-d{seconds}s"),
+            "-H",
+            &format!("Accept: {KIND}"),
+        ]);
+        if self.auth {
+            let encoded = shell::output(Command::new("base64").arg("-w0").stdin(text(USER)?))?;
+            wrk.args(["-H", &format!("Authorization: Basic {encoded}")]);
+        }
+        let output = shell::output(wrk.arg(self.url(path)))?;
+        anyhow::ensure!(!output.contains("Non-2xx"), "wrk got refusals: {output}");
+        let rate =
+            output.lines().find_map(|line| line.trim().strip_prefix("Requests/sec:")?.trim().parse().ok());
+        rate.with_context(|| format!("wrk printed no rate: {output}"))
+    }
+}
+
+const KIND: &str = "application/vnd.oci.image.manifest.v1+json";
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // The next run starts with an empty disk; the folder as a whole goes with the run.
+        let _ = std::fs::remove_dir_all(&self.data);
+    }
+}
+
+fn with_digest(location: &str, digest: &str) -> String {
+    let join = if location.contains('?') { '&' } else { '?' };
+    format!("{location}{join}digest={digest}")
+}
+
+fn location(curl: &mut Command) -> Result<String> {
+    let location = shell::output(curl)?.trim().to_owned();
+    anyhow::ensure!(!location.is_empty(), "`{}` gave no Location", shell::line(curl));
+    Ok(location)
+}
+
+/// Text as a program's standard input.
+fn text(text: &str) -> Result<Stdio> {
+    use std::io::Write as _;
+    let (read, mut write) = std::io::pipe()?;
+    write.write_all(text.as_bytes())?;
+    Ok(read.into())
+}
