@@ -115,7 +115,7 @@ pub(crate) fn delayed_links(bed: &str, topology: &Topology, logs: &Path) -> Resu
     for location in &topology.locations {
         let end = (namespace(&location.edge()), "client".to_owned());
         let client = (namespace(&location.client()), "eth0".to_owned());
-        links.push(Link { ends: [end, client], delay: topology.client_delay });
+        links.push(Link { ends: [end, client], delay: topology.client_delay, rate_mbit: None });
         for (peer, _, _) in
             edge_links(topology, location).iter().filter(|(peer, _, _)| peer.index > location.index)
         {
@@ -123,7 +123,7 @@ pub(crate) fn delayed_links(bed: &str, topology: &Topology, logs: &Path) -> Resu
                 (namespace(&location.edge()), format!("to-{}", peer.name)),
                 (namespace(&peer.edge()), format!("to-{}", location.name)),
             ];
-            links.push(Link { ends, delay: topology.delay(&location.name, &peer.name) });
+            links.push(Link { ends, delay: topology.delay(&location.name, &peer.name), rate_mbit: None });
         }
     }
     let relay = start_relay(bed, &links, logs)?;

@@ -22,22 +22,25 @@ use crate::netns;
 const QUEUE_BYTES: usize = 8 << 20;
 /// Packets read from one end before the other gets its turn.
 const BURST: usize = 64;
-/// Largest packet; the fabric's MTU is 1600.
-const PACKET_BYTES: usize = 2048;
+/// Largest packet: jumbo frames; the fabric's MTU is 1600.
+const PACKET_BYTES: usize = 9216;
 
-/// One link: `netns:device:netns:device:microseconds`.
+/// One link: `netns:device:netns:device:microseconds`, and `:megabits` a second where its rate is limited.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Link {
     /// Namespace and device of both ends.
     pub ends: [(String, String); 2],
     /// One-way delay.
     pub delay: Duration,
+    /// Megabits a second in each direction; none: as fast as the relay is.
+    pub rate_mbit: Option<u32>,
 }
 
 impl std::fmt::Display for Link {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let [(a, a_device), (b, b_device)] = &self.ends;
-        write!(f, "{a}:{a_device}:{b}:{b_device}:{}", self.delay.as_micros())
+        write!(f, "{a}:{a_device}:{b}:{b_device}:{}", self.delay.as_micros())?;
+        self.rate_mbit.map_or(Ok(()), |rate| write!(f, ":{rate}"))
     }
 }
 
@@ -46,12 +49,16 @@ impl FromStr for Link {
 
     fn from_str(text: &str) -> Result<Self> {
         let parts: Vec<_> = text.split(':').collect();
-        let [a, a_device, b, b_device, micros] = parts[..] else {
-            bail!("found link `{text}`, expected netns:device:netns:device:microseconds");
+        let (a, a_device, b, b_device, micros, rate) = match parts[..] {
+            [a, a_device, b, b_device, micros] => (a, a_device, b, b_device, micros, None),
+            [a, a_device, b, b_device, micros, rate] => (a, a_device, b, b_device, micros, Some(rate)),
+            _ => bail!("found link `{text}`, expected netns:device:netns:device:microseconds[:megabits]"),
         };
+        let rate_mbit = rate.map(str::parse).transpose().context("a link's rate in megabits a second")?;
+        anyhow::ensure!(rate_mbit != Some(0), "found a link's rate of 0, expected at least 1 megabit a second");
         let end = |netns: &str, device: &str| (netns.to_owned(), device.to_owned());
         let delay = Duration::from_micros(micros.parse().context("a link's delay in microseconds")?);
-        Ok(Self { ends: [end(a, a_device), end(b, b_device)], delay })
+        Ok(Self { ends: [end(a, a_device), end(b, b_device)], delay, rate_mbit })
     }
 }
 
@@ -60,11 +67,11 @@ pub fn run(links: &[Link]) -> Result<()> {
     let mut opened = Vec::new();
     for link in links {
         let [a, b] = &link.ends;
-        opened.push((open_tun(&a.0, &a.1)?, open_tun(&b.0, &b.1)?, link.delay));
+        opened.push(([open_tun(&a.0, &a.1)?, open_tun(&b.0, &b.1)?], link.delay, link.rate_mbit));
     }
     println!("ready");
     let threads: Vec<_> =
-        opened.into_iter().map(|(a, b, delay)| std::thread::spawn(move || relay([a, b], delay))).collect();
+        opened.into_iter().map(|(ends, delay, rate)| std::thread::spawn(move || relay(ends, delay, rate))).collect();
     for thread in threads {
         match thread.join() {
             Ok(result) => result?,
@@ -105,9 +112,24 @@ fn open_tun(netns: &str, device: &str) -> Result<File> {
 struct Queue {
     packets: VecDeque<(Instant, Vec<u8>)>,
     bytes: usize,
+    /// When the last packet has left a link of limited rate.
+    free_at: Option<Instant>,
 }
 
-fn relay(ends: [File; 2], delay: Duration) -> Result<()> {
+impl Queue {
+    /// When a packet that came now arrives at the other end.
+    fn arrival(&mut self, length: usize, delay: Duration, rate_mbit: Option<u32>) -> Instant {
+        let now = Instant::now();
+        let Some(rate) = rate_mbit else { return now + delay };
+        let begins = self.free_at.map_or(now, |free| free.max(now));
+        // A bit at a megabit a second takes a microsecond.
+        let leaves = begins + Duration::from_nanos(length as u64 * 8_000 / u64::from(rate));
+        self.free_at = Some(leaves);
+        leaves + delay
+    }
+}
+
+fn relay(ends: [File; 2], delay: Duration, rate_mbit: Option<u32>) -> Result<()> {
     // queues[0] holds what end 0 received and end 1 will send.
     let mut queues = [Queue::default(), Queue::default()];
     let mut spare: Vec<Vec<u8>> = Vec::new();
@@ -150,7 +172,8 @@ fn relay(ends: [File; 2], delay: Duration) -> Result<()> {
                     continue;
                 }
                 queues[from].bytes += length;
-                queues[from].packets.push_back((Instant::now() + delay, packet));
+                let arrival = queues[from].arrival(length, delay, rate_mbit);
+                queues[from].packets.push_back((arrival, packet));
             }
         }
         spare.truncate(QUEUE_BYTES / PACKET_BYTES);
@@ -184,6 +207,10 @@ mod tests {
         let link: Link = "ap-x-a:to-b:ap-x-b:to-a:60000".parse().unwrap();
         assert_eq!(link.delay, Duration::from_millis(60));
         assert_eq!(link.to_string().parse::<Link>().unwrap(), link);
+        let limited: Link = "ap-x-a:to-b:ap-x-b:to-a:20000:1000".parse().unwrap();
+        assert_eq!(limited.rate_mbit, Some(1_000));
+        assert_eq!(limited.to_string().parse::<Link>().unwrap(), limited);
         assert!("a:b".parse::<Link>().is_err());
+        assert!("a:b:c:d:1:0".parse::<Link>().is_err());
     }
 }
