@@ -4,10 +4,12 @@
 //! target, so that whoever reads one sees whether it holds.
 
 mod daemon;
+mod images;
 mod payload;
 mod registry;
 mod report;
 mod sample;
+mod server;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -18,14 +20,17 @@ use crate::shell;
 pub(crate) use report::Report;
 
 /// Names, and what they measure.
-pub(crate) const BENCHES: &[(&str, &str)] =
-    &[("registry", "push, pull, manifests and memory of the registry, beside docker-registry")];
+pub(crate) const BENCHES: &[(&str, &str)] = &[
+    ("registry", "push, pull, manifests and memory of the registry, beside docker-registry"),
+    ("images", "packing, pulling, mounting and prewarming, beside skopeo, podman and containerd"),
+];
 
 /// Runs one bench; prints a table, or with `json` one line of JSON as the last of the output.
 pub(crate) fn run(name: &str, json: bool) -> Result<ExitCode> {
     let mut report = Report::new(name, json);
     match name {
         "registry" => registry::run(&mut report)?,
+        "images" => images::run(&mut report)?,
         _ => {
             let names: Vec<_> = BENCHES.iter().map(|(name, _)| *name).collect();
             bail!("there is no bench `{name}`; there are: {}", names.join(", "));
@@ -58,16 +63,17 @@ impl Drop for WorkDir {
     }
 }
 
-/// Builds the binary in release; its path.
-pub(crate) fn release_binary() -> Result<PathBuf> {
-    let mut build = shell::cargo(&["build", "--release", "--quiet", "-p", "anyplace", "--bin", "anyplace"])?;
-    eprintln!("building the binary in release");
+/// Builds the binary and the testbed's programs in release; the folder that they are in.
+pub(crate) fn release_build() -> Result<PathBuf> {
+    let mut build =
+        shell::cargo(&["build", "--release", "--quiet", "-p", "anyplace", "-p", "anyplace-tests", "--bins"])?;
+    eprintln!("building in release");
     let status = build.status().context("start cargo")?;
     anyhow::ensure!(
         status.success(),
         "the release build failed; `cargo build --release -p anyplace` shows why"
     );
-    Ok(shell::root()?.join("target/release/anyplace"))
+    Ok(shell::root()?.join("target/release"))
 }
 
 /// Fails with the package to install where a program is missing.

@@ -22,7 +22,7 @@ Commands:
   demo --check   the same unattended: verifies every step, prints one JSON line, removes everything
   test [FILTER]  all that CI runs: format, lints, dependencies, licences, eBPF, tests, scenarios
   bench NAME [--json]
-                 figures beside the peers': registry
+                 figures beside the peers': registry, images
   ebpf           rebuild the eBPF object that is committed
   setup          install the Debian packages that the other commands need
   help           this text

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use super::images::inside;
+
 const START_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A running server; killed when dropped.
@@ -18,13 +20,18 @@ pub(crate) struct Daemon {
 
 impl Daemon {
     /// Starts a server, its output in a file, and waits until it takes connections.
-    pub(crate) fn start(mut command: Command, address: SocketAddr, log: &Path) -> Result<Daemon> {
+    pub(crate) fn start(
+        mut command: Command,
+        address: SocketAddr,
+        namespace: Option<&str>,
+        log: &Path,
+    ) -> Result<Daemon> {
         let file = File::create(log).with_context(|| format!("make {}", log.display()))?;
         command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
         let child = command.spawn().with_context(|| format!("start {}", command.get_program().display()))?;
         let mut daemon = Daemon { child, address };
         let begun = Instant::now();
-        while TcpStream::connect(address).is_err() {
+        while !answers(address, namespace) {
             if let Some(status) = daemon.child.try_wait()? {
                 let text = std::fs::read_to_string(log).unwrap_or_default();
                 bail!("{} ended with {status}: {}", command.get_program().display(), text.trim());
@@ -74,6 +81,15 @@ impl Drop for Daemon {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Whether something takes connections there.
+fn answers(address: SocketAddr, namespace: Option<&str>) -> bool {
+    let Some(namespace) = namespace else { return TcpStream::connect(address).is_ok() };
+    let url = format!("http://{address}/v2/");
+    inside(namespace, "curl", &["--silent", "--output", "/dev/null", &url])
+        .status()
+        .is_ok_and(|status| status.success())
 }
 
 /// An address of loopback that nothing listens on.

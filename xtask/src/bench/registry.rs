@@ -1,8 +1,6 @@
 //! The registry beside docker-registry 2.8.2: the same requests by curl and wrk, one server after the other, three
 //! times, medians.
 
-mod server;
-
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
@@ -10,8 +8,8 @@ use anyhow::{Context, Result};
 
 use super::report::Op;
 use super::sample::{median, settle};
-use super::{Report, WorkDir, payload, release_binary, require};
-use server::Server;
+use super::server::Server;
+use super::{Report, WorkDir, payload, release_build, require};
 
 const RUNS: u64 = 3;
 const GIB: u64 = 1 << 30;
@@ -39,7 +37,7 @@ struct Measured {
 
 pub(crate) fn run(report: &mut Report) -> Result<()> {
     require(&[("docker-registry", "docker-registry"), ("curl", "curl"), ("wrk", "wrk")])?;
-    let binary = release_binary()?;
+    let binary = release_build()?.join("anyplace");
     let work = WorkDir::new("registry")?;
     let (mut ours, mut peers) = (Measured::default(), Measured::default());
     for run in 1..=RUNS {
@@ -51,15 +49,15 @@ pub(crate) fn run(report: &mut Report) -> Result<()> {
         let parts = split(&chunked, &work)?;
         for (name, measured) in [("anyplace", &mut ours), (PEER, &mut peers)] {
             let server = match name {
-                "anyplace" => Server::anyplace(&binary, &work)?,
-                _ => Server::docker_registry(&work)?,
+                "anyplace" => Server::anyplace(&binary, &work.join("anyplace"), None, "")?,
+                _ => Server::docker_registry(&work.join("docker-registry"), None)?,
             };
             measure(&server, (&mono, &mono_digest), (&parts, &chunked_digest), measured)
                 .with_context(|| format!("measuring {name}"))?;
         }
     }
     add(report, &ours, &peers);
-    let peak = large(&Server::anyplace(&binary, &work)?, &work)?;
+    let peak = large(&Server::anyplace(&binary, &work.join("anyplace"), None, "")?, &work)?;
     report.add("memory peak, 30 GB in by parts and out over 4", peak, "MiB", Op::AtMost, 128.0, None);
     Ok(())
 }

@@ -29,7 +29,7 @@ pub(crate) struct Source {
 }
 
 impl Source {
-    /// Collects the image below `work`.
+    /// Collects the image below `work`: all of it, or one part of `share`.
     pub(crate) fn collect(work: &Path, share: u64) -> Result<Source> {
         let root = work.join("rootfs");
         std::fs::create_dir_all(root.join("bin"))?;
@@ -38,15 +38,9 @@ impl Source {
         walk(Path::new("/usr"), &mut all)?;
         // An order that doesn't depend on folders, the same on each run.
         all.sort_by_cached_key(|(path, _)| payload::digest(path.as_os_str().as_bytes()));
-        let (wanted, mean) = (FILES / share as usize, BYTES / FILES as u64);
         let (mut files, mut bytes) = (Vec::new(), 0u64);
         for (path, size) in all {
-            // Keeps the mean: neither the large ones nor the small ones alone.
-            let expected = mean * (files.len() as u64 + 1);
-            if files.len() >= wanted {
-                break;
-            }
-            if bytes + size <= expected + FILE_BYTES_MAX / share && !(bytes + mean < expected / 2 && size < mean) {
+            if files.len() < FILES / share as usize && bytes + size <= BYTES / share {
                 bytes += size;
                 files.push(path);
             }
@@ -69,7 +63,7 @@ impl Source {
     pub(crate) fn change_some(&mut self, seed: u64) -> Result<()> {
         let mut noise = Noise::new(seed);
         for path in self.lists.iter().flatten().filter(|path| !path.ends_with("busybox")) {
-            if noise.next() % 100 != 0 {
+            if !noise.next().is_multiple_of(100) {
                 continue;
             }
             let path = self.root.join(path);
@@ -114,7 +108,10 @@ impl Source {
             let names = self.layout.join("names");
             let folders: BTreeSet<&Path> = list.iter().flat_map(|path| path.ancestors().skip(1)).collect();
             let mut out = File::create(&names)?;
-            let paths = folders.into_iter().filter(|path| path.as_os_str() != "").chain(list.iter().map(PathBuf::as_path));
+            let paths = folders
+                .into_iter()
+                .filter(|path| path.as_os_str() != "")
+                .chain(list.iter().map(PathBuf::as_path));
             for path in paths {
                 out.write_all(path.as_os_str().as_bytes())?;
                 out.write_all(b"\0")?;
@@ -124,7 +121,12 @@ impl Source {
             tar.args(["--create", "--no-recursion", "--null", "--verbatim-files-from", "--format=pax"]);
             tar.args(["--pax-option=delete=atime,delete=ctime", "--owner=0", "--group=0", "--numeric-owner"]);
             tar.args(["--mtime=@1700000000", "--hard-dereference"]);
-            tar.arg("--directory").arg(&self.root).arg("--files-from").arg(&names).arg("--file").arg(&archive);
+            tar.arg("--directory")
+                .arg(&self.root)
+                .arg("--files-from")
+                .arg(&names)
+                .arg("--file")
+                .arg(&archive);
             shell::output(&mut tar)?;
             let digest = payload::digest_repeated(&archive, 1)?;
             let size = std::fs::metadata(&archive)?.len();

@@ -1,14 +1,16 @@
 //! One registry under measurement, and the requests that curl and wrk send to it.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 
-use super::super::daemon::{Daemon, free_address};
-use super::super::sample::settle;
-use super::super::{WorkDir, payload};
+use super::daemon::{Daemon, free_address};
+use super::images::inside;
+use super::payload;
+use super::sample::settle;
 use crate::shell;
 
 const USER: &str = "bench:bench-password";
@@ -20,38 +22,73 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// Ours, as its users run it: with a password, every write synced.
-    pub(crate) fn anyplace(binary: &Path, work: &WorkDir) -> Result<Server> {
-        let (data, address) = (work.join("anyplace"), free_address()?);
-        std::fs::create_dir_all(&data)?;
-        let credentials = data.join("credentials");
-        std::fs::write(&credentials, format!("{USER}\n"))?;
-        let config = work.join("registry.toml");
+    /// Ours, as its users run it: with a password, every write synced. `more` is added to its configuration.
+    pub(crate) fn anyplace(
+        binary: &Path,
+        data: &Path,
+        namespace: Option<&str>,
+        more: &str,
+    ) -> Result<Server> {
+        let credentials = Server::credentials(data)?;
+        let address = free_address()?;
+        let listen = listen(address, namespace);
+        let config = data.with_extension("toml");
         let text =
-            format!("data_dir = {data:?}\nlisten = \"{address}\"\ncredentials_file = {credentials:?}\n");
+            format!("data_dir = {data:?}\nlisten = \"{listen}\"\ncredentials_file = {credentials:?}\n{more}");
         std::fs::write(&config, text)?;
-        let mut command = Command::new(binary);
-        command.arg("registry").arg("--config").arg(&config).env("RUST_LOG", "warn");
-        Ok(Server { daemon: Daemon::start(command, address, &work.join("anyplace.log"))?, auth: true, data })
+        let args = ["registry", "--config", &config.to_string_lossy()].map(str::to_owned);
+        Server::start(&binary.to_string_lossy(), &args, namespace, address, data, true)
+    }
+
+    /// The file with our servers' password, which clients use too.
+    pub(crate) fn credentials(data: &Path) -> Result<PathBuf> {
+        std::fs::create_dir_all(data)?;
+        let path = data.join("credentials");
+        std::fs::write(&path, format!("{USER}\n"))?;
+        Ok(path)
+    }
+
+    /// That file of this server.
+    pub(crate) fn credentials_path(&self) -> PathBuf {
+        self.data.join("credentials")
     }
 
     /// Debian's, without a password, as its example configuration is.
-    pub(crate) fn docker_registry(work: &WorkDir) -> Result<Server> {
-        let (data, address) = (work.join("docker-registry"), free_address()?);
-        std::fs::create_dir_all(&data)?;
-        let config = work.join("docker-registry.yml");
+    pub(crate) fn docker_registry(data: &Path, namespace: Option<&str>) -> Result<Server> {
+        std::fs::create_dir_all(data)?;
+        let address = free_address()?;
+        let listen = listen(address, namespace);
+        let config = data.with_extension("yml");
         let text = format!(
             "version: 0.1\nlog: {{level: error, accesslog: {{disabled: true}}}}\n\
-             storage: {{filesystem: {{rootdirectory: {data:?}}}, delete: {{enabled: true}}}}\nhttp: {{addr: \"{address}\"}}\n"
+             storage: {{filesystem: {{rootdirectory: {data:?}}}, delete: {{enabled: true}}}}\nhttp: {{addr: \"{listen}\"}}\n"
         );
         std::fs::write(&config, text)?;
-        let mut command = Command::new("docker-registry");
-        command.arg("serve").arg(&config);
-        Ok(Server {
-            daemon: Daemon::start(command, address, &work.join("docker-registry.log"))?,
-            auth: false,
-            data,
-        })
+        let args = ["serve", &config.to_string_lossy()].map(str::to_owned);
+        Server::start("docker-registry", &args, namespace, address, data, false)
+    }
+
+    fn start(
+        program: &str,
+        args: &[String],
+        namespace: Option<&str>,
+        address: SocketAddr,
+        data: &Path,
+        auth: bool,
+    ) -> Result<Server> {
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let mut command = match namespace {
+            Some(namespace) => inside(namespace, program, &args),
+            None => {
+                let mut command = Command::new(program);
+                command.args(&args);
+                command
+            }
+        };
+        command.env("RUST_LOG", "warn");
+        let log = data.with_extension("log");
+        let daemon = Daemon::start(command, address, namespace, &log)?;
+        Ok(Server { daemon, auth, data: data.to_owned() })
     }
 
     /// Runs something; its seconds and the server's CPU seconds.
@@ -217,6 +254,11 @@ fn location(curl: &mut Command) -> Result<String> {
     let location = shell::output(curl)?.trim().to_owned();
     anyhow::ensure!(!location.is_empty(), "`{}` gave no Location", shell::line(curl));
     Ok(location)
+}
+
+/// All addresses inside a namespace of its own, else loopback.
+fn listen(address: SocketAddr, namespace: Option<&str>) -> String {
+    if namespace.is_some() { format!("0.0.0.0:{}", address.port()) } else { address.to_string() }
 }
 
 /// Text as a program's standard input.
