@@ -48,9 +48,12 @@ impl Cgroups {
         Ok(Self::Split(roots.filter(|root| root.join("cgroup.procs").exists()).collect()))
     }
 
-    /// Whether there is only a version 2 hierarchy, which some runtimes insist on.
-    pub(crate) const fn is_unified(&self) -> bool {
-        matches!(self, Self::Unified(_))
+    /// Whether hierarchies of both versions are mounted, which some runtimes refuse.
+    pub(crate) fn is_mixed(&self) -> bool {
+        match self {
+            Self::Unified(_) => false,
+            Self::Split(roots) => roots.iter().any(|root| root.join("cgroup.controllers").exists()),
+        }
     }
 
     /// The folders of a cgroup in all hierarchies.
@@ -155,6 +158,9 @@ mod tests {
             fs::write(mount.join(name).join("cgroup.procs"), "").unwrap();
         }
         let found = Cgroups::detect(mount).unwrap();
+        assert!(!found.is_mixed());
+        fs::write(mount.join("unified/cgroup.controllers"), "").unwrap();
+        assert!(found.is_mixed());
         assert_eq!(found.folders("/anyplace/m/i").len(), 4);
         assert_eq!(found.oom_file("/a"), mount.join("memory/a/memory.oom_control"));
         fs::create_dir_all(mount.join("pids/a/b")).unwrap();

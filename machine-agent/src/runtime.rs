@@ -1,7 +1,7 @@
 //! The OCI runtimes that are installed, and how they are called.
 //!
-//! `isolation: container` is crun where the machine has only version 2 cgroups, else runc (crun refuses mixed
-//! hierarchies); `isolation: sandbox` is gVisor's runsc. Their state is kept below `data_dir`, never in /run.
+//! `isolation: container` is crun, or runc where crun isn't installed or the machine has cgroup hierarchies of both
+//! versions (crun refuses that); `isolation: sandbox` is gVisor's runsc. Their state is kept below `data_dir`, never in /run.
 
 use std::{
     ffi::OsString,
@@ -46,10 +46,9 @@ impl Runtimes {
             find_program(name).map(|program| Runtime { kind, program, root: root.join(name) })
         };
         let (crun, runc) = (find(Kind::Crun, "crun"), find(Kind::Runc, "runc"));
-        let container = match (cgroups.is_some_and(Cgroups::is_unified), crun, runc) {
-            (true, Some(crun), _) => Some(crun),
-            (_, _, Some(runc)) => Some(runc),
-            _ => None,
+        let container = match (cgroups.is_some_and(Cgroups::is_mixed), crun, runc) {
+            (false, Some(crun), _) => Some(crun),
+            (_, _, runc) => runc,
         };
         if container.is_none() {
             tracing::warn!(

@@ -27,6 +27,8 @@ use crate::{cgroups, netns, procs};
 
 /// How long a role may take from its start to its first answer.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
+/// Where systemd mounts a version 2 hierarchy beside those of version 1.
+const UNIFIED: &str = "/sys/fs/cgroup/unified";
 /// How long a role may take to end when asked.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -76,6 +78,11 @@ pub struct Options {
     pub off_peak: BTreeMap<String, String>,
     /// GPUs (model, memory) of each machine.
     pub gpus: BTreeMap<String, Vec<(String, String)>>,
+    /// The binary; by default the one that was built with this program.
+    pub binary: Option<PathBuf>,
+    /// Hides a version 2 cgroup hierarchy that is mounted beside those of version 1, as a machine that has only these
+    /// looks: crun refuses the mixture.
+    pub plain_cgroups: bool,
 }
 
 /// A platform that runs on a testbed, which it owns.
@@ -91,7 +98,10 @@ impl Platform {
     /// Starts everything and returns when all schedulers and registries answer. Agents and routers have been started
     /// then; what they do shows in the API.
     pub fn start(bed: Testbed, options: Options) -> Result<Self> {
-        let binary = target_dir()?.join("anyplace");
+        let binary = match &options.binary {
+            Some(binary) => binary.clone(),
+            None => target_dir()?.join("anyplace"),
+        };
         if !binary.exists() {
             bail!("{} is not there; run `cargo build -p anyplace`", binary.display());
         }
@@ -184,7 +194,15 @@ impl Platform {
             Role::Agent(machine) | Role::Router(machine) => (machine.clone(), Some(machine)),
         };
         let node = self.bed.node(&node)?;
-        let mut command = node.command(&self.binary);
+        let hide = self.options.plain_cgroups && matches!(role, Role::Agent(_));
+        let mut command = if hide && Path::new(UNIFIED).join("cgroup.procs").exists() {
+            let mut shell = node.command("unshare");
+            let script = format!("umount {UNIFIED} && exec \"$0\" \"$@\"");
+            shell.args(["--mount", "sh", "-c", &script]).arg(&self.binary);
+            shell
+        } else {
+            node.command(&self.binary)
+        };
         command.arg(role.subcommand()).arg("--config").arg(&config);
         if let Some(machine) = machine {
             command.env(MACHINE_VARIABLE, machine);

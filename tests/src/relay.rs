@@ -55,7 +55,10 @@ impl FromStr for Link {
             _ => bail!("found link `{text}`, expected netns:device:netns:device:microseconds[:megabits]"),
         };
         let rate_mbit = rate.map(str::parse).transpose().context("a link's rate in megabits a second")?;
-        anyhow::ensure!(rate_mbit != Some(0), "found a link's rate of 0, expected at least 1 megabit a second");
+        anyhow::ensure!(
+            rate_mbit != Some(0),
+            "found a link's rate of 0, expected at least 1 megabit a second"
+        );
         let end = |netns: &str, device: &str| (netns.to_owned(), device.to_owned());
         let delay = Duration::from_micros(micros.parse().context("a link's delay in microseconds")?);
         Ok(Self { ends: [end(a, a_device), end(b, b_device)], delay, rate_mbit })
@@ -70,8 +73,10 @@ pub fn run(links: &[Link]) -> Result<()> {
         opened.push(([open_tun(&a.0, &a.1)?, open_tun(&b.0, &b.1)?], link.delay, link.rate_mbit));
     }
     println!("ready");
-    let threads: Vec<_> =
-        opened.into_iter().map(|(ends, delay, rate)| std::thread::spawn(move || relay(ends, delay, rate))).collect();
+    let threads: Vec<_> = opened
+        .into_iter()
+        .map(|(ends, delay, rate)| std::thread::spawn(move || relay(ends, delay, rate)))
+        .collect();
     for thread in threads {
         match thread.join() {
             Ok(result) => result?,

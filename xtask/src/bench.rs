@@ -26,11 +26,12 @@ pub(crate) const BENCHES: &[(&str, &str)] = &[
 ];
 
 /// Runs one bench; prints a table, or with `json` one line of JSON as the last of the output.
-pub(crate) fn run(name: &str, json: bool) -> Result<ExitCode> {
+pub(crate) fn run(words: &[&str]) -> Result<ExitCode> {
+    let Options { name, only, json } = Options::parse(words)?;
     let mut report = Report::new(name, json);
     match name {
-        "registry" => registry::run(&mut report)?,
-        "images" => images::run(&mut report)?,
+        "registry" => registry::run(&mut report, only)?,
+        "images" => images::run(&mut report, only)?,
         _ => {
             let names: Vec<_> = BENCHES.iter().map(|(name, _)| *name).collect();
             bail!("there is no bench `{name}`; there are: {}", names.join(", "));
@@ -38,6 +39,42 @@ pub(crate) fn run(name: &str, json: bool) -> Result<ExitCode> {
     }
     report.print();
     Ok(if report.all_hold() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+struct Options<'a> {
+    name: &'a str,
+    /// Only this part.
+    only: Option<&'a str>,
+    json: bool,
+}
+
+impl<'a> Options<'a> {
+    fn parse(words: &[&'a str]) -> Result<Options<'a>> {
+        let (mut name, mut only, mut json) = (None, None, false);
+        let mut words = words.iter();
+        while let Some(word) = words.next() {
+            match *word {
+                "--json" => json = true,
+                "--only" => only = Some(*words.next().context("--only: expected the name of a part")?),
+                word if name.is_none() && !word.starts_with('-') => name = Some(word),
+                word => bail!("found `{word}`, expected NAME [--only PART] [--json]"),
+            }
+        }
+        Ok(Options {
+            name: name.context("expected the name of a bench; `cargo xtask help` lists them")?,
+            only,
+            json,
+        })
+    }
+}
+
+/// Whether a part is to be measured; fails where the name that was asked for isn't among the parts.
+pub(crate) fn wanted(only: Option<&str>, parts: &[&str], part: &str) -> Result<bool> {
+    match only {
+        None => Ok(true),
+        Some(only) if parts.contains(&only) => Ok(only == part),
+        Some(only) => bail!("there is no part `{only}`; there are: {}", parts.join(", ")),
+    }
 }
 
 /// A folder for one run, removed at its end: below `target`, which is on a real disk.

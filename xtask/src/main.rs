@@ -21,7 +21,7 @@ Commands:
   demo           the platform on three locations, step by step; stays up until Ctrl-C
   demo --check   the same unattended: verifies every step, prints one JSON line, removes everything
   test [FILTER]  all that CI runs: format, lints, dependencies, licences, eBPF, tests, scenarios
-  bench NAME [--json]
+  bench NAME [--only PART] [--json]
                  figures beside the peers': registry, images
   ebpf           rebuild the eBPF object that is committed
   setup          install the Debian packages that the other commands need
@@ -48,8 +48,7 @@ fn run(words: &[&str]) -> Result<ExitCode> {
         ["demo", "--check"] => return Ok(exit_code(demo::run(true)?)),
         ["test"] => return test::run(None),
         ["test", filter] if !filter.starts_with('-') => return test::run(Some(filter)),
-        ["bench", name] => return bench::run(name, false),
-        ["bench", name, "--json"] | ["bench", "--json", name] => return bench::run(name, true),
+        ["bench", words @ ..] => return bench::run(words),
         ["ebpf"] => ebpf::build(&shell::root()?)?,
         ["setup"] => setup::ensure()?,
         _ => bail!("found `{}`, expected one of the commands in `cargo xtask help`", words.join(" ")),
