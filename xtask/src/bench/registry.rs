@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use super::report::Op;
 use super::sample::{median, settle};
 use super::server::Server;
-use super::{Report, WorkDir, payload, release_build, require};
+use super::{Report, WorkDir, payload, release_build, require, wanted};
 
 const RUNS: u64 = 3;
 const GIB: u64 = 1 << 30;
@@ -35,10 +35,25 @@ struct Measured {
     manifests: Vec<f64>,
 }
 
-pub(crate) fn run(report: &mut Report) -> Result<()> {
+const SECTIONS: &[&str] = &["speed", "memory"];
+
+pub(crate) fn run(report: &mut Report, only: Option<&str>) -> Result<()> {
+    let (speed, memory) = (wanted(only, SECTIONS, "speed")?, wanted(only, SECTIONS, "memory")?);
     require(&[("docker-registry", "docker-registry"), ("curl", "curl"), ("wrk", "wrk")])?;
     let binary = release_build()?.join("anyplace");
     let work = WorkDir::new("registry")?;
+    if speed {
+        compare(report, &binary, &work)?;
+    }
+    if memory {
+        let peak = large(&Server::anyplace(&binary, &work.join("anyplace"), None, "")?, &work)?;
+        report.add("memory peak, 30 GB in by parts and out over 4", peak, "MiB", Op::AtMost, 128.0, None);
+    }
+    Ok(())
+}
+
+/// Both servers under the same requests.
+fn compare(report: &mut Report, binary: &Path, work: &WorkDir) -> Result<()> {
     let (mut ours, mut peers) = (Measured::default(), Measured::default());
     for run in 1..=RUNS {
         eprintln!("run {run} of {RUNS}");
@@ -46,10 +61,10 @@ pub(crate) fn run(report: &mut Report) -> Result<()> {
         let mono_digest = payload::write(&mono, run, GIB)?;
         let chunked = work.join("chunked");
         let chunked_digest = payload::write(&chunked, run + 1_000, GIB)?;
-        let parts = split(&chunked, &work)?;
+        let parts = split(&chunked, work)?;
         for (name, measured) in [("anyplace", &mut ours), (PEER, &mut peers)] {
             let server = match name {
-                "anyplace" => Server::anyplace(&binary, &work.join("anyplace"), None, "")?,
+                "anyplace" => Server::anyplace(binary, &work.join("anyplace"), None, "")?,
                 _ => Server::docker_registry(&work.join("docker-registry"), None)?,
             };
             measure(&server, (&mono, &mono_digest), (&parts, &chunked_digest), measured)
@@ -57,8 +72,6 @@ pub(crate) fn run(report: &mut Report) -> Result<()> {
         }
     }
     add(report, &ours, &peers);
-    let peak = large(&Server::anyplace(&binary, &work.join("anyplace"), None, "")?, &work)?;
-    report.add("memory peak, 30 GB in by parts and out over 4", peak, "MiB", Op::AtMost, 128.0, None);
     Ok(())
 }
 
