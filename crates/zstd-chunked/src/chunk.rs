@@ -84,3 +84,12 @@ fn verify(chunk: &Chunk, found: Digest) -> Result<()> {
         expected: chunk.digest,
     })
 }
+
+/// The whole archive of a blob, as any zstd decoder sees it: of a zstd:chunked layer or of an ordinary one. Nothing is
+/// verified: compare the digest of the output with the layer's diff id.
+pub fn read_plain(blob: impl BufRead) -> Result<impl Read> {
+    let mut decoder =
+        zstd::stream::read::Decoder::with_buffer(blob).map_err(Error::io("creating a zstd context"))?;
+    decoder.window_log_max(WINDOW_LOG_MAX).map_err(Error::io("limiting zstd's memory"))?;
+    Ok(decoder)
+}

@@ -14,6 +14,8 @@ use crate::{Entry, EntryType, Error, Result, Time, limits::at_most};
 pub(crate) const BLOCK: usize = 512;
 /// Largest extension header, in bytes: a path of PATH_MAX and attributes of 64 KiB fit many times.
 const EXTENSION_MAX: u64 = 1 << 20;
+/// All headers of one member, in bytes.
+const HEADERS_MAX: u64 = 4 << 20;
 const WHAT: &str = "tar archive";
 
 /// A member of an archive.
@@ -42,6 +44,7 @@ fn padding(size: u64) -> usize {
 pub(crate) fn next_member(input: &mut impl Read, raw: &mut Vec<u8>) -> Result<Option<Member>> {
     let mut extensions = pax::Extensions::default();
     loop {
+        at_most("the headers of a member of the archive in bytes", raw.len() as u64, HEADERS_MAX)?;
         let Some(block) = read_block(input, raw)? else {
             return match extensions.any {
                 true => Err(Error::invalid(WHAT, "it ends after an extension header, expected a member")),

@@ -12,7 +12,8 @@ use std::{
     io::{BufRead, BufReader, Read, Write},
 };
 
-pub(crate) use line::{Line, LineKind};
+use line::{Line, LineKind};
+pub(crate) use line::{write_file, write_segment};
 
 use crate::{
     Annotations, Digest, Entry, EntryType, Error, Limits, Result, Toc,

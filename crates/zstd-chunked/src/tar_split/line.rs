@@ -81,14 +81,12 @@ impl Line {
 }
 
 /// Writes a line of raw bytes.
-#[allow(dead_code)] // Used by the packer.
 pub(crate) fn write_segment(out: &mut impl Write, position: u64, bytes: &[u8]) -> std::io::Result<()> {
     let payload = Some(STANDARD.encode(bytes).into());
     write(out, &Json { kind: 2, name: "".into(), name_raw: None, size: 0, payload, position })
 }
 
 /// Writes a line for a member's content.
-#[allow(dead_code)] // Used by the packer.
 pub(crate) fn write_file(
     out: &mut impl Write,
     position: u64,

@@ -30,7 +30,7 @@ impl Toc {
                 return wrong(entry, "is a chunk that follows no regular file");
             }
             names.add(&entry.path()?, entry.kind, entry.hardlink_path()?.as_deref())?;
-            check_metadata(entry)?;
+            entry.check()?;
             let count = self.entries[at..].iter().take_while(|next| next.kind == EntryType::Chunk).count();
             let more = &self.entries[at..at + count];
             at += count;
@@ -46,16 +46,19 @@ impl Toc {
     }
 }
 
-fn check_metadata(entry: &Entry) -> Result<()> {
-    match entry.kind {
-        EntryType::Symlink if entry.link_name.is_empty() || entry.link_name.contains('\0') => {
-            wrong(entry, "is a symlink to an empty path or one with a zero byte")
+impl Entry {
+    /// Checks what can be judged without other entries.
+    pub(crate) fn check(&self) -> Result<()> {
+        match self.kind {
+            EntryType::Symlink if self.link_name.is_empty() || self.link_name.contains('\0') => {
+                wrong(self, "is a symlink to an empty path or one with a zero byte")
+            }
+            EntryType::Reg => Ok(()),
+            _ if self.digest.is_some() || self.end_offset != 0 => {
+                wrong(self, "has content, and is no regular file")
+            }
+            _ => Ok(()),
         }
-        EntryType::Reg => Ok(()),
-        _ if entry.digest.is_some() || entry.end_offset != 0 => {
-            wrong(entry, "has content, and is no regular file")
-        }
-        _ => Ok(()),
     }
 }
 
