@@ -1,0 +1,120 @@
+//! What can go wrong with the store, and what a client is told about it.
+
+use anyplace_images::Digest;
+use axum::http::StatusCode;
+use axum::http::header::RETRY_AFTER;
+
+use crate::errors::Refusal;
+
+/// Result of storage operations.
+pub(crate) type Result<T> = std::result::Result<T, Error>;
+
+/// Why the store didn't do what it was asked for.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// There is no room; nothing was changed.
+    #[error("can't {operation} `{key}`: {store} is full; free space, or collect garbage with `anyplace registry gc`")]
+    Full {
+        /// Such as "write".
+        operation: &'static str,
+        key: String,
+        store: String,
+    },
+    /// The store refused, or can't be reached, also after retries.
+    #[error("can't {operation} `{key}` in {store}: {}", describe(source))]
+    Store {
+        /// Such as "write".
+        operation: &'static str,
+        key: String,
+        store: String,
+        source: object_store::Error,
+    },
+    /// A collector was at this content for longer than a request should wait.
+    #[error("{digest} is being collected as garbage; ask again in a moment")]
+    Collecting { digest: Digest },
+    /// An object isn't what this layout has there.
+    #[error("`{key}` is damaged: {reason}; `anyplace registry scrub` tells what else is")]
+    Damaged { key: String, reason: String },
+}
+
+impl Error {
+    pub(super) fn of(operation: &'static str, key: &str, store: &str, source: object_store::Error) -> Error {
+        let (key, store) = (key.to_owned(), store.to_owned());
+        if is_full(&source) {
+            return Error::Full { operation, key, store };
+        }
+        Error::Store { operation, key, store, source }
+    }
+
+    pub(super) fn damaged(key: impl std::fmt::Display, reason: impl std::fmt::Display) -> Error {
+        Error::Damaged { key: key.to_string(), reason: reason.to_string() }
+    }
+}
+
+/// The answer to a client: the log has the details.
+impl From<Error> for Refusal {
+    fn from(error: Error) -> Refusal {
+        tracing::error!(%error, "the storage failed");
+        let busy = |message: String| {
+            Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "TOOMANYREQUESTS", message).header(RETRY_AFTER, "1")
+        };
+        match error {
+            Error::Full { .. } => {
+                let message = "the registry's storage is full; free space or collect garbage, and try again";
+                Refusal::new(StatusCode::INSUFFICIENT_STORAGE, "DENIED", message)
+            }
+            Error::Collecting { .. } => busy(error.to_string()),
+            Error::Store { operation, .. } => {
+                busy(format!("the registry's storage can't {operation} just now; its log says why"))
+            }
+            Error::Damaged { .. } => {
+                let message = "the registry's storage is damaged; its log says where";
+                Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "UNKNOWN", message)
+            }
+        }
+    }
+}
+
+/// Whether the disk, or the user's share of it, is full.
+fn is_full(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let Some(io) = error.downcast_ref::<std::io::Error>()
+            && matches!(
+                io.kind(),
+                std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded
+            )
+        {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
+
+/// The error with its causes, and what to check.
+fn describe(error: &object_store::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        let more = error.to_string();
+        // Many of them repeat their source.
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    match error {
+        object_store::Error::Unauthenticated { .. } | object_store::Error::PermissionDenied { .. } => {
+            format!("{text}; check the credentials in [storage], and what they may do")
+        }
+        object_store::Error::Generic { store, .. } if *store != folder_name() => {
+            format!("{text}; check that the endpoint in [storage] is right and reachable from here")
+        }
+        _ => text,
+    }
+}
+
+fn folder_name() -> &'static str {
+    super::folder::NAME
+}

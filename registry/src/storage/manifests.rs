@@ -1,0 +1,184 @@
+//! Manifests of a repository, and which of them refer to a subject.
+
+use std::collections::BTreeMap;
+use std::time::SystemTime;
+
+use anyplace_images::Digest;
+use bytes::Bytes;
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use object_store::path::Path;
+use serde::{Deserialize, Serialize};
+
+use super::{Error, Linked, Result, Storage, keys};
+
+/// Blobs that are looked for at once.
+const LOOK_UPS_MAX: usize = 16;
+
+/// What is kept of a manifest beside its bytes: enough for a list of referrers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ManifestEntry {
+    pub(crate) media_type: String,
+    /// Bytes.
+    pub(crate) size: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) subject: Option<Digest>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) artifact_type: Option<String>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) annotations: BTreeMap<String, String>,
+}
+
+/// A manifest to put.
+#[derive(Clone, Debug)]
+pub(crate) struct NewManifest {
+    pub(crate) entry: ManifestEntry,
+    pub(crate) bytes: Bytes,
+    /// The content that the repository must have: config and layers. What an index names may be missing.
+    pub(crate) blobs: Vec<Digest>,
+}
+
+/// A manifest and its age.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ManifestInfo {
+    pub(crate) digest: Digest,
+    /// When it was last put, by the store's clock; compare with [`Storage::now`].
+    pub(crate) put: SystemTime,
+    /// Its put isn't over: it can't be read yet, but what it names is in use. One that is older than a request can
+    /// take is left over from a crash.
+    pub(crate) pending: Option<String>,
+}
+
+impl Storage {
+    /// Puts a manifest, unless the repository lacks blobs that it needs, which are given back.
+    ///
+    /// In this order: link, content, pending entry, check of the blobs, referrers, entry. So what can be
+    /// read by digest is complete, and a crash anywhere leaves nothing that leads nowhere.
+    pub(crate) async fn put_manifest(
+        &self,
+        repository: &str,
+        digest: &Digest,
+        manifest: NewManifest,
+    ) -> Result<Vec<Digest>> {
+        let NewManifest { entry, bytes, blobs } = manifest;
+        if self.put_link(repository, digest).await? == Linked::Gone {
+            self.put_content(digest, bytes).await?;
+        }
+        let key = keys::manifest(repository, digest);
+        let json = Bytes::from(serde_json::to_vec(&entry).map_err(|e| Error::damaged(&key, e))?);
+        let pending = keys::pending_put(repository, digest, &hex::encode(rand::random::<[u8; 8]>()));
+        self.put(&pending, json).await?;
+        let outcome = async {
+            let missing = self.missing_blobs(repository, blobs).await?;
+            if missing.is_empty() {
+                self.restore_entry(repository, digest, &entry).await?;
+            }
+            Ok(missing)
+        };
+        let outcome = outcome.await;
+        self.remove(&pending).await?;
+        outcome
+    }
+
+    /// Puts the entry of a manifest that the trash kept, with all that it names.
+    pub(super) async fn restore_entry(
+        &self,
+        repository: &str,
+        digest: &Digest,
+        entry: &ManifestEntry,
+    ) -> Result<()> {
+        let key = keys::manifest(repository, digest);
+        let json = Bytes::from(serde_json::to_vec(entry).map_err(|e| Error::damaged(&key, e))?);
+        if let Some(subject) = &entry.subject {
+            self.put(&keys::referrer(repository, subject, digest), Bytes::new()).await?;
+        }
+        self.put(&key, json).await
+    }
+
+    /// The blobs that the repository lacks, after no collector is at any of them.
+    async fn missing_blobs(&self, repository: &str, blobs: Vec<Digest>) -> Result<Vec<Digest>> {
+        let look = async |digest: Digest| {
+            self.wait_until_uncollected(&digest).await?;
+            let there = self.blob_size(repository, &digest).await?.is_some();
+            Ok((!there).then_some(digest))
+        };
+        let looked = stream::iter(blobs).map(look).buffered(LOOK_UPS_MAX);
+        looked.try_filter_map(async |missing| Ok(missing)).try_collect().await
+    }
+
+    /// What is kept of a manifest, if the repository has it.
+    pub(crate) async fn manifest_entry(
+        &self,
+        repository: &str,
+        digest: &Digest,
+    ) -> Result<Option<ManifestEntry>> {
+        let key = keys::manifest(repository, digest);
+        let Some(bytes) = self.read(&key).await? else { return Ok(None) };
+        serde_json::from_slice(&bytes).map(Some).map_err(|e| Error::damaged(&key, e))
+    }
+
+    /// A manifest, if the repository has it.
+    pub(crate) async fn manifest(
+        &self,
+        repository: &str,
+        digest: &Digest,
+    ) -> Result<Option<(ManifestEntry, Bytes)>> {
+        let Some(entry) = self.manifest_entry(repository, digest).await? else { return Ok(None) };
+        Ok(self.read_content(digest).await?.map(|bytes| (entry, bytes)))
+    }
+
+    /// Takes a manifest from a repository, and says whether it had it. Tags that lead to it are the caller's to delete,
+    /// before. Its link and content stay until they are collected.
+    pub(crate) async fn delete_manifest(&self, repository: &str, digest: &Digest) -> Result<bool> {
+        let Some(entry) = self.manifest_entry(repository, digest).await? else { return Ok(false) };
+        let removed = self.remove(&keys::manifest(repository, digest)).await?;
+        if let Some(subject) = &entry.subject {
+            self.remove(&keys::referrer(repository, subject, digest)).await?;
+        }
+        Ok(removed)
+    }
+
+    /// The manifests of the repository, pending ones too, in no order.
+    pub(crate) async fn manifests(&self, repository: &str) -> Result<Vec<ManifestInfo>> {
+        // Pending ones first: one that stops being pending between the two listings is in the second.
+        let mut infos = self.manifests_below(keys::pending(repository)).await?;
+        infos.extend(self.manifests_below(keys::manifests(repository)).await?);
+        Ok(infos)
+    }
+
+    /// Removes what a put left over that a crash ended.
+    pub(crate) async fn remove_pending(&self, repository: &str, digest: &Digest, id: &str) -> Result<bool> {
+        self.remove(&keys::pending_put(repository, digest, id)).await
+    }
+
+    /// The manifests whose subject this is, sorted by digest; the subject need not be there.
+    pub(crate) async fn referrers(
+        &self,
+        repository: &str,
+        subject: &Digest,
+    ) -> Result<Vec<(Digest, ManifestEntry)>> {
+        let found = self.manifests_below(keys::referrers(repository, subject)).await?;
+        let read = async |info: ManifestInfo| {
+            // The index may be ahead of the entry, never behind.
+            let entry = self.manifest_entry(repository, &info.digest).await?;
+            Ok(entry.map(|entry| (info.digest, entry)))
+        };
+        let read = stream::iter(found).map(read).buffered(LOOK_UPS_MAX);
+        let mut referrers: Vec<_> = read.try_filter_map(async |found| Ok(found)).try_collect().await?;
+        referrers.sort_by(|a, b| a.0.cmp(&b.0));
+        Ok(referrers)
+    }
+
+    async fn manifests_below(&self, prefix: Path) -> Result<Vec<ManifestInfo>> {
+        let listed = self.inner.objects.list(Some(&prefix)).map_err(|e| self.failed("list", &prefix, e));
+        listed
+            .try_filter_map(async |meta| {
+                Ok(keys::digest_in(&meta.location, &prefix).map(|(digest, id)| ManifestInfo {
+                    digest,
+                    put: meta.last_modified.into(),
+                    pending: (!id.is_empty()).then(|| id.to_owned()),
+                }))
+            })
+            .try_collect()
+            .await
+    }
+}

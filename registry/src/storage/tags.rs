@@ -1,0 +1,62 @@
+//! Tags: one object each, that holds a digest. The last writer wins.
+
+use std::time::SystemTime;
+
+use anyplace_images::Digest;
+use bytes::Bytes;
+use futures_util::TryStreamExt as _;
+
+use super::{Error, Result, Storage, keys};
+
+/// Who gave a tag its digest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum TagOf {
+    Push,
+    Upstream,
+}
+
+/// A tag and its age.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct TagInfo {
+    pub(crate) tag: String,
+    /// When it was last put, by the store's clock; compare with [`Storage::now`].
+    pub(crate) put: SystemTime,
+}
+
+impl Storage {
+    /// The digest that `of` gave the tag.
+    pub(crate) async fn tag(&self, of: TagOf, repository: &str, tag: &str) -> Result<Option<Digest>> {
+        let key = keys::tag(of, repository, tag);
+        let Some(bytes) = self.read(&key).await? else { return Ok(None) };
+        let text = std::str::from_utf8(&bytes).map_err(|e| Error::damaged(&key, e))?;
+        text.trim().parse().map(Some).map_err(|e| Error::damaged(&key, e))
+    }
+
+    /// Gives the tag this digest; the manifest must be there already.
+    pub(crate) async fn put_tag(&self, of: TagOf, repository: &str, tag: &str, digest: &Digest) -> Result<()> {
+        self.put(&keys::tag(of, repository, tag), Bytes::from(digest.to_string())).await
+    }
+
+    /// Says whether there was such a tag.
+    pub(crate) async fn delete_tag(&self, of: TagOf, repository: &str, tag: &str) -> Result<bool> {
+        self.remove(&keys::tag(of, repository, tag)).await
+    }
+
+    /// The names of all tags that `of` gave, in no order.
+    pub(crate) async fn tags(&self, of: TagOf, repository: &str) -> Result<Vec<String>> {
+        Ok(self.tag_infos(of, repository).await?.into_iter().map(|info| info.tag).collect())
+    }
+
+    /// All tags that `of` gave, in no order.
+    pub(crate) async fn tag_infos(&self, of: TagOf, repository: &str) -> Result<Vec<TagInfo>> {
+        let prefix = keys::tags(of, repository);
+        let listed = self.inner.objects.list(Some(&prefix)).map_err(|e| self.failed("list", &prefix, e));
+        listed
+            .try_filter_map(async |meta| {
+                let tag = meta.location.filename().map(str::to_owned);
+                Ok(tag.map(|tag| TagInfo { tag, put: meta.last_modified.into() }))
+            })
+            .try_collect()
+            .await
+    }
+}
