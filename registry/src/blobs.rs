@@ -13,12 +13,11 @@ use object_store::{GetResult, GetResultPayload};
 use crate::conditions::{Asked, asked_range, entity_tag, is_known};
 use crate::errors::{Answer, Refusal, internal};
 use crate::server::App;
-use crate::storage::Link;
 
 pub(crate) const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
 
 pub(crate) async fn head(app: &App, name: &str, digest: &Digest, asked: &HeaderMap) -> Answer {
-    let size = app.storage.blob_size(name, digest).await.map_err(|e| internal("looking for a blob", e))?;
+    let size = app.storage.blob_size_renewed(name, digest).await?;
     let size = match (size, &app.cache) {
         (Some(size), _) => size,
         (None, Some(cache)) => {
@@ -72,8 +71,9 @@ pub(crate) async fn get(app: &App, name: &str, digest: &Digest, asked: &HeaderMa
 }
 
 pub(crate) async fn delete(app: &App, name: &str, digest: &Digest) -> Answer {
-    let removed =
-        app.storage.unlink(Link::Blob, name, digest).await.map_err(|e| internal("deleting a blob", e))?;
+    // A manifest's content goes with the manifest.
+    let manifest = app.storage.manifest_entry(name, digest).await?;
+    let removed = manifest.is_none() && app.storage.remove_link(name, digest).await?;
     if removed { Ok(StatusCode::ACCEPTED.into_response()) } else { Err(Refusal::blob_unknown(name, digest)) }
 }
 

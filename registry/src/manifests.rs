@@ -19,8 +19,8 @@ use crate::conditions::{entity_tag, is_known};
 use crate::errors::{Answer, Refusal, internal};
 use crate::references::{self, Manifest};
 use crate::server::App;
-use crate::storage::{Link, TagOf};
-use crate::upstream::Resolved;
+use crate::storage::{NewManifest, TagOf};
+use crate::upstream::{Cache, Resolved};
 
 /// Names the subject that the registry understood, so that the client needn't keep a list of referrers itself.
 const SUBJECT: HeaderName = HeaderName::from_static("oci-subject");
@@ -75,18 +75,22 @@ pub(crate) async fn put(app: &App, name: &str, key: &str, request: Request) -> A
         let message = format!("the manifest has the digest {digest}, not {expected}");
         return Err(Refusal::digest_invalid(message));
     }
-    require_blobs(app, name, &manifest).await?;
-    let failed = |e| internal("storing a manifest", e);
-    app.storage.put_manifest(name, &digest, &manifest.media_type, bytes).await.map_err(failed)?;
-    if let Some(subject) = &manifest.subject {
-        app.storage.put_referrer(name, subject, &digest).await.map_err(failed)?;
+    if let Some(cache) = &app.cache {
+        fetch_blobs(app, cache, name, &manifest).await?;
     }
+    let subject = manifest.subject.clone();
+    let new = NewManifest::of(manifest, bytes);
+    let missing = app.storage.put_manifest(name, &digest, new).await?;
+    if !missing.is_empty() {
+        return Err(blobs_missing(name, &missing));
+    }
+    let failed = |e| internal("storing a manifest", e);
     for tag in in_path.into_iter().chain(tags.iter().map(String::as_str)) {
         app.storage.put_tag(TagOf::Push, name, tag, &digest).await.map_err(failed)?;
     }
     let location = format!("/v2/{name}/manifests/{digest}");
     let mut headers = vec![(LOCATION, location), (CONTENT_DIGEST, digest.to_string())];
-    headers.extend(manifest.subject.map(|subject| (SUBJECT, subject.to_string())));
+    headers.extend(subject.map(|subject| (SUBJECT, subject.to_string())));
     headers.extend(tags.into_iter().map(|tag| (TAG, tag)));
     Ok((StatusCode::CREATED, AppendHeaders(headers)).into_response())
 }
@@ -103,8 +107,7 @@ pub(crate) async fn delete(app: &App, name: &str, key: &str) -> Answer {
         return if removed { Ok(StatusCode::ACCEPTED.into_response()) } else { Err(unknown()) };
     }
     let digest = crate::routes::parse_digest(key)?;
-    let (media_type, bytes) =
-        app.storage.manifest(name, &digest).await.map_err(failed)?.ok_or_else(unknown)?;
+    app.storage.manifest_entry(name, &digest).await.map_err(failed)?.ok_or_else(unknown)?;
     // Tags first: a tag must not lead nowhere.
     for of in [TagOf::Push, TagOf::Upstream] {
         for tag in app.storage.tags(of, name).await.map_err(failed)? {
@@ -113,11 +116,7 @@ pub(crate) async fn delete(app: &App, name: &str, key: &str) -> Answer {
             }
         }
     }
-    app.storage.unlink(Link::Manifest, name, &digest).await.map_err(failed)?;
-    let subject = references::read(Some(&media_type), &bytes).ok().and_then(|manifest| manifest.subject);
-    if let Some(subject) = subject {
-        app.storage.delete_referrer(name, &subject, &digest).await.map_err(failed)?;
-    }
+    app.storage.delete_manifest(name, &digest).await.map_err(failed)?;
     Ok(StatusCode::ACCEPTED.into_response())
 }
 
@@ -150,8 +149,8 @@ async fn find(app: &App, name: &str, key: &str) -> Answer<Found> {
         cache.ensure_manifest(name, &digest).await?;
         manifest = app.storage.manifest(name, &digest).await.map_err(failed)?;
     }
-    let (media_type, bytes) = manifest.ok_or_else(|| Refusal::manifest_unknown(name, key))?;
-    Ok(Found { digest, media_type, bytes, warning })
+    let (entry, bytes) = manifest.ok_or_else(|| Refusal::manifest_unknown(name, key))?;
+    Ok(Found { digest, media_type: entry.media_type, bytes, warning })
 }
 
 /// The digest that a tag means: the upstream's answer first, then what was pushed here.
@@ -191,24 +190,20 @@ fn out_of_reach() -> String {
     "the upstream registry can't be asked; this is what the tag meant when it last answered".to_owned()
 }
 
-async fn require_blobs(app: &App, name: &str, manifest: &Manifest) -> Answer<()> {
-    let mut missing = Vec::new();
+/// Makes sure of the blobs that only the upstream has; what it doesn't have either shows when the manifest is put.
+async fn fetch_blobs(app: &App, cache: &Cache, name: &str, manifest: &Manifest) -> Answer<()> {
     for digest in &manifest.blobs {
-        let here =
-            app.storage.blob_size(name, digest).await.map_err(|e| internal("looking for a blob", e))?;
-        let here = match (here, &app.cache) {
-            (Some(_), _) => true,
-            (None, Some(cache)) => cache.ensure_blob(name, digest).await.is_ok(),
-            (None, None) => false,
-        };
-        if !here {
-            missing.push(digest);
+        if app.storage.blob_size(name, digest).await?.is_none()
+            && let Err(refusal) = cache.ensure_blob(name, digest).await
+        {
+            tracing::debug!(?refusal, %digest, "a blob of a manifest isn't upstream either");
         }
     }
-    if missing.is_empty() {
-        return Ok(());
-    }
+    Ok(())
+}
+
+fn blobs_missing(name: &str, missing: &[Digest]) -> Refusal {
     let message = format!("`{name}` has {} of the manifest's blobs not yet; push them first", missing.len());
     let detail = missing.iter().map(|digest| json!({ "digest": digest })).collect();
-    Err(Refusal::new(StatusCode::NOT_FOUND, "MANIFEST_BLOB_UNKNOWN", message).detail(detail))
+    Refusal::new(StatusCode::NOT_FOUND, "MANIFEST_BLOB_UNKNOWN", message).detail(detail)
 }

@@ -14,7 +14,6 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::errors::{Answer, Refusal, internal};
-use crate::references;
 use crate::server::App;
 
 const FILTERS: HeaderName = HeaderName::from_static("oci-filters-applied");
@@ -40,7 +39,6 @@ pub(crate) async fn list(app: &App, name: &str, subject: &Digest, uri: &Uri) -> 
     })?;
     let failed = |e| internal("listing referrers", e);
     let mut digests = app.storage.referrers(name, subject).await.map_err(failed)?;
-    digests.sort_unstable();
     digests.retain(|digest| page.last.as_ref().is_none_or(|last| digest > last));
     let limit = page.n.unwrap_or(PAGE_MAX).clamp(1, PAGE_MAX);
     let (mut manifests, mut bytes, mut next) = (Vec::new(), 0, None);
@@ -84,15 +82,14 @@ pub(crate) async fn list(app: &App, name: &str, subject: &Digest, uri: &Uri) -> 
 
 /// The descriptor of a referrer; none if it was deleted a moment ago.
 async fn describe(app: &App, name: &str, digest: &Digest) -> Answer<Option<Value>> {
-    let found = app.storage.manifest(name, digest).await.map_err(|e| internal("reading a referrer", e))?;
-    let Some((media_type, bytes)) = found else { return Ok(None) };
-    let Ok(manifest) = references::read(Some(&media_type), &bytes) else { return Ok(None) };
-    let mut descriptor = json!({ "mediaType": media_type, "digest": digest, "size": bytes.len() });
-    if let Some(artifact_type) = manifest.artifact_type {
+    let found = app.storage.manifest_entry(name, digest).await;
+    let Some(entry) = found.map_err(|e| internal("reading a referrer", e))? else { return Ok(None) };
+    let mut descriptor = json!({ "mediaType": entry.media_type, "digest": digest, "size": entry.size });
+    if let Some(artifact_type) = entry.artifact_type {
         descriptor["artifactType"] = artifact_type.into();
     }
-    if !manifest.annotations.is_empty() {
-        descriptor["annotations"] = json!(manifest.annotations);
+    if !entry.annotations.is_empty() {
+        descriptor["annotations"] = json!(entry.annotations);
     }
     Ok(Some(descriptor))
 }

@@ -44,7 +44,7 @@ impl Server {
     /// # Errors
     /// The data folder, the credentials or the address can't be used.
     pub async fn bind(config: Config) -> anyhow::Result<Server> {
-        let storage = Storage::open(&config.data_dir)?;
+        let storage = Storage::open(&config).await?;
         let users = Users::load_or_create(&config.credentials_path())?;
         let uploads = Arc::new(Uploads::open(storage.clone())?);
         let cache = match &config.upstream {

@@ -35,7 +35,8 @@ mod manifests;
 mod tags;
 
 use std::path::{Path as FilePath, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+use std::time::{Instant, SystemTime};
 
 use anyhow::Context as _;
 use bytes::Bytes;
@@ -43,13 +44,21 @@ use object_store::path::Path;
 use object_store::{GetResultPayload, ObjectStore, ObjectStoreExt as _};
 
 use crate::config::Config;
+#[expect(unused_imports, reason = "for collectors")]
 pub(crate) use collect::{Marker, Trashed, TrashedItem};
+#[expect(unused_imports, reason = "for collectors")]
 pub(crate) use content::Content;
 pub(crate) use error::{Error, Result};
 use folder::Folder;
-pub(crate) use links::{Link, Linked};
-pub(crate) use manifests::{ManifestEntry, ManifestInfo, NewManifest};
-pub(crate) use tags::{TagInfo, TagOf};
+#[expect(unused_imports, reason = "for collectors")]
+pub(crate) use links::Link;
+pub(crate) use links::Linked;
+#[expect(unused_imports, reason = "for collectors")]
+pub(crate) use manifests::ManifestInfo;
+pub(crate) use manifests::{ManifestEntry, NewManifest};
+#[expect(unused_imports, reason = "for collectors")]
+pub(crate) use tags::TagInfo;
+pub(crate) use tags::TagOf;
 
 /// The layout that this version reads and writes. Layout 1 had no `format` object.
 const FORMAT: u32 = 2;
@@ -70,6 +79,8 @@ struct Inner {
     name: String,
     /// The data folder, where content is files.
     folder: PathBuf,
+    /// The store's time, and when it was read.
+    clock: OnceLock<(SystemTime, Instant)>,
 }
 
 impl Storage {
@@ -82,10 +93,12 @@ impl Storage {
         let objects = Folder::open(&folder)
             .with_context(|| format!("can't open {}; check data_dir", folder.display()))?;
         let name = format!("the folder {}", folder.display());
-        let storage = Storage { inner: Arc::new(Inner { objects: Arc::new(objects), name, folder }) };
+        let clock = OnceLock::new();
+        let storage = Storage { inner: Arc::new(Inner { objects: Arc::new(objects), name, folder, clock }) };
         std::fs::create_dir_all(storage.uploads())
             .with_context(|| format!("can't make {}; check data_dir", storage.uploads().display()))?;
         storage.check_format().await?;
+        storage.now().await?;
         Ok(storage)
     }
 
@@ -102,7 +115,8 @@ impl Storage {
     async fn check_format(&self) -> anyhow::Result<()> {
         let (key, name) = (Path::from("format"), &self.inner.name);
         let Some(bytes) = self.read(&key).await? else {
-            let repositories = self.inner.objects.list_with_delimiter(Some(&Path::from("repositories"))).await;
+            let repositories =
+                self.inner.objects.list_with_delimiter(Some(&Path::from("repositories"))).await;
             let inside = repositories.with_context(|| format!("can't list {name}"))?;
             anyhow::ensure!(
                 inside.common_prefixes.is_empty(),
@@ -111,9 +125,12 @@ impl Storage {
             );
             return Ok(self.put(&key, Bytes::from(format!("{FORMAT}\n"))).await?);
         };
-        let number: u32 = std::str::from_utf8(&bytes).ok().and_then(|text| text.trim().parse().ok()).with_context(
-            || format!("`format` in {name} has no number; expected {FORMAT}: is it a registry's storage?"),
-        )?;
+        let number: u32 = std::str::from_utf8(&bytes)
+            .ok()
+            .and_then(|text| text.trim().parse().ok())
+            .with_context(|| {
+                format!("`format` in {name} has no number; expected {FORMAT}: is it a registry's storage?")
+            })?;
         anyhow::ensure!(
             number == FORMAT,
             "{name} has layout {number}, and this version reads layout {FORMAT}; run the version that wrote it"
@@ -135,7 +152,10 @@ impl Storage {
             Err(e) => return Err(failed(e)),
         };
         if object.meta.size > READ_MAX_BYTES {
-            return Err(Error::damaged(key, format!("{} bytes, expected at most {READ_MAX_BYTES}", object.meta.size)));
+            return Err(Error::damaged(
+                key,
+                format!("{} bytes, expected at most {READ_MAX_BYTES}", object.meta.size),
+            ));
         }
         if let GetResultPayload::File(file, _) = &object.payload
             && object.meta.size <= READ_INLINE_BYTES

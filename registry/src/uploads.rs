@@ -25,7 +25,7 @@ use crate::blobs::CONTENT_DIGEST;
 use crate::errors::{Answer, Refusal, internal};
 use crate::routes::parse_digest;
 use crate::server::App;
-use crate::storage::Link;
+use crate::storage::Linked;
 pub(crate) use session::{Session, Uploads};
 
 const UPLOAD_ID: HeaderName = HeaderName::from_static("docker-upload-uuid");
@@ -156,15 +156,19 @@ async fn discard(body: Body) {
 }
 
 async fn try_mount(app: &App, name: &str, digest: &Digest, from: Option<&str>) -> Answer<bool> {
-    let failed = |e| internal("mounting a blob", e);
     let there = match from {
-        Some(from) => app.storage.is_linked(Link::Blob, from, digest).await.map_err(failed)?,
-        None => app.storage.has_content(digest).await.map_err(failed)?,
+        Some(from) => app.storage.link(from, digest).await?.is_some(),
+        None => app.storage.has_content(digest).await?,
     };
-    if there {
-        app.storage.link_blob(name, digest).await.map_err(failed)?;
+    if !there {
+        return Ok(false);
     }
-    Ok(there)
+    if app.storage.put_link(name, digest).await? == Linked::Gone {
+        // It was collected a moment ago; the client uploads it.
+        app.storage.remove_link(name, digest).await?;
+        return Ok(false);
+    }
+    Ok(true)
 }
 
 async fn append(app: &App, session: Session, body: Body, declared: Option<u64>) -> Answer<Session> {
@@ -173,8 +177,7 @@ async fn append(app: &App, session: Session, body: Body, declared: Option<u64>) 
 
 /// Verifies an upload, makes it content, and links it into the repository.
 async fn finish(app: &App, name: &str, session: Session, digest: &Digest) -> Answer<()> {
-    app.uploads.finish(session, digest).await?;
-    app.storage.link_blob(name, digest).await.map_err(|e| internal("storing a blob", e))
+    app.uploads.finish(session, name, digest).await
 }
 
 /// The length that the request declares; where it declares a range, that has to start at the upload's offset.

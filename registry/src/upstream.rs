@@ -15,7 +15,8 @@ use futures_util::stream;
 
 use crate::config::Upstream;
 use crate::errors::Refusal;
-use crate::storage::{Link, Storage};
+use crate::references;
+use crate::storage::{Linked, NewManifest, Storage};
 use crate::uploads::Uploads;
 use flights::Flights;
 
@@ -101,11 +102,16 @@ impl Cache {
         let fetch = async move {
             let storage = &cache.inner.storage;
             let name = &reference.repository;
-            if storage.is_linked(Link::Manifest, name, &wanted).await.map_err(failed)? {
+            if storage.manifest_entry(name, &wanted).await.map_err(failed)?.is_some() {
                 return Ok(());
             }
             let manifest = cache.ask(MANIFEST_TIMEOUT, cache.inner.client.get_manifest(&reference)).await?;
-            storage.put_manifest(name, &wanted, &manifest.media_type, manifest.bytes).await.map_err(failed)
+            let read = references::read(Some(&manifest.media_type), &manifest.bytes);
+            let read = read.map_err(|reason| Failure::Corrupt(format!("manifest {wanted}: {reason}")))?;
+            let mut new = NewManifest::of(read, manifest.bytes);
+            // They are fetched when somebody asks for them.
+            new.blobs.clear();
+            storage.put_manifest(name, &wanted, new).await.map(drop).map_err(failed)
         };
         let key = format!("manifest {repository} {digest}");
         self.inner.flights.join(key, fetch).await.map_err(Refusal::from)
@@ -126,14 +132,16 @@ impl Cache {
     async fn fetch_blob(&self, reference: &Reference, digest: &Digest) -> Result<(), Failure> {
         let Inner { client, storage, uploads, .. } = &*self.inner;
         let name = &reference.repository;
-        if storage.is_linked(Link::Blob, name, digest).await.map_err(failed)? {
+        if storage.blob_size(name, digest).await.map_err(failed)?.is_some() {
             return Ok(());
         }
         if storage.has_content(digest).await.map_err(failed)? {
             // Another repository has the content; whether this one may have it, the upstream knows.
             let known = self.ask(ASK_TIMEOUT, client.head_blob(reference, digest)).await?;
             known.ok_or(Failure::Absent)?;
-            return storage.link_blob(name, digest).await.map_err(failed);
+            if let Linked::Yes(_) = storage.put_link(name, digest).await.map_err(failed)? {
+                return Ok(());
+            }
         }
         let blob = self.ask(MANIFEST_TIMEOUT, client.get_blob(reference, digest, None)).await?;
         let session = uploads.start_fetch().await.map_err(failed)?;
@@ -153,7 +161,7 @@ impl Cache {
             })
         });
         let outcome = match uploads.append(session, chunks, None).await {
-            Ok(session) => uploads.finish(session, digest).await,
+            Ok(session) => uploads.finish(session, name, digest).await,
             Err(refusal) => Err(refusal),
         };
         if let Err(refusal) = outcome {
@@ -161,7 +169,7 @@ impl Cache {
             let broken = broken.into_inner().ok().flatten();
             return Err(broken.unwrap_or_else(|| Failure::Failed(format!("{refusal:?}"))));
         }
-        storage.link_blob(name, digest).await.map_err(failed)
+        Ok(())
     }
 
     /// Asks the upstream, within a time limit, unless it is being left alone.

@@ -1,10 +1,10 @@
 //! What collectors need: markers, the list of repositories, the trash, and the store's own time.
 
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use anyplace_images::Digest;
 use bytes::Bytes;
-use futures_util::{StreamExt as _, TryStreamExt as _};
+use futures_util::TryStreamExt as _;
 use object_store::path::Path;
 use serde::{Deserialize, Serialize};
 
@@ -45,8 +45,16 @@ impl Storage {
     pub(crate) async fn now(&self) -> Result<SystemTime> {
         let key = Path::from("gc/clock");
         self.put(&key, Bytes::new()).await?;
-        let meta = self.head(&key).await?.ok_or_else(|| Error::damaged(&key, "gone right after it was written"))?;
-        Ok(meta.last_modified.into())
+        let meta =
+            self.head(&key).await?.ok_or_else(|| Error::damaged(&key, "gone right after it was written"))?;
+        let now = meta.last_modified.into();
+        let _ = self.inner.clock.set((now, Instant::now()));
+        Ok(now)
+    }
+
+    /// About the store's own time, without asking: what it was at the start, and what passed here since.
+    pub(super) fn about_now(&self) -> SystemTime {
+        self.inner.clock.get().map_or_else(SystemTime::now, |(then, read)| *then + read.elapsed())
     }
 
     /// Puts a marker; writers of this digest wait until it is removed.

@@ -55,7 +55,8 @@ impl Storage {
         let key = keys::content(digest);
         let to = self.folder().join(key.as_ref());
         let moved = tokio::task::spawn_blocking(move || folder::rename_durably(&file, &to)).await;
-        moved.map_err(object_store::Error::from)
+        moved
+            .map_err(object_store::Error::from)
             .and_then(|moved| moved.map_err(folder::generic))
             .map_err(|e| self.failed("write", &key, e))
     }

@@ -13,7 +13,9 @@ pub(crate) type Result<T> = std::result::Result<T, Error>;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     /// There is no room; nothing was changed.
-    #[error("can't {operation} `{key}`: {store} is full; free space, or collect garbage with `anyplace registry gc`")]
+    #[error(
+        "can't {operation} `{key}`: {store} is full; free space, or collect garbage with `anyplace registry gc`"
+    )]
     Full {
         /// Such as "write".
         operation: &'static str,
@@ -80,10 +82,7 @@ fn is_full(error: &(dyn std::error::Error + 'static)) -> bool {
     let mut cause = Some(error);
     while let Some(error) = cause {
         if let Some(io) = error.downcast_ref::<std::io::Error>()
-            && matches!(
-                io.kind(),
-                std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded
-            )
+            && matches!(io.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
         {
             return true;
         }

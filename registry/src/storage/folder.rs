@@ -18,8 +18,9 @@ use futures_util::{FutureExt as _, StreamExt as _};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{
-    Attributes, CopyOptions, Error, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta,
-    ObjectStore, PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions, Result,
+    Attributes, CopyOptions, Error, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload,
+    ObjectMeta, ObjectStore, PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions,
+    Result,
 };
 
 /// The store's name in errors.
@@ -148,7 +149,10 @@ fn convert(path: &Path, error: io::Error) -> Error {
     }
 }
 
-async fn blocking<T: Send + 'static>(path: Path, work: impl FnOnce() -> io::Result<T> + Send + 'static) -> Result<T> {
+async fn blocking<T: Send + 'static>(
+    path: Path,
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> Result<T> {
     tokio::task::spawn_blocking(work).await?.map_err(|e| convert(&path, e))
 }
 
@@ -191,11 +195,19 @@ impl ObjectStore for Folder {
         let meta = ObjectMeta { location: location.clone(), last_modified, size, e_tag: None, version: None };
         options.check_preconditions(&meta)?;
         let range = match options.range {
-            Some(range) => range.as_range(size).map_err(|e| Error::Generic { store: NAME, source: e.into() })?,
+            Some(range) => {
+                range.as_range(size).map_err(|e| Error::Generic { store: NAME, source: e.into() })?
+            }
             None => 0..size,
         };
         let payload = GetResultPayload::File(file, path);
-        Ok(GetResult { payload, meta, range, attributes: Attributes::default(), extensions: Default::default() })
+        Ok(GetResult {
+            payload,
+            meta,
+            range,
+            attributes: Attributes::default(),
+            extensions: Default::default(),
+        })
     }
 
     fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {

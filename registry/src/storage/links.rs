@@ -21,6 +21,10 @@ const COLLECTING_PAUSE: Duration = Duration::from_millis(20);
 /// Times that a link is put again after a collector took it away; each takes a whole round of a collector.
 const LINK_TRIES: usize = 5;
 
+/// Age from which a link is renewed when a client asks for the blob. Collectors leave links alone for at least four
+/// times as long.
+const RENEW_AFTER: Duration = Duration::from_secs(6 * 3600);
+
 /// A repository's link to content.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Link {
@@ -43,6 +47,22 @@ impl Storage {
     /// When the link was last put, if there is one.
     pub(crate) async fn link(&self, repository: &str, digest: &Digest) -> Result<Option<SystemTime>> {
         Ok(self.head(&keys::link(repository, digest)).await?.map(|meta| meta.last_modified.into()))
+    }
+
+    /// Bytes of the content, if the repository has it; for a client that may rely on it and not upload it. So a link
+    /// that gets old is renewed, or a collector could come between this answer and the manifest.
+    pub(crate) async fn blob_size_renewed(&self, repository: &str, digest: &Digest) -> Result<Option<u64>> {
+        let Some(put) = self.link(repository, digest).await? else { return Ok(None) };
+        if self.about_now().duration_since(put).unwrap_or_default() < RENEW_AFTER {
+            return self.content_size(digest).await;
+        }
+        match self.put_link(repository, digest).await? {
+            Linked::Yes(size) => Ok(Some(size)),
+            Linked::Gone => {
+                self.remove_link(repository, digest).await?;
+                Ok(None)
+            }
+        }
     }
 
     /// Bytes of the content, if the repository has it.
@@ -91,7 +111,11 @@ impl Storage {
             .map_err(move |e| this.failed("list", &prefix, e))
             .try_filter_map(async |meta| {
                 let put = meta.last_modified.into();
-                Ok(keys::parse_link(&meta.location).map(|(digest, repository)| Link { repository, digest, put }))
+                Ok(keys::parse_link(&meta.location).map(|(digest, repository)| Link {
+                    repository,
+                    digest,
+                    put,
+                }))
             })
             .boxed()
     }

@@ -10,6 +10,7 @@ use object_store::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::{Error, Linked, Result, Storage, keys};
+use crate::references::Manifest;
 
 /// Blobs that are looked for at once.
 const LOOK_UPS_MAX: usize = 16;
@@ -46,6 +47,20 @@ pub(crate) struct ManifestInfo {
     /// Its put isn't over: it can't be read yet, but what it names is in use. One that is older than a request can
     /// take is left over from a crash.
     pub(crate) pending: Option<String>,
+}
+
+impl NewManifest {
+    /// A manifest as it was read, and its bytes.
+    pub(crate) fn of(manifest: Manifest, bytes: Bytes) -> NewManifest {
+        let entry = ManifestEntry {
+            media_type: manifest.media_type,
+            size: bytes.len() as u64,
+            subject: manifest.subject,
+            artifact_type: manifest.artifact_type,
+            annotations: manifest.annotations,
+        };
+        NewManifest { entry, bytes, blobs: manifest.blobs }
+    }
 }
 
 impl Storage {
@@ -150,22 +165,13 @@ impl Storage {
         self.remove(&keys::pending_put(repository, digest, id)).await
     }
 
-    /// The manifests whose subject this is, sorted by digest; the subject need not be there.
-    pub(crate) async fn referrers(
-        &self,
-        repository: &str,
-        subject: &Digest,
-    ) -> Result<Vec<(Digest, ManifestEntry)>> {
+    /// The manifests whose subject this is, sorted; the subject need not be there. One that is being put may be named
+    /// before its entry is there.
+    pub(crate) async fn referrers(&self, repository: &str, subject: &Digest) -> Result<Vec<Digest>> {
         let found = self.manifests_below(keys::referrers(repository, subject)).await?;
-        let read = async |info: ManifestInfo| {
-            // The index may be ahead of the entry, never behind.
-            let entry = self.manifest_entry(repository, &info.digest).await?;
-            Ok(entry.map(|entry| (info.digest, entry)))
-        };
-        let read = stream::iter(found).map(read).buffered(LOOK_UPS_MAX);
-        let mut referrers: Vec<_> = read.try_filter_map(async |found| Ok(found)).try_collect().await?;
-        referrers.sort_by(|a, b| a.0.cmp(&b.0));
-        Ok(referrers)
+        let mut digests: Vec<Digest> = found.into_iter().map(|info| info.digest).collect();
+        digests.sort_unstable();
+        Ok(digests)
     }
 
     async fn manifests_below(&self, prefix: Path) -> Result<Vec<ManifestInfo>> {

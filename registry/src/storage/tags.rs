@@ -33,7 +33,13 @@ impl Storage {
     }
 
     /// Gives the tag this digest; the manifest must be there already.
-    pub(crate) async fn put_tag(&self, of: TagOf, repository: &str, tag: &str, digest: &Digest) -> Result<()> {
+    pub(crate) async fn put_tag(
+        &self,
+        of: TagOf,
+        repository: &str,
+        tag: &str,
+        digest: &Digest,
+    ) -> Result<()> {
         self.put(&keys::tag(of, repository, tag), Bytes::from(digest.to_string())).await
     }
 

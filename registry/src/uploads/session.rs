@@ -15,7 +15,7 @@ use futures_util::{Stream, StreamExt as _};
 use tokio::sync::{OwnedMutexGuard, Semaphore, mpsc};
 
 use crate::errors::{Answer, Refusal, internal};
-use crate::storage::Storage;
+use crate::storage::{Linked, Storage};
 
 /// Uploads that write at once, each with a thread; more wait for their turn.
 const WRITERS_MAX: usize = 128;
@@ -65,7 +65,7 @@ impl Uploads {
     /// Opens the uploads folder, and removes what was abandoned.
     pub(crate) fn open(storage: Storage) -> anyhow::Result<Uploads> {
         let dir = storage.uploads();
-        for entry in std::fs::read_dir(dir).with_context(|| format!("can't read {}", dir.display()))? {
+        for entry in std::fs::read_dir(&dir).with_context(|| format!("can't read {}", dir.display()))? {
             let entry = entry?;
             let age = SystemTime::now().duration_since(entry.metadata()?.modified()?).unwrap_or_default();
             if entry.file_name().to_string_lossy().starts_with(FETCH_PREFIX) || age > ABANDONED_AFTER {
@@ -153,8 +153,8 @@ impl Uploads {
         Ok(session)
     }
 
-    /// Verifies the upload and makes it content. A wrong digest discards it.
-    pub(crate) async fn finish(&self, session: Session, digest: &Digest) -> Answer<()> {
+    /// Verifies the upload and makes it content of the repository. A wrong digest discards it.
+    pub(crate) async fn finish(&self, session: Session, repository: &str, digest: &Digest) -> Answer<()> {
         let algorithm = digest.kind();
         let checking = tokio::task::spawn_blocking(move || {
             let mut session = session;
@@ -172,7 +172,13 @@ impl Uploads {
                 format!("the content has the digest {found}, not {digest}; the upload is discarded");
             return Err(Refusal::digest_invalid(message));
         }
-        self.storage.adopt(&id, digest).await.map_err(|e| internal("storing a blob", e))?;
+        // The link first: it keeps collectors away from the content.
+        match self.storage.put_link(repository, digest).await? {
+            Linked::Gone => self.storage.adopt(session.0.path.clone(), digest).await?,
+            Linked::Yes(_) => {
+                tokio::fs::remove_file(&session.0.path).await.map_err(|e| internal("storing a blob", e))?;
+            }
+        }
         session.0.closed = true;
         self.sessions().remove(&id);
         Ok(())
