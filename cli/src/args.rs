@@ -92,6 +92,10 @@ pub(crate) enum ClientCommand {
     ///
     /// Prints the pushed reference with its digest, for a spec's `image` field.
     Push(PushArgs),
+    /// Build a Dockerfile with buildah, docker, buildkit or podman, and push the result
+    ///
+    /// Prints the pushed reference with its digest, as `push` does.
+    Build(BuildArgs),
     /// Create or change a deployment, or submit a job
     Apply(ApplyArgs),
     /// End a deployment, or forget a job that has ended
@@ -161,7 +165,7 @@ pub(crate) enum ClientCommand {
 }
 
 /// How data is printed.
-#[derive(Debug, Clone, Copy, Args)]
+#[derive(Debug, Clone, Copy, Default, Args)]
 pub(crate) struct OutputArg {
     /// Format of what is printed
     #[arg(short = 'o', long = "output", value_enum, default_value_t = Format::Table, value_name = "FORMAT")]
@@ -190,9 +194,10 @@ pub(crate) struct TargetArg {
 /// What to push.
 #[derive(Debug, Args)]
 pub(crate) struct PushArgs {
-    /// Folder with a root file system, OCI layout folder, or OCI archive
+    /// Folder with a root file system, OCI layout folder, OCI or docker archive, or an image elsewhere:
+    /// docker-daemon:NAME, podman:NAME, containerd:NAME, registry:[URL/]NAME, docker://NAME
     #[arg(value_hint = ValueHint::AnyPath)]
-    pub(crate) source: PathBuf,
+    pub(crate) source: String,
     /// Name to push it under, such as `hello:v1`
     pub(crate) reference: String,
     /// Word of the command that always runs; repeat for more, or give all as a JSON array
@@ -216,6 +221,43 @@ pub(crate) struct PushArgs {
     /// Which image of a layout or archive that holds several
     #[arg(long, value_name = "NAME")]
     pub(crate) image: Option<String>,
+    /// All platforms of an image in another registry, not only this machine's
+    #[arg(long)]
+    pub(crate) all_platforms: bool,
+    /// File with one line `user:password` for the registry that the image comes from
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) source_credentials_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) send: SendArgs,
+}
+
+/// How to send an image.
+#[derive(Debug, Default, Args)]
+pub(crate) struct SendArgs {
+    /// Leave the layers of an image as they are, and do not pack them as zstd:chunked
+    #[arg(long)]
+    pub(crate) keep_layers: bool,
+    /// Repository of the same registry that may have some of the layers; repeat for more
+    #[arg(long, value_name = "REPOSITORY")]
+    pub(crate) mount_from: Vec<String>,
+    #[command(flatten)]
+    pub(crate) output: OutputArg,
+}
+
+/// What to build.
+#[derive(Debug, Args)]
+pub(crate) struct BuildArgs {
+    /// Folder that the Dockerfile copies from
+    #[arg(value_hint = ValueHint::DirPath)]
+    pub(crate) context: PathBuf,
+    /// Dockerfile [default: Dockerfile or Containerfile in the folder]
+    #[arg(short = 'f', long = "file", value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) file: Option<PathBuf>,
+    /// Name to push it under, such as `hello:v1`
+    #[arg(short = 't', long = "tag", value_name = "REFERENCE")]
+    pub(crate) reference: String,
+    #[command(flatten)]
+    pub(crate) send: SendArgs,
 }
 
 /// What to apply.

@@ -1,6 +1,7 @@
 //! The client commands: each asks the API and prints the answer.
 
 mod apply;
+mod build;
 mod capacity;
 mod context;
 mod describe;
@@ -58,6 +59,7 @@ fn done((): ()) -> ExitCode {
 async fn dispatch(session: &Session, command: ClientCommand) -> anyhow::Result<ExitCode> {
     match command {
         ClientCommand::Push(args) => return push::run(session, args).await,
+        ClientCommand::Build(args) => return build::run(session, args).await,
         ClientCommand::Prewarm(command) => return prewarm::run(session, command).await,
         ClientCommand::Apply(args) => return apply::run(session, args).await,
         ClientCommand::Jobs(JobsCommand::Run(args)) => return apply::run_job(session, args).await,

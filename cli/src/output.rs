@@ -14,9 +14,10 @@ use serde::Serialize;
 const COLUMN_GAP: u16 = 3;
 
 /// Format of data.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Format {
     /// For people
+    #[default]
     Table,
     /// The API's types as JSON
     Json,

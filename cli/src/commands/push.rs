@@ -1,24 +1,59 @@
-//! `push`: from a folder, OCI layout or OCI archive to the registry.
+//! `push`: from a folder, an image on disk, in a daemon or in another registry to the registry.
 
-use std::process::ExitCode;
+use std::{
+    io::IsTerminal as _,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use anyhow::{Context as _, bail};
-use anyplace_images::{ImageSpec, PushSummary, Reference, Source};
+use anyplace_images::{
+    Client, Credentials, ImageSpec, Journal, PackOptions, Patience, PushOptions, PushSummary, Reference,
+    Source,
+};
 use anyplace_model::Bytes;
+use serde::Serialize;
 
-use crate::{args::PushArgs, context::Session, output, progress};
+use crate::{
+    args::{PushArgs, SendArgs},
+    context::Session,
+    output::{self, Format},
+    progress,
+};
 
 /// What a shell says of a program that SIGINT ended.
 const INTERRUPTED: u8 = 130;
 
-pub(super) async fn run(session: &Session, args: PushArgs) -> anyhow::Result<ExitCode> {
+/// What is printed of a push.
+#[derive(Serialize)]
+struct Pushed<'a> {
+    /// The reference with its digest.
+    reference: Reference,
+    #[serde(flatten)]
+    summary: &'a PushSummary,
+}
+
+pub(super) async fn run(session: &Session, mut args: PushArgs) -> anyhow::Result<ExitCode> {
+    let reference: Reference = args.reference.parse()?;
+    let send_args = std::mem::take(&mut args.send);
+    let source = source(session, args)?;
+    send(session, source, &reference, &send_args).await
+}
+
+/// Packs a source and pushes it, unless it is interrupted.
+pub(super) async fn send(
+    session: &Session,
+    source: Source,
+    reference: &Reference,
+    args: &SendArgs,
+) -> anyhow::Result<ExitCode> {
     // The folder goes when this function returns, also where Ctrl-C ends it half-way.
     let work = tempfile::Builder::new()
         .prefix("anyplace-push-")
         .tempdir()
         .context("no folder for temporary files; set TMPDIR to a place with room")?;
     tokio::select! {
-        result = push(session, args, work.path()) => result.map(|()| ExitCode::SUCCESS),
+        result = push(session, &source, reference, args, work.path()) => result.map(|()| ExitCode::SUCCESS),
         _ = tokio::signal::ctrl_c() => {
             output::note("interrupted; the registry keeps what it has, and the next push goes on from there");
             Ok(ExitCode::from(INTERRUPTED))
@@ -26,21 +61,52 @@ pub(super) async fn run(session: &Session, args: PushArgs) -> anyhow::Result<Exi
     }
 }
 
-async fn push(session: &Session, args: PushArgs, work: &std::path::Path) -> anyhow::Result<()> {
-    let reference: Reference = args.reference.parse()?;
-    let source = source(args)?;
+async fn push(
+    session: &Session,
+    source: &Source,
+    reference: &Reference,
+    args: &SendArgs,
+    work: &Path,
+) -> anyhow::Result<()> {
     let client = session.registry()?;
+    let refused = "push; --registry or the context says where the registry is";
+    // A wrong address or password is better told before minutes of packing than after.
+    client.check_push(reference).await.context(refused)?;
+    let client = client.with_patience(Patience::LONG);
     let progress = progress::for_stderr();
-    let image = anyplace_images::pack(&source, work, &progress).await?;
-    let summary = anyplace_images::push(&image, &reference, &client, &progress)
-        .await
-        .context("push; --registry or the context says where the registry is")?;
-    output::note(summarise(&reference, &summary));
-    output::line(Reference { digest: Some(summary.digest), ..tagged(&reference) })
+    let pack = PackOptions { keep_layers: args.keep_layers };
+    let image = anyplace_images::pack_with(source, work, &progress, pack).await?;
+    let options = PushOptions { mount_from: args.mount_from.clone(), journal: journal() };
+    let summary =
+        anyplace_images::push_with(&image, reference, &client, &progress, &options).await.context(refused)?;
+    let pinned = Reference { digest: Some(summary.digest.clone()), ..tagged(reference) };
+    let pushed = Pushed { reference: pinned.clone(), summary: &summary };
+    if args.output.format == Format::Table {
+        if std::io::stderr().is_terminal() {
+            output::note(summarise(reference, &summary));
+        } else {
+            progress::event("summary", &pushed);
+        }
+    }
+    output::data(args.output.format, &pushed, || pinned.to_string())
 }
 
-fn source(args: PushArgs) -> anyhow::Result<Source> {
-    let path = args.source;
+/// Where uploads are remembered, so that a push after a kill goes on; without a home they aren't.
+fn journal() -> Option<Journal> {
+    let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let state = absolute("XDG_STATE_HOME").or_else(|| Some(absolute("HOME")?.join(".local/state")))?;
+    let dir = state.join("anyplace/uploads");
+    Journal::open(&dir)
+        .inspect_err(|error| {
+            let dir = dir.display();
+            output::note(format_args!(
+                "uploads can't be remembered in {dir} ({error}): after a kill they begin again"
+            ));
+        })
+        .ok()
+}
+
+fn source(session: &Session, args: PushArgs) -> anyhow::Result<Source> {
     let spec = ImageSpec {
         entrypoint: words(args.entrypoint, "--entrypoint")?,
         cmd: words(args.cmd, "--cmd")?,
@@ -50,13 +116,38 @@ fn source(args: PushArgs) -> anyhow::Result<Source> {
         ports: args.port,
         ..ImageSpec::default()
     };
+    let settings = spec != ImageSpec::default();
+    let path = PathBuf::from(&args.source);
+    // A folder of that name wins over a prefix.
+    let named = if path.exists() {
+        None
+    } else {
+        let client = from_client(session, &args.source, args.source_credentials_file.as_deref())?;
+        Source::named(&args.source, &client, args.all_platforms)?
+    };
+    if named.is_none() && (args.all_platforms || args.source_credentials_file.is_some()) {
+        bail!(
+            "`{}` is no image in a registry; leave out --all-platforms and --source-credentials-file",
+            args.source
+        );
+    }
+    if let Some(source) = named {
+        if settings || args.image.is_some() {
+            bail!(
+                "`{}` is an image already, which says itself how it runs; leave out --entrypoint, --cmd, --env, \
+                 --workdir, --user, --port and --image",
+                args.source
+            );
+        }
+        return Ok(source);
+    }
     if !path.exists() {
         bail!(
-            "there is no `{}` to push; give a folder with a root file system, an OCI layout, or an OCI archive",
+            "there is no `{}` to push; give a folder with a root file system, an OCI layout, an OCI or docker archive, \
+             or an image such as podman:NAME or docker://NAME (`anyplace push --help` lists all)",
             path.display()
         );
     }
-    let settings = spec != ImageSpec::default();
     match Source::detect(&path, spec)? {
         Source::Layout { path, .. } if settings => bail!(
             "`{}` is an image already, which says itself how it runs; leave out --entrypoint, --cmd, --env, --workdir, \
@@ -69,6 +160,21 @@ fn source(args: PushArgs) -> anyhow::Result<Source> {
         }
         directory => Ok(directory),
     }
+}
+
+/// A client that reads from other registries, with the login that was given for the one that `source` names.
+fn from_client(session: &Session, source: &str, credentials: Option<&Path>) -> anyhow::Result<Client> {
+    let client = session.registry()?.with_patience(Patience::LONG);
+    let Some(file) = credentials else { return Ok(client) };
+    let credentials = Credentials::from_file(file)
+        .context("the credentials of the image's registry can't be used; check --source-credentials-file")?;
+    let name = source.strip_prefix("registry:").unwrap_or(source);
+    let name = name.split_once("://").map_or(name, |(_, rest)| rest);
+    let host = match name.split_once('/') {
+        Some((host, _)) if host.contains(['.', ':']) || host == "localhost" => host,
+        _ => "docker.io",
+    };
+    Ok(client.with_login(host, credentials))
 }
 
 /// Each value is a word; one that is a JSON array stands for all of its words.
@@ -101,8 +207,11 @@ fn summarise(reference: &Reference, summary: &PushSummary) -> String {
     let size = |bytes: u64| output::size(Bytes(bytes));
     let there = match summary.skipped {
         0 => String::new(),
-        1 => ", 1 blob was there already".into(),
-        skipped => format!(", {skipped} blobs were there already"),
+        blobs => format!(
+            ", {} in {blobs} {} there already",
+            size(summary.bytes_deduplicated),
+            if blobs == 1 { "blob was" } else { "blobs were" }
+        ),
     };
     format!(
         "pushed {reference}: read {}, packed to {}, sent {}{there}, in {:.1}s",

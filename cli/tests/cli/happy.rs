@@ -74,12 +74,23 @@ fn push_prints_the_pinned_reference_and_says_what_it_did() {
     let (home, fake, registry) = (Home::new(), Fake::start(), Registry::start());
     platform(&home, &fake, Some(&registry));
     let ran = registry.push(&home, "team/hello:v1");
-    assert!(ran.err.contains("pushed team/hello:v1: read") && ran.err.contains("send "), "{ran:?}");
+    let events: Vec<Value> = ran.err.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let has = |event: &str, stage: &str| events.iter().any(|e| e["event"] == event && e["stage"] == stage);
+    for stage in ["pack", "send"] {
+        assert!(has("start", stage) && has("finish", stage), "{ran:?}");
+    }
+    let summary = events.last().unwrap();
+    assert!(summary["event"] == "summary" && summary["bytes_sent"] == summary["bytes_packed"], "{ran:?}");
     let pinned = ran.ok();
     assert!(pinned.starts_with("team/hello:v1@sha256:") && pinned.lines().count() == 1, "{pinned}");
     let again = registry.push(&home, "team/hello:v1");
-    assert!(again.err.contains("2 blobs were there already"), "{again:?}");
+    let summary: Value = serde_json::from_str(again.err.lines().last().unwrap()).unwrap();
+    assert!(summary["skipped"] == 2 && summary["bytes_sent"] == 0, "{again:?}");
     assert_eq!(again.ok(), pinned);
+    let rootfs = home.path().join("rootfs");
+    let json = home.run(&["push", &rootfs.to_string_lossy(), "team/hello:v2", "-o", "json"]).ok();
+    let summary: Value = serde_json::from_str(&json).unwrap();
+    assert!(summary["reference"].as_str().unwrap().starts_with("team/hello:v2@sha256:"), "{json}");
 }
 
 #[test]

@@ -102,6 +102,8 @@ struct Inner {
     http: reqwest::Client,
     base: Url,
     credentials: Option<Credentials>,
+    /// Another registry that wants credentials of its own.
+    login: Option<(String, Credentials)>,
     /// Authorization headers as last accepted.
     authorizations: Mutex<HashMap<auth::Scope, Arc<auth::Slot>>>,
     counters: Counters,
@@ -145,13 +147,44 @@ impl Client {
             Err(_) => builder()?.tls_certs_only([]).build().map_err(|e| invalid(e.to_string()))?,
         };
         let authorizations = Mutex::new(HashMap::new());
-        let inner = Inner { http, base, credentials, authorizations, counters: Counters::default() };
+        let login = None;
+        let inner = Inner { http, base, credentials, login, authorizations, counters: Counters::default() };
         Ok(Client { inner: Arc::new(inner), patience: Patience::SHORT })
     }
 
     /// The same client, but with this patience.
     pub fn with_patience(&self, patience: Patience) -> Client {
         Client { inner: self.inner.clone(), patience }
+    }
+
+    /// A client whose own registry is another one, with the login that this one has for it, if any.
+    pub fn at(&self, registry: &str) -> Result<Client> {
+        let mut client = Client::new(registry, None)?;
+        if client.inner.base == self.inner.base {
+            return Ok(self.clone());
+        }
+        let login = self.inner.login.clone();
+        if let (Some(inner), Some((host, credentials))) = (Arc::get_mut(&mut client.inner), login)
+            && host == authority(&inner.base)
+        {
+            inner.credentials = Some(credentials);
+        }
+        client.patience = self.patience;
+        Ok(client)
+    }
+
+    /// The same client, which logs in to another registry too, given by its host and port.
+    pub fn with_login(&self, host: &str, credentials: Credentials) -> Client {
+        let Inner { http, base, credentials: own, .. } = &*self.inner;
+        let inner = Inner {
+            http: http.clone(),
+            base: base.clone(),
+            credentials: own.clone(),
+            login: Some((host.to_owned(), credentials)),
+            authorizations: Mutex::default(),
+            counters: Counters::default(),
+        };
+        Client { inner: Arc::new(inner), patience: self.patience }
     }
 
     /// What this client and its clones met.
@@ -283,7 +316,8 @@ impl Client {
             text: reference.to_string(),
             reason: format!("its registry makes no URL ({e})"),
         })?;
-        Ok(Target { base, repository, credentials: None })
+        let login = self.inner.login.as_ref().filter(|(at, _)| at == host);
+        Ok(Target { base, repository, credentials: login.map(|(_, credentials)| credentials.clone()) })
     }
 }
 

@@ -169,6 +169,17 @@ pub enum Error {
         reason: String,
     },
 
+    /// A program that an image comes from failed, or isn't there.
+    #[error("`{program}` failed: {reason}; {help}")]
+    Program {
+        /// Which one, and what it was to do.
+        program: String,
+        /// What went wrong, in its own words.
+        reason: String,
+        /// What to check.
+        help: String,
+    },
+
     /// The store belongs to another process.
     #[error("the image store {path} is in use by another process; stop it first")]
     StoreInUse {

@@ -4,7 +4,8 @@
 //! - [`Reference`] and [`Digest`]: how images and blobs are named.
 //! - [`manifest`]: the documents of the OCI image specification, as far as they are needed here.
 //! - [`Client`]: one registry over HTTP, each byte checked against its digest.
-//! - [`pack`] and [`push`]: from a directory, an OCI layout or an OCI archive to a registry.
+//! - [`pack`] and [`push`]: from a directory, a layout or archive, a daemon, another registry or a build to a registry.
+//! - [`Pieces`]: hashes that let a cache verify a part of a blob.
 //! - [`Store`]: from a registry to unpacked layers on disk, ready for an overlay mount.
 //!
 //! This crate must not know about machines, schedulers or runtimes: it moves and keeps images.
@@ -16,6 +17,7 @@ mod error;
 pub mod manifest;
 pub mod mount;
 mod pack;
+mod pieces;
 mod progress;
 mod push;
 mod reference;
@@ -27,7 +29,8 @@ pub use client::{
 };
 pub use digest::{Algorithm, Digest, Hasher};
 pub use error::{Error, Result};
-pub use pack::{BlobFile, ImageSpec, PackedImage, Source, pack};
+pub use pack::{BlobFile, Build, Daemon, ImageSpec, PackOptions, PackedImage, Source, pack, pack_with};
+pub use pieces::{PIECES_ANNOTATION, Pieces};
 pub use progress::{Item, NoProgress, Progress, SharedProgress, Stage};
 pub use push::{Journal, PushOptions, PushSummary, push, push_with};
 pub use reference::{Reference, check_repository, check_tag};

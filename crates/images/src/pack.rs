@@ -1,10 +1,19 @@
-//! From a source on disk to manifests and blobs that are ready to send.
+//! From a source to manifests and blobs that are ready to send.
 //!
-//! A directory becomes one zstd layer with reproducible bytes. An OCI layout or archive is passed through as it is:
-//! its blobs are sent straight from the files they lie in.
+//! A directory becomes one layer. An image that exists already (a layout, an archive, in a daemon, in another registry,
+//! or just built) keeps its configuration, and its layers are packed again. Either way the layers are zstd:chunked,
+//! with the hashes of their pieces in their descriptors, and the same input gives the same bytes.
 
+mod build;
+mod daemon;
 mod directory;
+mod docker;
+mod found;
+mod layer;
 mod layout;
+mod mirror;
+mod pipe;
+mod repack;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::client::{RawManifest, RemoteBlob};
+use crate::client::{Client, RawManifest, RemoteBlob};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::manifest::{
@@ -20,6 +29,10 @@ use crate::manifest::{
     RootFs,
 };
 use crate::progress::SharedProgress;
+use crate::reference::Reference;
+pub use build::Build;
+pub use daemon::Daemon;
+use found::{Blob, Found};
 use layout::Layout;
 
 /// Where an image comes from.
@@ -32,17 +45,35 @@ pub enum Source {
         /// How to run it.
         spec: ImageSpec,
     },
-    /// An OCI layout folder, or an OCI archive (the same as a tar file).
+    /// An OCI layout folder, an OCI archive (the same as a tar file), or a docker archive.
     Layout {
         /// The folder or file.
         path: PathBuf,
-        /// Which image of it, by its `org.opencontainers.image.ref.name`; needed where there are several.
+        /// Which image of it, by its name; needed where there are several.
         name: Option<String>,
     },
+    /// An image that docker, podman or containerd hold.
+    Daemon {
+        /// Who holds it.
+        daemon: Daemon,
+        /// Its name there.
+        image: String,
+    },
+    /// An image in another registry.
+    Registry {
+        /// Who reads it.
+        client: Client,
+        /// Its name.
+        reference: Reference,
+        /// Whether to take all platforms, where there are several, and not only this machine's.
+        all_platforms: bool,
+    },
+    /// A Dockerfile.
+    Build(Build),
 }
 
 impl Source {
-    /// Tells the sources apart: a file is an OCI archive, a folder with an `oci-layout` file is an OCI layout, any
+    /// Tells the sources on disk apart: a file is an archive, a folder with an `oci-layout` file is an OCI layout, any
     /// other folder is a root filesystem, run as `spec` says.
     pub fn detect(path: &Path, spec: ImageSpec) -> Result<Source> {
         let metadata = std::fs::metadata(path).map_err(Error::io("reading", path))?;
@@ -51,6 +82,37 @@ impl Source {
         }
         Ok(Source::Directory { root: path.to_owned(), spec })
     }
+
+    /// Reads sources that are named by a prefix: `docker-daemon:`, `podman:` and `containerd:` with an image's name
+    /// there, `registry:` with a reference or a URL and repository, and `docker://` with a reference as docker reads
+    /// it. None for any other text. `client` reads from other registries; `all_platforms` is for those.
+    pub fn named(text: &str, client: &Client, all_platforms: bool) -> Result<Option<Source>> {
+        for daemon in [Daemon::Docker, Daemon::Podman, Daemon::Containerd] {
+            if let Some(image) = text.strip_prefix(daemon.prefix()).and_then(|rest| rest.strip_prefix(':')) {
+                return Ok(Some(Source::Daemon { daemon, image: image.to_owned() }));
+            }
+        }
+        let (client, reference) = if let Some(name) = text.strip_prefix("docker://") {
+            let mut reference: Reference = name.parse()?;
+            reference.registry.get_or_insert_with(|| "docker.io".to_owned());
+            (client.clone(), reference)
+        } else if let Some(name) = text.strip_prefix("registry:") {
+            match name.split_once("://").and_then(|(scheme, rest)| Some((scheme, rest.split_once('/')?))) {
+                Some((scheme, (host, name))) => (client.at(&format!("{scheme}://{host}"))?, name.parse()?),
+                None => (client.clone(), name.parse()?),
+            }
+        } else {
+            return Ok(None);
+        };
+        Ok(Some(Source::Registry { client, reference, all_platforms }))
+    }
+}
+
+/// How to pack, beyond the source.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PackOptions {
+    /// Layers of an image that exists already stay as they are, and so does its digest.
+    pub keep_layers: bool,
 }
 
 /// How an image that is packed from a directory runs.
@@ -101,7 +163,7 @@ pub struct PackedImage {
     pub bytes_packed: u64,
     /// Time that packing took.
     pub elapsed: Duration,
-    _work: Option<tempfile::TempDir>,
+    _work: tempfile::TempDir,
 }
 
 impl PackedImage {
@@ -113,27 +175,69 @@ impl PackedImage {
 
 /// Makes an image from a source. Temporary files go into a new folder below `work`.
 pub async fn pack(source: &Source, work: &Path, progress: &SharedProgress) -> Result<PackedImage> {
-    let (source, work, progress) = (source.clone(), work.to_owned(), progress.clone());
-    let packing = tokio::task::spawn_blocking(move || match source {
-        Source::Directory { root, spec } => pack_directory(&root, &spec, &work, &progress),
-        Source::Layout { path, name } => pack_layout(&path, name.as_deref()),
-    });
-    packing.await.map_err(|_| Error::Cancelled)?
+    pack_with(source, work, progress, PackOptions::default()).await
 }
 
-fn pack_directory(
-    root: &Path,
-    spec: &ImageSpec,
+/// The same as [`pack`], with options.
+pub async fn pack_with(
+    source: &Source,
     work: &Path,
     progress: &SharedProgress,
+    options: PackOptions,
 ) -> Result<PackedImage> {
     let begun = Instant::now();
-    let container = spec.container()?;
     std::fs::create_dir_all(work).map_err(Error::io("creating", work))?;
     let dir =
         tempfile::Builder::new().prefix("pack-").tempdir_in(work).map_err(Error::io("creating", work))?;
-    let layer_path = dir.path().join("layer.tar.zst");
-    let layer = directory::write_layer(root, &layer_path, progress)?;
+    let found = match source {
+        Source::Directory { root, spec } => return pack_directory(root, spec, dir, progress, begun).await,
+        Source::Layout { path, name } => open_layout(path, name.as_deref()).await?,
+        Source::Daemon { daemon, image } => {
+            open_layout(&daemon::export(*daemon, image, dir.path(), progress).await?, None).await?
+        }
+        Source::Registry { client, reference, all_platforms } => {
+            mirror::find(client, reference, *all_platforms).await?
+        }
+        Source::Build(build) => open_layout(&build::build(build, dir.path(), progress).await?, None).await?,
+    };
+    let (manifests, all, bytes_read) = if options.keep_layers {
+        let bytes = found.blobs.iter().map(Blob::size).sum();
+        (found.manifests, found.blobs, bytes)
+    } else {
+        let repacked = repack::run(found, dir.path(), progress).await?;
+        (repacked.manifests, repacked.blobs, repacked.bytes_read)
+    };
+    let bytes_packed = all.iter().map(Blob::size).sum();
+    let (mut blobs, mut remote) = (Vec::new(), Vec::new());
+    for blob in all {
+        match blob {
+            Blob::File(file) => blobs.push(file),
+            Blob::Remote(one) => remote.push(one),
+        }
+    }
+    let elapsed = begun.elapsed();
+    Ok(PackedImage { manifests, blobs, remote, bytes_read, bytes_packed, elapsed, _work: dir })
+}
+
+async fn open_layout(path: &Path, name: Option<&str>) -> Result<Found> {
+    let (path, name) = (path.to_owned(), name.map(str::to_owned));
+    let open = move || Layout::open(&path)?.find(name.as_deref());
+    tokio::task::spawn_blocking(open).await.map_err(|_| Error::Cancelled)?
+}
+
+async fn pack_directory(
+    root: &Path,
+    spec: &ImageSpec,
+    dir: tempfile::TempDir,
+    progress: &SharedProgress,
+    begun: Instant,
+) -> Result<PackedImage> {
+    let container = spec.container()?;
+    let guard = layer::Guard::default();
+    let (from, to) = (root.to_owned(), dir.path().join("layer-0"));
+    let (progress, watch) = (progress.clone(), guard.watch());
+    let packing = move || directory::write_layer(&from, &to, &progress, &watch);
+    let (layer, bytes_read) = tokio::task::spawn_blocking(packing).await.map_err(|_| Error::Cancelled)??;
     let platform = Platform::host();
     let config = ImageConfig {
         architecture: platform.architecture,
@@ -152,11 +256,15 @@ fn pack_directory(
         annotations: None,
     };
     let (config_digest, config_size) = (Digest::of(&config), config.len() as u64);
+    let described = Descriptor {
+        annotations: Some(layer.annotations),
+        ..describe(OCI_LAYER_ZSTD, &layer.digest, layer.size)
+    };
     let manifest = Manifest {
         schema_version: 2,
         media_type: Some(OCI_MANIFEST.to_owned()),
         config: describe(OCI_CONFIG, &config_digest, config_size),
-        layers: vec![describe(OCI_LAYER_ZSTD, &layer.digest, layer.size)],
+        layers: vec![described],
     };
     let bytes = to_json("the manifest", &manifest)?;
     let manifest =
@@ -164,29 +272,14 @@ fn pack_directory(
     Ok(PackedImage {
         manifests: vec![manifest],
         blobs: vec![
-            BlobFile { digest: layer.digest, size: layer.size, path: layer_path, offset: 0 },
+            BlobFile { digest: layer.digest, size: layer.size, path: layer.path, offset: layer.offset },
             BlobFile { digest: config_digest, size: config_size, path: config_path, offset: 0 },
         ],
         remote: Vec::new(),
-        bytes_read: layer.bytes_read,
+        bytes_read,
         bytes_packed: layer.size + config_size,
         elapsed: begun.elapsed(),
-        _work: Some(dir),
-    })
-}
-
-fn pack_layout(path: &Path, name: Option<&str>) -> Result<PackedImage> {
-    let begun = Instant::now();
-    let (manifests, blobs) = Layout::open(path)?.collect(name)?;
-    let bytes = blobs.iter().map(|blob| blob.size).sum();
-    Ok(PackedImage {
-        manifests,
-        blobs,
-        remote: Vec::new(),
-        bytes_read: bytes,
-        bytes_packed: bytes,
-        elapsed: begun.elapsed(),
-        _work: None,
+        _work: dir,
     })
 }
 

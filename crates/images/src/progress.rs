@@ -3,9 +3,15 @@
 use std::sync::Arc;
 
 /// What is being done to an item.
+///
+/// A total of 0 bytes means that it isn't known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Stage {
-    /// A directory becomes a layer.
+    /// A builder makes an image.
+    Build,
+    /// Another program hands over an image that it holds.
+    Export,
+    /// A directory, or a layer that was packed otherwise, becomes a layer.
     Pack,
     /// A blob goes to a registry.
     Send,
@@ -31,6 +37,8 @@ pub trait Progress: Send + Sync {
     /// `done_bytes` of the item are done, more or less than was told so far: an upload goes on where the registry
     /// says, not where it broke off.
     fn moved(&self, _item: &Item, _done_bytes: u64) {}
+    /// Another program that works on the item wrote this line.
+    fn said(&self, _item: &Item, _line: &str) {}
     /// The item is done.
     fn finished(&self, item: &Item);
     /// The item needs no work, because it is there already.

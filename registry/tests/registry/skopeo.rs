@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use anyplace_images::{NoProgress, Reference, Source, Store, pack, push};
+use anyplace_images::{NoProgress, PackOptions, Reference, Source, Store, pack, pack_with, push};
 
 use crate::images::layout;
 use crate::support::{Registry, assert_same_tree, is_root, source, tree};
@@ -59,7 +59,8 @@ async fn skopeo_copies_both_ways() {
     skopeo(path, to(local("oci", "layout:v1"), at("by/skopeo:v1"))).await;
     skopeo(path, from(at("by/skopeo:v1"), local("oci-archive", "archive.tar:v1"))).await;
     let archive = Source::detect(&path.join("archive.tar"), Default::default()).unwrap();
-    let again = pack(&archive, &path.join("work"), &progress).await.unwrap();
+    let keep = PackOptions { keep_layers: true };
+    let again = pack_with(&archive, &path.join("work"), &progress, keep).await.unwrap();
     assert_eq!(again.digest(), packed.digest(), "passing through changed the image");
 
     // A tree that GNU tar archived; through a docker archive, skopeo makes gzip layers and docker's own manifest.
@@ -97,10 +98,13 @@ async fn skopeo_copies_both_ways() {
     skopeo(path, args).await;
     let copied = second.client().get_manifest(&"copy:v1".parse().unwrap()).await.unwrap();
     assert_eq!(copied.digest, manifest.digest);
-    // A docker archive is no source of ours, and the error says what to do.
+    // A docker archive is a source of ours too.
     let source = Source::detect(&path.join("docker.tar"), Default::default()).unwrap();
-    let error = pack(&source, &path.join("work"), &progress).await.unwrap_err().to_string();
-    assert!(error.contains("skopeo copy docker-archive:FILE oci-archive:"), "{error}");
+    let packed = pack(&source, &path.join("work"), &progress).await.unwrap();
+    let ours: Reference = "from/docker:v1".parse().unwrap();
+    push(&packed, &ours, &client, &progress).await.unwrap();
+    let image = store.pull(&ours, &client, &progress).await.unwrap();
+    assert_same_tree(&plain, &image.layers[0]);
     second.stop().await;
     registry.stop().await;
 }

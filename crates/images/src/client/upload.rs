@@ -95,6 +95,13 @@ impl Client {
         self.head_blob_at(&target, digest, Grant::Pull).await
     }
 
+    /// Whether the registry answers, and lets this client push to the reference's repository, as far as it tells
+    /// without a push.
+    pub async fn check_push(&self, reference: &Reference) -> Result<()> {
+        let target = self.target(reference)?;
+        self.head_blob_at(&target, &Digest::of(b""), Grant::Push).await.map(drop)
+    }
+
     /// Sends a blob unless the registry has it.
     pub async fn put_blob(
         &self,

@@ -1,4 +1,4 @@
-//! A directory as one zstd tar layer with reproducible bytes.
+//! A directory as one layer with reproducible bytes.
 //!
 //! The bytes depend only on names, kinds, modes, contents, links and extended attributes: entries are sorted by
 //! name, all belong to root, and all times are 0. Overlayfs' whiteouts (character device 0:0, opaque folders) become
@@ -7,60 +7,21 @@
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::fs::{File, Metadata};
-use std::io::{self, BufWriter, Read, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use tar::{Builder, EntryType, Header};
 
-use crate::digest::{Digest, Hasher};
+use super::layer::{PackedLayer, Watch, pack_tar};
+use super::pipe::{PipeWriter, pipe};
 use crate::error::{Error, Result};
 use crate::progress::{Item, SharedProgress, Stage};
 use crate::store::{OPAQUE_MARKER, OPAQUE_XATTR, WHITEOUT_PREFIX};
 
-/// zstd's own default: the next levels cost twice the time for a few per cent.
-const ZSTD_LEVEL: i32 = 3;
 /// Deepest folder that is packed: a bound on recursion, well above what PATH_MAX allows in practice.
 const DEPTH_MAX: usize = 1_024;
-
-/// A layer that was written.
-pub(super) struct Layer {
-    /// Digest of the compressed file.
-    pub(super) digest: Digest,
-    /// Size of the compressed file.
-    pub(super) size: u64,
-    /// Digest of the archive inside.
-    pub(super) diff_id: Digest,
-    /// Bytes of file contents that were read.
-    pub(super) bytes_read: u64,
-}
-
-/// Counts and hashes what is written through it.
-struct HashingWriter<W> {
-    inner: W,
-    hasher: Hasher,
-    written: u64,
-}
-
-impl<W: Write> HashingWriter<W> {
-    fn new(inner: W) -> Self {
-        HashingWriter { inner, hasher: Hasher::sha256(), written: 0 }
-    }
-}
-
-impl<W: Write> Write for HashingWriter<W> {
-    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        let written = self.inner.write(buf)?;
-        self.hasher.update(&buf[..written]);
-        self.written += written as u64;
-        Ok(written)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.inner.flush()
-    }
-}
 
 /// Keys and values that go before an entry.
 type PaxRecords = Vec<(String, Vec<u8>)>;
@@ -71,8 +32,15 @@ struct Entry {
     metadata: Metadata,
 }
 
-/// Packs `root` into the file `to`.
-pub(super) fn write_layer(root: &Path, to: &Path, progress: &SharedProgress) -> Result<Layer> {
+/// Packs `root` into the file `to`; also gives the bytes of file contents that were read.
+///
+/// One thread reads the tree and writes its archive, this one packs what arrives.
+pub(super) fn write_layer(
+    root: &Path,
+    to: &Path,
+    progress: &SharedProgress,
+    watch: &Watch,
+) -> Result<(PackedLayer, u64)> {
     let metadata = std::fs::metadata(root).map_err(Error::io("reading", root))?;
     if !metadata.is_dir() {
         return Err(Error::InvalidSource { path: root.to_owned(), reason: "it is no folder".to_owned() });
@@ -89,28 +57,48 @@ pub(super) fn write_layer(root: &Path, to: &Path, progress: &SharedProgress) -> 
     let item = Item { stage: Stage::Pack, name: "layer".to_owned() };
     progress.started(&item, total_bytes);
 
-    let file = File::create(to).map_err(Error::io("creating", to))?;
-    let outer = HashingWriter::new(BufWriter::with_capacity(1 << 20, file));
-    let mut encoder = zstd::Encoder::new(outer, ZSTD_LEVEL).map_err(Error::io("compressing", to))?;
-    encoder.include_checksum(true).map_err(Error::io("compressing", to))?;
-    let mut writer = Writer {
-        root,
-        tar: Builder::new(HashingWriter::new(encoder)),
-        links: HashMap::new(),
-        item: &item,
-        progress,
-        bytes_read: 0,
+    let (writer, mut reader) = pipe();
+    let (packed, archived) = std::thread::scope(|threads| {
+        let archiving = threads.spawn(|| archive(root, &entries, writer, &item, progress, watch));
+        let packed = pack_tar(&mut reader, to);
+        // The other thread mustn't wait for a reader that gave up.
+        drop(reader);
+        (packed, archiving.join())
+    });
+    let archived = archived.map_err(|_| Error::Cancelled)?;
+    let packed = match (packed, archived) {
+        (Ok(packed), Ok(bytes_read)) => (packed, bytes_read),
+        // Where reading failed, the packer only knows that its source broke off, and the other way round.
+        (Err(error), Ok(_)) => return Err(error),
+        (Ok(_), Err(error)) => return Err(error),
+        (Err(packing), Err(reading)) => return Err(if is_broken_pipe(&reading) { packing } else { reading }),
     };
-    for entry in &entries {
+    progress.finished(&item);
+    Ok(packed)
+}
+
+fn is_broken_pipe(error: &Error) -> bool {
+    matches!(error, Error::Io { source, .. } if source.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// Writes the tree's archive, and gives the bytes of file contents that were read.
+fn archive(
+    root: &Path,
+    entries: &[Entry],
+    to: PipeWriter,
+    item: &Item,
+    progress: &SharedProgress,
+    watch: &Watch,
+) -> Result<u64> {
+    let mut writer =
+        Writer { root, tar: Builder::new(to), links: HashMap::new(), item, progress, watch, bytes_read: 0 };
+    for entry in entries {
         writer.append(entry)?;
     }
     let bytes_read = writer.bytes_read;
-    let inner = writer.tar.into_inner().map_err(Error::io("writing", to))?;
-    let diff_id = inner.hasher.finish();
-    let outer = inner.inner.finish().map_err(Error::io("writing", to))?;
-    outer.inner.into_inner().map_err(|e| e.into_error()).map_err(Error::io("writing", to))?;
-    progress.finished(&item);
-    Ok(Layer { digest: outer.hasher.finish(), size: outer.written, diff_id, bytes_read })
+    let pipe = writer.tar.into_inner().map_err(Error::io("packing", root))?;
+    pipe.finish().map_err(Error::io("packing", root))?;
+    Ok(bytes_read)
 }
 
 fn walk(root: &Path, relative: &Path, depth: usize, entries: &mut Vec<Entry>) -> Result<()> {
@@ -150,6 +138,7 @@ struct Writer<'a, W: Write> {
     links: HashMap<(u64, u64), PathBuf>,
     item: &'a Item,
     progress: &'a SharedProgress,
+    watch: &'a Watch,
     bytes_read: u64,
 }
 
@@ -209,8 +198,8 @@ impl<W: Write> Writer<'_, W> {
                 .map_err(Error::io("reading", &path))?;
             let mut header = new_header(EntryType::Regular, mode);
             header.set_size(metadata.len());
-            let (item, progress) = (self.item, self.progress);
-            let mut reader = Counting { file: file.take(metadata.len()), read: 0, item, progress };
+            let (item, progress, watch) = (self.item, self.progress, self.watch);
+            let mut reader = Counting { file: file.take(metadata.len()), read: 0, item, progress, watch };
             self.record(&entry.relative, header, None, attributes, &mut reader)?;
             if reader.read != metadata.len() {
                 let reason = "it shrank while it was read; try again when nothing writes to it".to_owned();
@@ -307,10 +296,12 @@ struct Counting<'a> {
     read: u64,
     item: &'a Item,
     progress: &'a SharedProgress,
+    watch: &'a Watch,
 }
 
 impl Read for Counting<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.watch.check()?;
         let read = self.file.read(buf)?;
         self.read += read as u64;
         self.progress.advanced(self.item, read as u64);
