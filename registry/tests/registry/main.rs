@@ -6,5 +6,6 @@ mod api;
 mod cache;
 mod images;
 mod skopeo;
+mod spec;
 mod support;
 mod uploads;
