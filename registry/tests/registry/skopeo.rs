@@ -62,6 +62,9 @@ async fn skopeo_copies_both_ways() {
     let keep = PackOptions { keep_layers: true };
     let again = pack_with(&archive, &path.join("work"), &progress, keep).await.unwrap();
     assert_eq!(again.digest(), packed.digest(), "passing through changed the image");
+    // So does packing what is packed already.
+    let again = pack(&archive, &path.join("work"), &progress).await.unwrap();
+    assert_eq!(again.digest(), packed.digest(), "packing again changed the image");
 
     // A tree that GNU tar archived; through a docker archive, skopeo makes gzip layers and docker's own manifest.
     let plain = path.join("plain");

@@ -12,8 +12,6 @@ use crate::error::{Error, Result};
 use crate::pieces::{PIECES_ANNOTATION, PieceHasher, Pieces};
 use crate::progress::{Item, SharedProgress};
 
-/// zstd's own default: the next levels cost twice the time for a few per cent.
-const ZSTD_LEVEL: i32 = 3;
 /// Read and write size of layers.
 const BUFFER_BYTES: usize = 256 << 10;
 const GZIP_MAGIC: &[u8] = &[0x1f, 0x8b];
@@ -160,35 +158,45 @@ pub(super) fn is_plain(first: &[u8]) -> bool {
 /// Packs the archive that `tar` gives into the file `to`.
 pub(super) fn pack_tar(tar: &mut dyn Read, to: &Path) -> Result<PackedLayer> {
     let file = File::create(to).map_err(Error::io("creating", to))?;
-    let blob = BlobWriter {
+    let mut blob = BlobWriter {
         inner: BufWriter::with_capacity(BUFFER_BYTES, file),
-        hasher: Hasher::sha256(),
         pieces: PieceHasher::new(Pieces::piece_bytes_for(0)),
         written: 0,
     };
-    let mut encoder = zstd::Encoder::new(blob, ZSTD_LEVEL).map_err(Error::io("compressing", to))?;
-    encoder.include_checksum(true).map_err(Error::io("compressing", to))?;
-    let mut archive = Hasher::sha256();
-    let mut buffer = vec![0; BUFFER_BYTES];
-    loop {
-        let read = tar.read(&mut buffer).map_err(Error::io("packing", to))?;
-        if read == 0 {
-            break;
-        }
-        archive.update(&buffer[..read]);
-        encoder.write_all(&buffer[..read]).map_err(Error::io("writing", to))?;
+    let packed =
+        zstd_chunked::pack(tar, &mut blob, &zstd_chunked::Options::default()).map_err(|e| refused(e, to))?;
+    if let Some(why) = &packed.plain {
+        tracing::info!(layer = %packed.diff_id, why, "packed as an ordinary zstd layer");
     }
-    let blob = encoder.finish().map_err(Error::io("writing", to))?;
-    let (digest, size) = (blob.hasher.clone().finish(), blob.written);
-    let pieces = blob.finish(to)?;
-    let annotations = BTreeMap::from([(PIECES_ANNOTATION.to_owned(), pieces.to_string())]);
-    Ok(PackedLayer { digest, size, diff_id: archive.finish(), annotations, path: to.to_owned(), offset: 0 })
+    let mut annotations = packed.annotations.map(|annotations| annotations.to_map()).unwrap_or_default();
+    annotations.insert(PIECES_ANNOTATION.to_owned(), blob.finish(to)?.to_string());
+    Ok(PackedLayer {
+        digest: digest(packed.digest)?,
+        size: packed.size,
+        diff_id: digest(packed.diff_id)?,
+        annotations,
+        path: to.to_owned(),
+        offset: 0,
+    })
+}
+
+fn digest(digest: zstd_chunked::Digest) -> Result<Digest> {
+    digest.to_string().parse()
+}
+
+fn refused(error: zstd_chunked::Error, to: &Path) -> Error {
+    match error {
+        zstd_chunked::Error::Io { source, .. } => Error::io("packing", to)(source),
+        other => Error::Unsupported {
+            what: format!("the layer ({other})"),
+            help: "--keep-layers pushes an image's layers as they are".to_owned(),
+        },
+    }
 }
 
 /// The blob's file, hashed by pieces as it is written.
 struct BlobWriter {
     inner: BufWriter<File>,
-    hasher: Hasher,
     pieces: PieceHasher,
     written: u64,
 }
@@ -196,9 +204,8 @@ struct BlobWriter {
 impl BlobWriter {
     fn finish(mut self, path: &Path) -> Result<Pieces> {
         self.inner.flush().map_err(Error::io("writing", path))?;
-        let piece_bytes = Pieces::piece_bytes_for(self.written);
         let pieces = self.pieces.finish();
-        if pieces.piece_bytes() == piece_bytes {
+        if pieces.piece_bytes() == Pieces::piece_bytes_for(self.written) {
             return Ok(pieces);
         }
         // Only now is it known that the blob is one of the largest, which have larger pieces.
@@ -210,7 +217,6 @@ impl BlobWriter {
 impl Write for BlobWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let written = self.inner.write(bytes)?;
-        self.hasher.update(&bytes[..written]);
         self.pieces.update(&bytes[..written]);
         self.written += written as u64;
         Ok(written)

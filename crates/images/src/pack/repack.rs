@@ -25,9 +25,10 @@ use crate::pack::BlobFile;
 use crate::pieces::{PIECES_ANNOTATION, Pieces};
 use crate::progress::{Item, SharedProgress, Stage};
 
-/// Most layers that are packed at once, however many cores there are. Each takes about 16 MiB for its compressor,
-/// table of contents and buffers, so that all together stay below 128 MiB.
-const PARALLEL_MAX: usize = 8;
+/// Most layers that are packed at once, however many cores there are: one is compressed on all cores already, others
+/// fill the gaps in which it waits for its source. Each holds about 40 MiB (frames in work, a context for each core),
+/// so that all together stay below 160 MiB.
+const PARALLEL_MAX: usize = 4;
 const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
 /// Layers that are archives of files, in all spellings.
 const LAYER_TYPES: [&str; 6] = [
@@ -38,8 +39,6 @@ const LAYER_TYPES: [&str; 6] = [
     "application/vnd.docker.image.rootfs.diff.tar.gzip",
     "application/vnd.docker.image.rootfs.diff.tar.zstd",
 ];
-const CHUNKED_CHECKSUM: &str = "io.github.containers.zstd-chunked.manifest-checksum";
-const CHUNKED_POSITION: &str = "io.github.containers.zstd-chunked.manifest-position";
 
 /// An image that is packed, and what that took.
 pub(super) struct Repacked {
@@ -155,7 +154,8 @@ fn has(layer: &Descriptor, annotation: &str) -> bool {
 }
 
 fn is_chunked(layer: &Descriptor) -> bool {
-    layer.media_type.ends_with("zstd") && has(layer, CHUNKED_CHECKSUM) && has(layer, CHUNKED_POSITION)
+    let known = layer.annotations.as_ref().map(zstd_chunked::Annotations::from_map);
+    layer.media_type.ends_with("zstd") && matches!(known, Some(Ok(Some(_))))
 }
 
 fn item(digest: &Digest) -> Item {
@@ -276,16 +276,18 @@ fn rewrite_image(raw: &RawManifest, packed: &BTreeMap<Digest, PackedLayer>) -> R
     let mut changed = false;
     for layer in list(&mut value, "layers") {
         let Some(packed) = digest_of(layer).and_then(|digest| packed.get(&digest)) else { continue };
-        changed = true;
-        let layer = object("a layer of the manifest", layer)?;
-        layer.insert("mediaType".into(), OCI_LAYER_ZSTD.into());
-        layer.insert("digest".into(), packed.digest.as_str().into());
-        layer.insert("size".into(), packed.size.into());
-        let annotations = layer.entry("annotations").or_insert_with(|| Map::new().into());
+        let before = layer.clone();
+        let fields = object("a layer of the manifest", layer)?;
+        fields.insert("mediaType".into(), OCI_LAYER_ZSTD.into());
+        fields.insert("digest".into(), packed.digest.as_str().into());
+        fields.insert("size".into(), packed.size.into());
+        let annotations = fields.entry("annotations").or_insert_with(|| Map::new().into());
         let annotations = object("the annotations of a layer", annotations)?;
         for (key, text) in &packed.annotations {
             annotations.insert(key.clone(), text.as_str().into());
         }
+        // A layer that can't be zstd:chunked and was packed by us before comes out as it went in.
+        changed |= *layer != before;
     }
     if !changed {
         return Ok(None);
