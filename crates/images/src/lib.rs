@@ -6,6 +6,7 @@
 //! - [`Client`]: one registry over HTTP, each byte checked against its digest.
 //! - [`pack`] and [`push`]: from a directory, a layout or archive, a daemon, another registry or a build to a registry.
 //! - [`Pieces`]: hashes that let a cache verify a part of a blob.
+//! - [`tree`], [`erofs`] and [`mount`]: all layers' files as one tree, and the tree as a mount.
 //! - [`Store`]: from a registry to unpacked layers on disk, ready for an overlay mount.
 //!
 //! This crate must not know about machines, schedulers or runtimes: it moves and keeps images.

@@ -111,6 +111,12 @@ pub fn mount_tree(lower: &Path, upper: &Path, work: &Path, target: &Path) -> Res
         .map_err(|e| failed(&lower.display().to_string(), String::new(), e.into()))
 }
 
+/// Mounts the metadata alone, as overlayfs sees it.
+#[cfg(test)]
+pub(crate) fn mount_metadata(metadata: &Path, target: &Path) -> Result<()> {
+    attach(&erofs(metadata)?, target)
+}
+
 /// Overlayfs over an image, mounted nowhere yet.
 fn overlay(metadata: &Path, objects: &Path, upper_and_work: Option<(&Path, &Path)>) -> Result<OwnedFd> {
     let lower = erofs(metadata)?;

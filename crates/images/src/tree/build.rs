@@ -46,6 +46,8 @@ struct Stamp {
     named: u32,
     /// Last layer that hid what lower ones have in it.
     hidden: u32,
+    /// Last layer that has it only by saying that it is opaque.
+    opaque: u32,
 }
 
 impl Builder {
@@ -142,9 +144,7 @@ impl Builder {
     /// Hides what lower layers have in the folder `path`.
     pub fn opaque(&mut self, path: &[u8]) -> Result<()> {
         let parts = names(path)?;
-        let dir = self.folder(path, &parts)?;
-        self.hide_below(dir);
-        Ok(())
+        self.opaque_in(path, &parts)
     }
 
     /// The tree that all layers add up to. Ids follow the order of [`Tree::walk`], whatever the layers' order was.
@@ -183,9 +183,7 @@ impl Builder {
 
     fn marker(&mut self, path: &[u8], parents: &[&[u8]], name: &[u8], hidden: &[u8]) -> Result<()> {
         if name == OPAQUE_MARKER {
-            let dir = self.folder(path, parents)?;
-            self.hide_below(dir);
-            return Ok(());
+            return self.opaque_in(path, parents);
         }
         if hidden.starts_with(WHITEOUT_PREFIX) {
             // Bookkeeping of aufs (`.wh..wh.plnk` and the like), of no meaning to anyone else.
@@ -195,6 +193,13 @@ impl Builder {
             return Err(refused(path, "it deletes no name that a file can have"));
         }
         self.whiteout_in(path, parents, hidden)
+    }
+
+    fn opaque_in(&mut self, path: &[u8], folder: &[&[u8]]) -> Result<()> {
+        let dir = self.folder(path, folder)?;
+        self.hide_below(dir);
+        self.stamp(dir).opaque = self.layer;
+        Ok(())
     }
 
     fn whiteout_in(&mut self, path: &[u8], parents: &[&[u8]], name: &[u8]) -> Result<()> {
@@ -209,7 +214,7 @@ impl Builder {
         let Some(id) = self.child(parent, name) else { return };
         let of_this_layer = self.is_current(parent, name, id);
         let stays = match self.tree.node(id).names() {
-            Some(_) => self.hide_below(id) || of_this_layer,
+            Some(_) => self.hide_below(id) || of_this_layer || self.stamp(id).opaque == self.layer,
             None => of_this_layer,
         };
         if !stays {

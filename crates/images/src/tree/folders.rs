@@ -29,16 +29,16 @@ pub fn write_folders(tree: &Tree, objects: &Path, dest: &Path) -> Result<()> {
             continue;
         }
         make(node, objects, &at, path.is_empty())?;
-        // Times of folders last, since making what is in them changes them.
+        // Folders' last: making what is in them changes their times, and would inherit their default ACLs.
         if node.names().is_some() {
             dirs.push((at, node));
         } else {
-            set_time(&at, &node.meta)?;
+            set_xattrs_and_time(&at, &node.meta)?;
             first_names.insert(id, at);
         }
     }
     for (at, node) in dirs.into_iter().rev() {
-        set_time(&at, &node.meta)?;
+        set_xattrs_and_time(&at, &node.meta)?;
     }
     Ok(())
 }
@@ -62,14 +62,11 @@ fn make(node: &Node, objects: &Path, at: &Path, is_root: bool) -> Result<()> {
         Kind::Fifo => device(FileType::Fifo, 0, 0)?,
     }
     let meta = &node.meta;
-    // The owner before the mode and attributes: a change of owner drops setuid bits and capabilities.
+    // The owner before the mode, and attributes after both: a change of owner drops setuid bits and capabilities.
     let (uid, gid) = (Uid::from_raw(meta.uid), Gid::from_raw(meta.gid));
     rustix::fs::chownat(CWD, at, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW).map_err(failed)?;
     if !matches!(node.kind, Kind::Symlink(_)) {
         rustix::fs::chmod(at, Mode::from_raw_mode(meta.mode)).map_err(failed)?;
-    }
-    for (name, value) in &meta.xattrs {
-        rustix::fs::lsetxattr(at, &*escape_xattr(name), value, XattrFlags::empty()).map_err(failed)?;
     }
     Ok(())
 }
@@ -89,7 +86,11 @@ fn copy(digest: &Digest, size: u64, objects: &Path, at: &Path) -> Result<()> {
     Ok(())
 }
 
-fn set_time(at: &Path, meta: &Meta) -> Result<()> {
+fn set_xattrs_and_time(at: &Path, meta: &Meta) -> Result<()> {
+    for (name, value) in &meta.xattrs {
+        rustix::fs::lsetxattr(at, &*escape_xattr(name), value, XattrFlags::empty())
+            .map_err(|e| Error::io("setting attributes of", at)(e.into()))?;
+    }
     let time = Timespec { tv_sec: meta.mtime_s, tv_nsec: meta.mtime_ns.into() };
     let times = Timestamps { last_access: time, last_modification: time };
     let set = rustix::fs::utimensat(CWD, at, &times, AtFlags::SYMLINK_NOFOLLOW);

@@ -121,6 +121,7 @@ fn metas() -> impl Strategy<Value = Meta> {
             put(32, "user.empty", b"");
             put(64, "security.capability", &capability());
             put(128, "system.posix_acl_access", &acl());
+            put(64, "system.posix_acl_default", &acl());
             meta
         },
     )
@@ -188,6 +189,7 @@ fn allowed(mut node: Node) -> Node {
     let (is_file, is_dir) = (matches!(node.kind, Kind::File(_)), node.names().is_some());
     node.meta.xattrs.retain(|name, _| match &name[..] {
         b"security.capability" => is_file,
+        b"system.posix_acl_default" => is_dir,
         name if name.starts_with(b"user.") || name.starts_with(b"system.") => is_file || is_dir,
         _ => true,
     });
