@@ -56,7 +56,11 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         Client::new(&config.location_scheduler, Some(token.clone())).context("location_scheduler")?;
     let credentials = config.registry_credentials_file.as_deref().map(Credentials::from_file).transpose()?;
     let registry = anyplace_images::Client::new(&config.registry, credentials)?;
-    let store = open_store(&paths.images()).await?;
+    let options = anyplace_images::Options {
+        budget_bytes: config.image_budget.map(|budget| budget.0),
+        prewarm_bytes_per_s: config.prewarm_rate.map(|rate| rate.0),
+    };
+    let store = open_store(&paths.images(), options).await?;
 
     let mut conditions = Vec::new();
     let cgroups = Cgroups::detect(Path::new(cgroup::MOUNT))
@@ -91,6 +95,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     };
     control.find_instances(&settling);
     drop(settling);
+    ctx.images.start_evicting();
     if !control.instances.is_empty() {
         // They may run already: under the rules of today's configuration, not of the last agent's.
         let ctx = ctx.clone();
@@ -107,6 +112,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     tokio::select! {
         () = control.follow(desired) => {}
         () = reporter => {}
+        never = ctx.images.tidy() => match never {},
         () = shutdown.cancelled() => {}
         Some(ended) = services.join_next() => ended.context("the HTTP server panicked")??,
     }
@@ -138,10 +144,10 @@ async fn leave(ctx: Arc<Context>) {
     }
 }
 
-async fn open_store(folder: &Path) -> anyhow::Result<Store> {
+async fn open_store(folder: &Path, options: anyplace_images::Options) -> anyhow::Result<Store> {
     let begun = Instant::now();
     loop {
-        match Store::open(folder) {
+        match Store::open(folder, options) {
             Err(anyplace_images::Error::StoreInUse { .. }) if begun.elapsed() < STORE_PATIENCE => {
                 sleep(Duration::from_millis(50)).await;
             }
@@ -195,12 +201,14 @@ impl Control {
         for name in names(&self.ctx.paths.instances()) {
             let Ok(instance) = name.parse::<InstanceId>() else { continue };
             let paths = self.ctx.paths.instance(&instance);
-            let Some(Record { assignment, restarts }) = files::read_json::<Record>(&paths.record) else {
+            let Some(Record { assignment, restarts, image }) = files::read_json::<Record>(&paths.record)
+            else {
                 continue;
             };
             tracing::info!(%instance, "found an instance");
             self.ctx.claims.claim(assignment.address, &instance);
-            self.spawn(assignment, Origin::Found { restarts, settled: settling.clone() });
+            let image = image.and_then(|manifest| self.ctx.images.hold(&manifest));
+            self.spawn(assignment, Origin::Found { restarts, image, settled: settling.clone() });
         }
     }
 

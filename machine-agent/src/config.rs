@@ -49,6 +49,14 @@ pub struct Config {
     /// What the machine has; read from the machine where it isn't said.
     #[serde(default)]
     pub resources: Option<MachineResources>,
+    /// What images may take on disk; those that were used longest ago go when there are more. Images in use, or to be
+    /// kept warm, stay. No bound unless said.
+    #[serde(default)]
+    pub image_budget: Option<Bytes>,
+    /// Bytes a second that images to be kept warm are fetched with, all together. Without it they take what live
+    /// pulls leave.
+    #[serde(default)]
+    pub prewarm_rate: Option<Bytes>,
     /// GPUs; asked from NVML where none is said.
     #[serde(default)]
     pub gpus: Vec<Gpu>,
@@ -108,6 +116,8 @@ mod tests {
             protected_cidrs = ["10.1.0.0/24"]
             reserved = { cpu = "0", memory = "256Mi" }
             resources = { cpu = "4", memory = "8Gi", disk = "50Gi" }
+            image_budget = "30Gi"
+            prewarm_rate = "20Mi"
             [[gpus]]
             model = "H100"
             memory = "80Gi"
@@ -115,6 +125,10 @@ mod tests {
         let config: Config = toml::from_str(text).unwrap();
         assert_eq!(config.listen, default_listen());
         assert_eq!(config.cgroup_parent, "/anyplace");
+        assert_eq!(
+            (config.image_budget, config.prewarm_rate),
+            (Some(Bytes(30 << 30)), Some(Bytes(20 << 20)))
+        );
         assert_eq!(config.reserved.memory, Bytes(256 << 20));
         assert_eq!(config.gpus[0].model, "H100");
         let error = toml::from_str::<Config>(&format!("uplinks = 1\n{text}")).unwrap_err().to_string();

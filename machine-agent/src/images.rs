@@ -8,17 +8,22 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyplace_images::{Client, Error, Item, Progress, PulledImage, Reference, SharedProgress, Store};
+use anyplace_images::{
+    Client, Digest, Error, Item, Progress, PullClass, PullOptions, PulledImage, Reference, SharedProgress,
+    Store,
+};
 use anyplace_model::{Condition, ImageState, ReasonCode};
 use anyplace_service::Backoff;
 use tokio::sync::Semaphore;
 
 use crate::board::Board;
 
-/// Images that are fetched at once; each uses several connections and cores.
+/// Images of a class that are fetched at once; each uses several connections and cores.
 const PARALLEL: usize = 4;
 const FIRST_RETRY: Duration = Duration::from_millis(250);
 const LAST_RETRY: Duration = Duration::from_secs(10);
+/// How often leftovers are looked for; a pull that is tried again goes on with them until then.
+const TIDY_EVERY: Duration = Duration::from_secs(3_600);
 /// Progress is a report to the scheduler each time.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
@@ -27,7 +32,9 @@ pub(crate) struct Images {
     store: Store,
     client: Client,
     board: Arc<Board>,
-    permits: Semaphore,
+    /// One set for each class: prewarming, which may be slow on purpose, keeps no live pull waiting.
+    live: Semaphore,
+    prewarm: Semaphore,
 }
 
 /// Why an image can't be had.
@@ -41,13 +48,44 @@ pub(crate) struct ImageProblem {
 
 impl Images {
     pub(crate) fn new(store: Store, client: Client, board: Arc<Board>) -> Self {
-        Self { store, client, board, permits: Semaphore::new(PARALLEL) }
+        Self { store, client, board, live: Semaphore::new(PARALLEL), prewarm: Semaphore::new(PARALLEL) }
+    }
+
+    /// The image of an instance that an earlier agent started, so that it stays.
+    pub(crate) fn hold(&self, manifest: &Digest) -> Option<PulledImage> {
+        self.store.hold(manifest).unwrap_or_else(|error| {
+            tracing::warn!(%manifest, %error, "can't find the image of an instance");
+            None
+        })
+    }
+
+    /// Every image in use is held: from now on others may go.
+    pub(crate) fn start_evicting(&self) {
+        self.store.start_evicting();
+    }
+
+    /// Removes what pulls left that never came to their end, every now and then.
+    pub(crate) async fn tidy(&self) -> std::convert::Infallible {
+        loop {
+            tokio::time::sleep(TIDY_EVERY).await;
+            let store = self.store.clone();
+            match tokio::task::spawn_blocking(move || store.collect()).await {
+                Ok(Ok(0)) => {}
+                Ok(Ok(bytes)) => tracing::info!(bytes, "removed what belongs to no image"),
+                Ok(Err(error)) => tracing::warn!(%error, "can't tidy the image store"),
+                Err(error) => tracing::error!(%error, "tidying the image store panicked"),
+            }
+        }
     }
 
     /// Makes sure that an image is here.
-    pub(crate) async fn ensure(&self, reference: &str) -> Result<PulledImage, ImageProblem> {
+    pub(crate) async fn ensure(
+        &self,
+        reference: &str,
+        class: PullClass,
+    ) -> Result<PulledImage, ImageProblem> {
         let name: Reference = reference.parse().map_err(|error| explain(&error))?;
-        let meter: SharedProgress = Arc::new(Meter {
+        let progress: SharedProgress = Arc::new(Meter {
             board: self.board.clone(),
             reference: reference.into(),
             done: AtomicU64::new(0),
@@ -55,8 +93,19 @@ impl Images {
             told: Mutex::new(Instant::now()),
         });
         // The semaphore is never closed; without a permit the fetch is only less polite.
-        let _permit = self.permits.acquire().await;
-        self.store.pull(&name, &self.client, &meter).await.map_err(|error| explain(&error))
+        let permits = match class {
+            PullClass::Live => &self.live,
+            PullClass::Prewarm => &self.prewarm,
+        };
+        let _permit = permits.acquire().await;
+        let begun = Instant::now();
+        let options = PullOptions { progress, class };
+        let image = self.store.pull(&name, &self.client, &options).await.map_err(|error| explain(&error))?;
+        if image.stats.layers > 0 {
+            let (stats, ms) = (image.stats, begun.elapsed().as_millis());
+            tracing::info!(reference, ?class, ms, ?stats, "fetched an image");
+        }
+        Ok(image)
     }
 
     /// Makes an image warm, however often it takes, and says on the board how it stands.
@@ -64,8 +113,13 @@ impl Images {
         let mut retry = Backoff::new(FIRST_RETRY, LAST_RETRY);
         self.board.set_image(reference, ImageState::Pulling { done: 0, total: 0 });
         loop {
-            match self.ensure(reference).await {
-                Ok(_) => return self.board.set_image(reference, ImageState::Warm),
+            match self.ensure(reference, PullClass::Prewarm).await {
+                Ok(image) => {
+                    self.board.set_image(reference, ImageState::Warm);
+                    // Warm is what it stays for as long as it is wanted.
+                    std::future::pending::<()>().await;
+                    drop(image);
+                }
                 Err(ImageProblem { reason, message, permanent }) => {
                     tracing::warn!(reference, message, "can't fetch an image");
                     self.board.set_image(reference, ImageState::Failed(Condition { reason, message }));
@@ -94,6 +148,7 @@ fn explain(error: &Error) -> ImageProblem {
         Error::Unsupported { .. }
         | Error::NoPlatform { .. }
         | Error::InvalidManifest { .. }
+        | Error::LayerLimit { .. }
         | Error::UnsafeEntry { .. } => (ReasonCode::StartFailed, true),
         _ => (ReasonCode::StartFailed, false),
     };

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use anyplace_images::PulledImage;
+use anyplace_images::{Digest, PullClass, PulledImage};
 use anyplace_model::{Assignment, InstanceId, InstanceStatus};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -89,6 +89,9 @@ impl Claims {
 pub(crate) struct Record {
     pub(crate) assignment: Assignment,
     pub(crate) restarts: u32,
+    /// Manifest of the image that it was started from, which must stay as long as it runs.
+    #[serde(default)]
+    pub(crate) image: Option<Digest>,
 }
 
 /// What the location scheduler wants of an instance.
@@ -104,6 +107,7 @@ pub(crate) enum Origin {
     /// An earlier agent left it. The sender is dropped once it is known what it is like now.
     Found {
         restarts: u32,
+        image: Option<PulledImage>,
         settled: mpsc::Sender<()>,
     },
 }
@@ -124,9 +128,9 @@ pub(crate) async fn run(
 ) -> InstanceId {
     let (sender, mut messages) = mpsc::channel(MESSAGES);
     let paths = ctx.paths.instance(&assignment.instance);
-    let (restarts, mut settled) = match origin {
-        Origin::New => (0, None),
-        Origin::Found { restarts, settled } => (restarts, Some(settled)),
+    let (restarts, image, mut settled) = match origin {
+        Origin::New => (0, None, None),
+        Origin::Found { restarts, image, settled } => (restarts, image, Some(settled)),
     };
     let has_readiness = assignment.health.readiness.is_some();
     let mut task = Task {
@@ -135,7 +139,7 @@ pub(crate) async fn run(
         assignment,
         paths,
         sender,
-        image: None,
+        image,
         run: 0,
         work: JoinSet::new(),
         checks: Vec::new(),
@@ -287,7 +291,11 @@ impl Task {
     }
 
     fn record(&self) -> anyhow::Result<()> {
-        let record = Record { assignment: (*self.assignment).clone(), restarts: self.lifecycle.restarts };
+        let record = Record {
+            assignment: (*self.assignment).clone(),
+            restarts: self.lifecycle.restarts,
+            image: self.image.as_ref().map(|image| image.manifest.clone()),
+        };
         std::fs::create_dir_all(&self.paths.dir)?;
         crate::files::write_json(&self.paths.record, &record)
     }
@@ -295,7 +303,7 @@ impl Task {
     fn pull(&mut self) {
         let (ctx, assignment, sender) = (self.ctx.clone(), self.assignment.clone(), self.sender.clone());
         self.work.spawn(async move {
-            let result = Box::new(ctx.images.ensure(&assignment.image).await);
+            let result = Box::new(ctx.images.ensure(&assignment.image, PullClass::Live).await);
             // Here and not while it starts: an instance that only waits can be removed at once.
             while !ctx.claims.claim(assignment.address, &assignment.instance) {
                 sleep(ADDRESS_POLL).await;

@@ -1,10 +1,10 @@
-//! The instance's root file system: overlayfs over the image's layers.
+//! The instance's root file system: the image, with what the instance writes above it.
 
 use std::{fs, path::Path};
 
 use anyhow::Context as _;
 use anyplace_images::PulledImage;
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MntFlags, umount2};
 
 use crate::paths::InstancePaths;
 
@@ -15,14 +15,9 @@ pub(crate) fn mount_fresh(image: &PulledImage, paths: &InstancePaths) -> anyhow:
         remove(folder)?;
         fs::create_dir_all(folder).with_context(|| format!("can't make {}", folder.display()))?;
     }
-    let options = image.overlay_options(&paths.upper, &paths.work)?;
-    mount(Some("overlay"), &paths.merged, Some("overlay"), MsFlags::empty(), Some(options.as_str()))
-        .with_context(|| {
-            format!(
-                "can't mount {}; check that the kernel has overlayfs (`modprobe overlay`)",
-                paths.merged.display()
-            )
-        })
+    image
+        .mount(&paths.upper, &paths.work, &paths.merged)
+        .with_context(|| format!("can't mount the image at {}", paths.merged.display()))
 }
 
 /// Unmounts everything that is mounted at a path.

@@ -82,6 +82,11 @@ impl Digest {
         Algorithm::Sha256.digest(bytes)
     }
 
+    /// The sha256 digest with these bytes.
+    pub(crate) fn from_sha256(bytes: [u8; 32]) -> Digest {
+        Digest(format!("sha256:{}", hex::encode(bytes)))
+    }
+
     /// The algorithm's name, the part before the colon.
     pub fn algorithm(&self) -> &str {
         self.kind().as_str()

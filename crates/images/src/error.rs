@@ -151,6 +151,49 @@ pub enum Error {
         reason: String,
     },
 
+    /// A layer's archive or compression is damaged. Nothing of the layer was kept.
+    #[error("a layer can't be read: {reason}; push the image again")]
+    InvalidLayer {
+        /// What is wrong with it.
+        reason: String,
+    },
+
+    /// A layer holds more than is accepted. Nothing of it was kept.
+    #[error(
+        "a layer has {found} {what}, and at most {limit} are accepted; split it, or leave out what isn't needed"
+    )]
+    LayerLimit {
+        /// What was counted.
+        what: &'static str,
+        /// How many there are (or more).
+        found: u64,
+        /// How many are accepted.
+        limit: u64,
+    },
+
+    /// The disk is full.
+    #[error("no space left on the disk while {doing} `{path}`; free some, or set a smaller `image_budget`")]
+    DiskFull {
+        /// What was being done.
+        doing: &'static str,
+        /// To which file.
+        path: PathBuf,
+    },
+
+    /// The image is not in the store.
+    #[error("no image `{reference}` in the store; run `anyplace image ls` to see what is there")]
+    NotInStore {
+        /// What was asked for.
+        reference: String,
+    },
+
+    /// The image is in use.
+    #[error("the image `{reference}` is in use; stop its instances first")]
+    ImageInUse {
+        /// Which image.
+        reference: String,
+    },
+
     /// A layer's archive has an entry that must not be unpacked. Nothing of the layer was kept.
     #[error("the layer is refused because of its entry `{entry}`: {reason}")]
     UnsafeEntry {
@@ -218,7 +261,10 @@ impl Error {
     /// For `map_err`: an I/O error with what was being done, and to what.
     pub(crate) fn io(doing: &'static str, path: impl AsRef<Path>) -> impl FnOnce(io::Error) -> Error {
         let path = path.as_ref().to_owned();
-        move |source| Error::Io { doing, path, source }
+        move |source| match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Error::DiskFull { doing, path },
+            _ => Error::Io { doing, path, source },
+        }
     }
 
     /// Whether the registry could not be reached at all, so that a local copy may stand in.

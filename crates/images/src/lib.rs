@@ -7,7 +7,7 @@
 //! - [`pack`] and [`push`]: from a directory, a layout or archive, a daemon, another registry or a build to a registry.
 //! - [`Pieces`]: hashes that let a cache verify a part of a blob.
 //! - [`tree`], [`erofs`] and [`mount`]: all layers' files as one tree, and the tree as a mount.
-//! - [`Store`]: from a registry to unpacked layers on disk, ready for an overlay mount.
+//! - [`Store`]: a machine's images: files by their content, fetched once, ready to be mounted.
 //!
 //! This crate must not know about machines, schedulers or runtimes: it moves and keeps images.
 
@@ -35,4 +35,4 @@ pub use pieces::{PIECES_ANNOTATION, Pieces};
 pub use progress::{Item, NoProgress, Progress, SharedProgress, Stage};
 pub use push::{Journal, PushOptions, PushSummary, push, push_with};
 pub use reference::{Reference, check_repository, check_tag};
-pub use store::{PulledImage, Store, StoredImage};
+pub use store::{Options, PullClass, PullOptions, PullStats, PulledImage, Store, StoredImage, Usage};

@@ -1,27 +1,42 @@
-//! The machine's image store: unpacked layers, ready for an overlay mount.
+//! The machine's image store: files by their content, shared by all images, and for each image what to mount.
 //!
-//! Layout below the store's folder (mode 0700, since layers hold other people's setuid files):
-//! - `layers/sha256/<diff id>/`: one unpacked layer, named by the digest of its uncompressed archive
-//! - `blobs/sha256/<digest>`: manifests and configurations
-//! - `images/<digest of the reference>.json`: which manifest a reference means here
+//! Layout below the store's folder (mode 0700, since objects are other people's setuid files):
+//! - `objects/<2 hex>/<62 hex>`: one regular file's bytes, by sha256
+//! - `layers/<diff id>.toc`: what a layer holds ([`table`]); files up to 1 KiB are in there
+//! - `mounts/<manifest>.erofs`: metadata of all layers together; mounted, with `objects` as its contents. On a kernel
+//!   that can't do that, `mounts/<manifest>.tree/` is a plain folder in its place
+//! - `blobs/<algorithm>/<digest>`: manifests and configurations
+//! - `images/<digest of the reference>.json`: which manifest a reference means here; its time is the last use
 //! - `tmp/`: work in progress; emptied when the store is opened
+//! - `dirty`: there while something is written ([`dirty`])
 //! - `lock`: held by the process that has the store open
 //!
-//! Everything is made in `tmp`, synced, and renamed into place once it is complete and verified, so whatever has a
-//! name is whole. The order is layers, blobs, image: an image that is listed can be mounted.
+//! What a record in `images` refers to is whole and on the disk: it is written last, after a sync of everything, and
+//! removed first. A pull is done before that sync is; a crash in between loses the record only.
 
 mod archive;
+mod build;
+mod dirty;
+mod entry;
+mod gc;
+mod governor;
+mod image;
+mod import;
+mod objects;
+mod pool;
 mod pull;
+mod recover;
 mod stream;
-mod unpack;
+mod table;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{ErrorKind, Write as _};
-use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
+use std::time::SystemTime;
 
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
@@ -29,7 +44,18 @@ use serde::{Deserialize, Serialize};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::manifest::{self, ImageConfig, Manifest};
+use crate::mount::Mounter;
 use crate::reference::Reference;
+use dirty::Writers;
+pub use gc::Usage;
+use governor::Governor;
+pub use image::PulledImage;
+use image::Uses;
+use objects::{Objects, lock};
+use pool::Pools;
+pub use pool::PullClass;
+pub use pull::{PullOptions, PullStats};
+use table::Table;
 
 /// A name that starts with this deletes the rest of the name from the layers below.
 pub(crate) const WHITEOUT_PREFIX: &str = ".wh.";
@@ -37,8 +63,16 @@ pub(crate) const WHITEOUT_PREFIX: &str = ".wh.";
 pub(crate) const OPAQUE_MARKER: &str = ".wh..wh..opq";
 /// Overlayfs' own way to say the same.
 pub(crate) const OPAQUE_XATTR: &str = "trusted.overlay.opaque";
-/// mount(2) passes options in one page, with a closing zero byte.
-const MOUNT_OPTIONS_MAX: usize = 4_095;
+
+/// How a store is kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// Bytes that images may take on disk; the images that were used longest ago go when there are more. Images in
+    /// use stay, so it can be exceeded. No bound where it is none.
+    pub budget_bytes: Option<u64>,
+    /// Bytes a second that all prewarming together may fetch; no bound where it is none.
+    pub prewarm_bytes_per_s: Option<u64>,
+}
 
 /// A machine's images on disk. Clones are the same store.
 #[derive(Clone)]
@@ -48,20 +82,31 @@ pub struct Store {
 
 struct Inner {
     dir: PathBuf,
-    /// One lock for each layer that is being fetched, so that concurrent pulls join.
-    fetching: Mutex<HashMap<Digest, Weak<tokio::sync::Mutex<()>>>>,
+    options: Options,
+    objects: Arc<Objects>,
+    writers: Arc<Writers>,
+    pools: Pools,
+    governor: Governor,
+    mounter: OnceLock<Mounter>,
+    /// By reference in its canonical form.
+    images: Mutex<BTreeMap<String, Listed>>,
+    uses: Arc<Uses>,
+    /// What is being fetched, by digest of a manifest or of a layer's archive, so that concurrent pulls join.
+    lanes: Mutex<HashMap<Digest, Weak<Lane>>>,
+    tables: Mutex<HashMap<Digest, Weak<Table>>>,
+    /// Read by pulls that end, written by removals: what a pull counts on is pinned until its image is listed.
+    gc: RwLock<()>,
+    /// Images that are listed, but not on the disk yet.
+    settling: tokio::sync::watch::Sender<usize>,
+    evicting: AtomicBool,
     _lock: Flock<File>,
 }
 
-/// An image in the store.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PulledImage {
-    /// Digest that the reference meant: of a manifest, or of an index.
-    pub digest: Digest,
-    /// How to run it.
-    pub config: ImageConfig,
-    /// Unpacked layers, lowest first.
-    pub layers: Vec<PathBuf>,
+/// One at a time fetches; the others wait.
+struct Lane {
+    turn: Arc<tokio::sync::Mutex<()>>,
+    /// Something live waits, so prewarming must not take its time.
+    urgent: AtomicBool,
 }
 
 /// A line of [`Store::list`].
@@ -75,35 +120,24 @@ pub struct StoredImage {
     pub manifest: Digest,
 }
 
-impl PulledImage {
-    /// Options for mounting the image with overlayfs, below `upper` and with the work folder `work`.
-    ///
-    /// A layer that appears twice is given once (the upper one hides the lower one entirely), since the kernel
-    /// refuses the same folder twice.
-    pub fn overlay_options(&self, upper: &Path, work: &Path) -> Result<String> {
-        let mut lower: Vec<String> = Vec::new();
-        for layer in self.layers.iter().rev() {
-            let layer = escape(layer)?;
-            if !lower.contains(&layer) {
-                lower.push(layer);
-            }
-        }
-        let options =
-            format!("lowerdir={},upperdir={},workdir={}", lower.join(":"), escape(upper)?, escape(work)?);
-        if lower.is_empty() || options.len() > MOUNT_OPTIONS_MAX {
-            return Err(Error::Unsupported {
-                what: format!("an image with {} layers at this length of path", lower.len()),
-                help: "build it with one layer to about 35 (`--squash`), or use a store with a shorter path"
-                    .to_owned(),
-            });
-        }
-        Ok(options)
-    }
+#[derive(Clone, Debug)]
+struct Listed {
+    image: StoredImage,
+    used: SystemTime,
+}
+
+/// The documents of an image.
+struct Documents {
+    manifest: Manifest,
+    config: ImageConfig,
 }
 
 impl Store {
-    /// Opens the store in `dir`, making it if it isn't there, and cleans what a crash left.
-    pub fn open(dir: &Path) -> Result<Store> {
+    /// Opens the store in `dir`, making it if it isn't there, and repairs what a crash left.
+    ///
+    /// Nothing is evicted before [`Store::start_evicting`]: whoever has instances that run says so first
+    /// ([`Store::hold`]).
+    pub fn open(dir: &Path, options: Options) -> Result<Store> {
         let mut builder = std::fs::DirBuilder::new();
         builder.recursive(true).mode(0o700);
         builder.create(dir).map_err(Error::io("creating", dir))?;
@@ -113,21 +147,33 @@ impl Store {
         let file = File::create(&lock_path).map_err(Error::io("creating", &lock_path))?;
         let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock)
             .map_err(|_| Error::StoreInUse { path: dir.to_owned() })?;
-        for sub in ["layers/sha256", "blobs/sha256", "images", "tmp"] {
+        for sub in ["layers", "blobs/sha256", "blobs/sha512", "images", "mounts", "objects", "tmp"] {
             let sub = dir.join(sub);
             builder.create(&sub).map_err(Error::io("creating", &sub))?;
         }
         let tmp = dir.join("tmp");
-        for entry in std::fs::read_dir(&tmp).map_err(Error::io("reading", &tmp))? {
-            let path = entry.map_err(Error::io("reading", &tmp))?.path();
-            let removed = if path.is_dir() && !path.is_symlink() {
-                std::fs::remove_dir_all(&path)
-            } else {
-                std::fs::remove_file(&path)
-            };
-            removed.map_err(Error::io("removing", &path))?;
+        recover::empty(&tmp)?;
+        let inner = Inner {
+            options,
+            objects: Arc::new(Objects::open(&dir.join("objects"), &tmp)?),
+            writers: Writers::new(dir),
+            pools: Pools::default(),
+            governor: Governor::new(options.prewarm_bytes_per_s),
+            mounter: OnceLock::new(),
+            images: Mutex::new(BTreeMap::new()),
+            uses: Arc::default(),
+            lanes: Mutex::new(HashMap::new()),
+            tables: Mutex::new(HashMap::new()),
+            gc: RwLock::new(()),
+            settling: tokio::sync::watch::Sender::new(0),
+            evicting: AtomicBool::new(false),
+            dir: dir.to_owned(),
+            _lock: lock,
+        };
+        inner.load()?;
+        if inner.writers.is_dirty() {
+            inner.recover()?;
         }
-        let inner = Inner { dir: dir.to_owned(), fetching: Mutex::new(HashMap::new()), _lock: lock };
         Ok(Store { inner: Arc::new(inner) })
     }
 
@@ -138,110 +184,135 @@ impl Store {
 
     /// The image of this name, if it is here and complete. Asks no registry.
     pub fn find(&self, reference: &Reference) -> Result<Option<PulledImage>> {
-        let path = self.image_path(reference);
-        let bytes = match std::fs::read(&path) {
-            Ok(bytes) => bytes,
-            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(Error::io("reading", &path)(e)),
+        let key = reference.canonical().to_string();
+        // Nothing is removed between the look and the hold.
+        let _gc = self.inner.gc.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(listed) = lock(&self.inner.images).get(&key).map(|listed| listed.image.clone()) else {
+            return Ok(None);
         };
-        let image: StoredImage = manifest::parse("the store's record of an image", &bytes)?;
-        let Some(manifest) = self.read_blob(&image.manifest)? else { return Ok(None) };
-        let manifest: Manifest = manifest::parse("the manifest", &manifest)?;
-        let Some(config) = self.read_blob(&manifest.config.digest)? else { return Ok(None) };
-        let config: ImageConfig = manifest::parse("the image's configuration", &config)?;
-        let layers: Vec<PathBuf> = config.rootfs.diff_ids.iter().map(|id| self.layer_path(id)).collect();
-        if layers.iter().all(|layer| layer.is_dir()) {
-            return Ok(Some(PulledImage { digest: image.digest, config, layers }));
-        }
-        Ok(None)
+        self.inner.image(&listed.digest, &listed.manifest)
     }
 
     /// All images, by name.
     pub fn list(&self) -> Result<Vec<StoredImage>> {
-        let dir = self.inner.dir.join("images");
-        let mut images = Vec::new();
-        for entry in std::fs::read_dir(&dir).map_err(Error::io("reading", &dir))? {
-            let path = entry.map_err(Error::io("reading", &dir))?.path();
-            let bytes = std::fs::read(&path).map_err(Error::io("reading", &path))?;
-            images.push(manifest::parse("the store's record of an image", &bytes)?);
-        }
+        let mut images: Vec<_> =
+            lock(&self.inner.images).values().map(|listed| listed.image.clone()).collect();
         images.sort();
         Ok(images)
     }
 
-    fn image_path(&self, reference: &Reference) -> PathBuf {
-        let name = Digest::of(reference.canonical().to_string().as_bytes());
-        self.inner.dir.join("images").join(format!("{}.json", name.hex()))
+    /// The image of a manifest, listed or not, for an instance that has been running since before the store was
+    /// opened: it stays as long as what is returned. None if it is gone.
+    pub fn hold(&self, manifest: &Digest) -> Result<Option<PulledImage>> {
+        self.inner.image(manifest, manifest)
     }
 
-    fn layer_path(&self, diff_id: &Digest) -> PathBuf {
-        self.inner.dir.join("layers").join(diff_id.algorithm()).join(diff_id.hex())
+    /// From now on images may be evicted: every one in use is held.
+    pub fn start_evicting(&self) {
+        self.inner.evicting.store(true, Ordering::Relaxed);
+    }
+
+    /// Waits until all images that are listed are on the disk.
+    pub async fn settle(&self) {
+        // The sender lives as long as the store.
+        let _ = self.inner.settling.subscribe().wait_for(|count| *count == 0).await;
+    }
+}
+
+impl Inner {
+    fn record_path(&self, reference: &str) -> PathBuf {
+        self.dir.join("images").join(format!("{}.json", Digest::of(reference.as_bytes()).hex()))
+    }
+
+    fn table_path(&self, diff_id: &Digest) -> PathBuf {
+        self.dir.join("layers").join(format!("{}.toc", diff_id.hex()))
     }
 
     fn blob_path(&self, digest: &Digest) -> PathBuf {
-        self.inner.dir.join("blobs").join(digest.algorithm()).join(digest.hex())
+        self.dir.join("blobs").join(digest.algorithm()).join(digest.hex())
     }
 
     /// A blob of the store; none if it is missing or damaged, so that it is fetched again.
     fn read_blob(&self, digest: &Digest) -> Result<Option<Vec<u8>>> {
         let path = self.blob_path(digest);
         match std::fs::read(&path) {
-            Ok(bytes) => Ok((Digest::of(&bytes) == *digest).then_some(bytes)),
+            Ok(bytes) => Ok((digest.same_of(&bytes) == *digest).then_some(bytes)),
             Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
             Err(e) => Err(Error::io("reading", &path)(e)),
         }
     }
 
+    /// Manifest and configuration of an image; none where either is missing or damaged.
+    fn documents(&self, manifest: &Digest) -> Result<Option<Documents>> {
+        let Some(manifest) = self.read_blob(manifest)? else { return Ok(None) };
+        let manifest: Manifest = manifest::parse("the manifest", &manifest)?;
+        let Some(config) = self.read_blob(&manifest.config.digest)? else { return Ok(None) };
+        let config = manifest::parse("the image's configuration", &config)?;
+        Ok(Some(Documents { manifest, config }))
+    }
+
+    /// A layer's table; none where it is missing or damaged.
+    fn table(&self, diff_id: &Digest) -> Result<Option<Arc<Table>>> {
+        if let Some(table) = lock(&self.tables).get(diff_id).and_then(Weak::upgrade) {
+            return Ok(Some(table));
+        }
+        let Some(table) = Table::read(&self.table_path(diff_id))?.map(Arc::new) else { return Ok(None) };
+        self.remember(diff_id, &table);
+        Ok(Some(table))
+    }
+
+    fn remember(&self, diff_id: &Digest, table: &Arc<Table>) {
+        let mut tables = lock(&self.tables);
+        tables.retain(|_, table| table.strong_count() > 0);
+        tables.insert(diff_id.clone(), Arc::downgrade(table));
+    }
+
     /// Writes a whole file so that it is either there, synced and complete, or not at all.
-    fn write_file(&self, path: &Path, bytes: &[u8]) -> Result<()> {
-        let tmp = self.inner.dir.join("tmp");
+    fn write_durably(&self, path: &Path, bytes: &[u8]) -> Result<()> {
+        let tmp = self.dir.join("tmp");
         let mut file =
             tempfile::NamedTempFile::new_in(&tmp).map_err(Error::io("creating a file in", &tmp))?;
         file.write_all(bytes).map_err(Error::io("writing", path))?;
         file.as_file().sync_all().map_err(Error::io("syncing", path))?;
         file.persist(path).map_err(|e| Error::io("writing", path)(e.error))?;
-        sync_parent(path)
+        dirty::sync_dir(path.parent().unwrap_or(Path::new("/")))
     }
 
-    /// The lock of one layer: whoever holds it may fetch that layer.
-    fn layer_lock(&self, diff_id: &Digest) -> Arc<tokio::sync::Mutex<()>> {
-        let mut fetching = match self.inner.fetching.lock() {
-            Ok(fetching) => fetching,
-            // The map holds no invariant that a panic could break.
-            Err(poisoned) => poisoned.into_inner(),
-        };
-        if let Some(lock) = fetching.get(diff_id).and_then(Weak::upgrade) {
-            return lock;
+    /// Writes a whole file so that this process never sees a part of it; a sync of everything comes later.
+    fn write_whole(&self, path: &Path, bytes: &[u8]) -> Result<()> {
+        let tmp = self.dir.join("tmp");
+        let mut file =
+            tempfile::NamedTempFile::new_in(&tmp).map_err(Error::io("creating a file in", &tmp))?;
+        file.write_all(bytes).map_err(Error::io("writing", path))?;
+        file.persist(path).map(drop).map_err(|e| Error::io("writing", path)(e.error))
+    }
+
+    /// Where whoever wants to fetch this waits for its turn.
+    fn lane(&self, digest: &Digest) -> Arc<Lane> {
+        let mut lanes = lock(&self.lanes);
+        if let Some(lane) = lanes.get(digest).and_then(Weak::upgrade) {
+            return lane;
         }
-        fetching.retain(|_, lock| lock.strong_count() > 0);
-        let lock = Arc::new(tokio::sync::Mutex::new(()));
-        fetching.insert(diff_id.clone(), Arc::downgrade(&lock));
-        lock
+        lanes.retain(|_, lane| lane.strong_count() > 0);
+        let lane = Arc::new(Lane { turn: Arc::default(), urgent: AtomicBool::new(false) });
+        lanes.insert(digest.clone(), Arc::downgrade(&lane));
+        lane
     }
-}
 
-/// Makes a rename durable.
-fn sync_parent(path: &Path) -> Result<()> {
-    let parent = path.parent().unwrap_or(Path::new("/"));
-    File::open(parent).and_then(|dir| dir.sync_all()).map_err(Error::io("syncing", parent))
-}
-
-/// Overlayfs splits its options at commas and lower folders at colons, except after a backslash.
-fn escape(path: &Path) -> Result<String> {
-    let Ok(text) = std::str::from_utf8(path.as_os_str().as_bytes()) else {
-        return Err(Error::Unsupported {
-            what: format!("the path {}", path.display()),
-            help: "use a path in UTF-8".to_owned(),
-        });
-    };
-    let mut escaped = String::with_capacity(text.len());
-    for c in text.chars() {
-        if matches!(c, '\\' | ':' | ',') {
-            escaped.push('\\');
+    /// How this machine mounts images.
+    fn mounter(&self) -> Result<&Mounter> {
+        if let Some(mounter) = self.mounter.get() {
+            return Ok(mounter);
         }
-        escaped.push(c);
+        let found = Mounter::probe(&self.dir.join("tmp"))?;
+        if let Mounter::Folders { reason } = &found {
+            tracing::warn!(
+                reason,
+                "images become plain folders, which takes longer and shares no page cache"
+            );
+        }
+        Ok(self.mounter.get_or_init(|| found))
     }
-    Ok(escaped)
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use anyplace_images::{Error, NoProgress, Reference, Store};
+use anyplace_images::{Error, NoProgress, Options, PullOptions, Reference, Store};
 use reqwest::Method;
 
 use crate::support::{Proxy, Registry, code, header, is_root, noise, source, tree};
@@ -43,20 +43,20 @@ async fn a_cache_serves_on_when_its_upstream_is_gone() {
     let reference: Reference = "team/app:v1".parse().unwrap();
     anyplace_images::push(&packed, &reference, &origin.client(), &progress).await.unwrap();
     let cache = Registry::cache(&dir.path().join("cache"), &origin.url(), &origin.dir).await;
-    let store = Store::open(&dir.path().join("store-1")).unwrap();
-    store.pull(&reference, &cache.client(), &progress).await.unwrap();
+    let store = Store::open(&dir.path().join("store-1"), Options::default()).unwrap();
+    store.pull(&reference, &cache.client(), &PullOptions::default()).await.unwrap();
     origin.stop().await;
 
-    let store = Store::open(&dir.path().join("store-2")).unwrap();
-    let image = store.pull(&reference, &cache.client(), &progress).await.unwrap();
+    let store = Store::open(&dir.path().join("store-2"), Options::default()).unwrap();
+    let image = store.pull(&reference, &cache.client(), &PullOptions::default()).await.unwrap();
     assert_eq!(Some(&image.digest), packed.digest());
     // What was never here says what is wrong; what is pushed now is taken, and served.
     let never = "team/app:v2".parse().unwrap();
-    let error = store.pull(&never, &cache.client(), &progress).await.unwrap_err();
+    let error = store.pull(&never, &cache.client(), &PullOptions::default()).await.unwrap_err();
     assert!(error.to_string().contains("upstream can't be asked"), "{error}");
     let own: Reference = "team/own:v1".parse().unwrap();
     anyplace_images::push(&packed, &own, &cache.client(), &progress).await.unwrap();
-    store.pull(&own, &cache.client(), &progress).await.unwrap();
+    store.pull(&own, &cache.client(), &PullOptions::default()).await.unwrap();
     cache.stop().await;
 }
 

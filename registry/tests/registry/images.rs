@@ -6,12 +6,11 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use anyplace_images::{
-    Client, Credentials, Digest, Error, Item, NoProgress, Progress, Reference, SharedProgress, Source, Store,
-    pack, push,
+    Client, Credentials, Digest, Error, Item, NoProgress, Options, Progress, PullOptions, PulledImage,
+    Reference, SharedProgress, Source, Store, pack, push,
 };
-use nix::mount::{MsFlags, mount, umount};
 
-use crate::support::{Proxy, Registry, assert_same_tree, is_root, noise, source, tree};
+use crate::support::{Mounted, Proxy, Registry, assert_mounts, is_root, noise, source, tree};
 
 /// Adds up what is reported.
 #[derive(Default)]
@@ -73,25 +72,26 @@ async fn what_is_pushed_is_what_is_unpacked() {
         assert_eq!((again.bytes_sent, again.skipped), (0, 2), "{name}");
     }
 
-    let store = Store::open(&bed.dir.path().join("store")).unwrap();
+    let options = PullOptions { progress: progress.clone(), ..PullOptions::default() };
+    let store = Store::open(&bed.dir.path().join("store"), Options::default()).unwrap();
     assert!(!store.has(&reference));
-    let image = store.pull(&reference, &client, &progress).await.unwrap();
+    let image = store.pull(&reference, &client, &options).await.unwrap();
     assert_eq!(image.digest, summary.digest);
     assert_eq!(image.config.container().entrypoint.unwrap(), ["/bin/sh"]);
-    assert_eq!(image.layers.len(), 1);
-    assert_same_tree(&bed.root, &image.layers[0]);
+    assert_eq!((image.stats.layers, image.stats.layers_reused), (1, 0));
+    assert_mounts(&bed.root, &image);
     assert!(store.has(&reference));
     assert_eq!(store.list().unwrap().len(), 1);
     assert_eq!(store.find(&reference).unwrap().unwrap(), image);
     // The same layer under another name is not fetched again.
     sums.skipped.lock().unwrap().clear();
-    store.pull(&"other:v1".parse().unwrap(), &client, &progress).await.unwrap();
+    store.pull(&"other:v1".parse().unwrap(), &client, &options).await.unwrap();
     assert_eq!(sums.skipped.lock().unwrap().len(), 1);
     // With the registry gone, what is here is enough; what isn't, says so.
     registry.stop().await;
-    assert_eq!(store.pull(&reference, &client, &progress).await.unwrap(), image);
+    assert_eq!(store.pull(&reference, &client, &options).await.unwrap(), image);
     let by_digest: Reference = format!("team/app@{}", image.digest).parse().unwrap();
-    let error = store.pull(&by_digest, &client, &progress).await.unwrap_err();
+    let error = store.pull(&by_digest, &client, &options).await.unwrap_err();
     assert!(matches!(error, Error::RegistryUnreachable { .. }));
     assert!(error.to_string().contains("check that the registry at http://127.0.0.1:"), "{error}");
 }
@@ -109,11 +109,11 @@ async fn concurrent_pulls_of_one_image_fetch_it_once() {
     push(&packed, &reference, &registry.client(), &progress).await.unwrap();
     let proxy = Proxy::to(&registry).await;
     let client = Client::new(&proxy.url, Some(registry.credentials())).unwrap();
-    let store = Store::open(&bed.dir.path().join("store")).unwrap();
+    let store = Store::open(&bed.dir.path().join("store"), Options::default()).unwrap();
     let pulls: Vec<_> = (0..8)
         .map(|_| {
             let (store, client, reference) = (store.clone(), client.clone(), reference.clone());
-            tokio::spawn(async move { store.pull(&reference, &client, &NoProgress::shared()).await })
+            tokio::spawn(async move { store.pull(&reference, &client, &PullOptions::default()).await })
         })
         .collect();
     // One that is given up takes none of the others with it.
@@ -123,7 +123,7 @@ async fn concurrent_pulls_of_one_image_fetch_it_once() {
     }
     let configs_and_layer = proxy.blob_fetches.load(Ordering::SeqCst);
     assert!(configs_and_layer <= 8 + 2, "{configs_and_layer} fetches");
-    assert_same_tree(&bed.root, &store.find(&reference).unwrap().unwrap().layers[0]);
+    assert_mounts(&bed.root, &store.find(&reference).unwrap().unwrap());
     registry.stop().await;
 }
 
@@ -141,21 +141,22 @@ async fn damaged_layers_are_refused_and_nothing_is_kept() {
     let file = registry.blob_file(&packed.blobs[0].digest);
     let good = std::fs::read(&file).unwrap();
     let store_dir = bed.dir.path().join("store");
-    let store = Store::open(&store_dir).unwrap();
+    let options = PullOptions::default();
+    let store = Store::open(&store_dir, Options::default()).unwrap();
     let mut flipped = good.clone();
     let middle = flipped.len() / 2;
     flipped[middle] ^= 1;
     for bad in [flipped, good[..middle].to_vec(), [good.clone(), vec![0]].concat()] {
         std::fs::write(&file, bad).unwrap();
-        let error = store.pull(&reference, &client, &progress).await.unwrap_err();
+        let error = store.pull(&reference, &client, &options).await.unwrap_err();
         assert!(matches!(error, Error::DigestMismatch { .. } | Error::SizeMismatch { .. }), "{error:?}");
         assert!(!store.has(&reference));
-        for sub in ["tmp", "layers/sha256", "images"] {
+        for sub in ["tmp", "layers", "images"] {
             assert_eq!(std::fs::read_dir(store_dir.join(sub)).unwrap().count(), 0, "{sub}");
         }
     }
     std::fs::write(&file, good).unwrap();
-    store.pull(&reference, &client, &progress).await.unwrap();
+    store.pull(&reference, &client, &options).await.unwrap();
     registry.stop().await;
 }
 
@@ -264,7 +265,7 @@ async fn layers_mount_as_the_image_that_they_describe() {
     ]);
     let middle =
         layer(&[("etc/.wh.gone", ""), ("d/", ""), ("d/.wh..wh..opq", ""), ("d/new", "2"), ("over", "2")]);
-    layout(&oci, &[bottom.clone(), middle, layer(&[("top", "3")]), bottom.clone()]);
+    layout(&oci, &[bottom.clone(), middle.clone(), layer(&[("top", "3")]), bottom.clone()]);
     // The archive is the same layout in a tar file: both must give the same image.
     let archive = dir.path().join("oci.tar");
     let tar =
@@ -280,30 +281,29 @@ async fn layers_mount_as_the_image_that_they_describe() {
         digests.push(summary.digest);
     }
     assert_eq!(digests[0], digests[1]);
-    let store = Store::open(&dir.path().join("store")).unwrap();
-    let image = store.pull(&"app:folder".parse().unwrap(), &client, &progress).await.unwrap();
-    assert_eq!((&image.digest, image.layers.len()), (&digests[0], 4));
-    let (upper, work, merged) = (dir.path().join("u"), dir.path().join("w"), dir.path().join("m"));
-    for made in [&upper, &work, &merged] {
-        std::fs::create_dir(made).unwrap();
-    }
-    let mut lower = image.clone();
-    lower.layers.pop();
-    let options = lower.overlay_options(&upper, &work).unwrap();
-    mount(Some("overlay"), &merged, Some("overlay"), MsFlags::empty(), Some(options.as_str())).unwrap();
-    let read = |path: &str| std::fs::read_to_string(merged.join(path)).ok();
-    let found = ["etc/kept", "etc/gone", "d/old", "d/new", "over", "top"].map(read);
-    umount(&merged).unwrap();
-    let expected = [Some("1"), None, None, Some("2"), Some("2"), Some("3")].map(|c| c.map(str::to_owned));
-    assert_eq!(found, expected);
-    // With the bottom layer once more on top, its files are back; the kernel must accept the list.
-    let work = dir.path().join("w2");
-    std::fs::create_dir(&work).unwrap();
-    let options = image.overlay_options(&upper, &work).unwrap();
-    mount(Some("overlay"), &merged, Some("overlay"), MsFlags::empty(), Some(options.as_str())).unwrap();
-    let found = ["etc/gone", "over", "top"].map(|path| std::fs::read_to_string(merged.join(path)).ok());
-    umount(&merged).unwrap();
-    assert_eq!(found, [Some("1"), Some("1"), Some("3")].map(|c| c.map(str::to_owned)));
+    let options = PullOptions::default();
+    let store = Store::open(&dir.path().join("store"), Options::default()).unwrap();
+    let image = store.pull(&"app:folder".parse().unwrap(), &client, &options).await.unwrap();
+    assert_eq!((&image.digest, image.stats.layers), (&digests[0], 4));
+    let read = |image: &PulledImage, paths: &[&str]| -> Vec<Option<String>> {
+        let mounted = Mounted::of(image);
+        paths.iter().map(|path| std::fs::read_to_string(mounted.path().join(path)).ok()).collect()
+    };
+    let some = |text: &str| Some(text.to_owned());
+    let found = read(&image, &["etc/kept", "d/old", "d/new", "top"]);
+    assert_eq!(found, [some("1"), some("1"), some("2"), some("3")]);
+    // The bottom layer once more on top: its files are back.
+    assert_eq!(read(&image, &["etc/gone", "over"]), [some("1"), some("1")]);
+    // Without it, what the middle hides is hidden.
+    let three = dir.path().join("three");
+    layout(&three, &[bottom, middle, layer(&[("top", "3")])]);
+    let source = Source::detect(&three, Default::default()).unwrap();
+    let packed = pack(&source, &dir.path().join("work"), &progress).await.unwrap();
+    push(&packed, &"app:three".parse().unwrap(), &client, &progress).await.unwrap();
+    let image = store.pull(&"app:three".parse().unwrap(), &client, &options).await.unwrap();
+    assert_eq!((image.stats.layers, image.stats.layers_reused, image.stats.bytes_fetched), (3, 3, 0));
+    let found = read(&image, &["etc/kept", "etc/gone", "d/old", "d/new", "over", "top"]);
+    assert_eq!(found, [some("1"), None, None, some("2"), some("2"), some("3")]);
     registry.stop().await;
 }
 

@@ -3,10 +3,12 @@
 use std::path::Path;
 use std::process::Command;
 
-use anyplace_images::{NoProgress, PackOptions, Reference, Source, Store, pack, pack_with, push};
+use anyplace_images::{
+    NoProgress, Options, PackOptions, PullOptions, Reference, Source, Store, pack, pack_with, push,
+};
 
 use crate::images::layout;
-use crate::support::{Registry, assert_same_tree, is_root, source, tree};
+use crate::support::{Registry, assert_mounts, is_root, source, tree};
 
 /// False, with the reason printed, where there is no skopeo.
 fn has_skopeo() -> bool {
@@ -86,12 +88,12 @@ async fn skopeo_copies_both_ways() {
     assert_eq!(manifest.media_type, "application/vnd.docker.distribution.manifest.v2+json");
     assert!(String::from_utf8_lossy(&manifest.bytes).contains("tar.gzip"));
 
-    let store = Store::open(&path.join("store")).unwrap();
-    let image = store.pull(&"by/skopeo:v1".parse().unwrap(), &client, &progress).await.unwrap();
+    let store = Store::open(&path.join("store"), Options::default()).unwrap();
+    let image = store.pull(&"by/skopeo:v1".parse().unwrap(), &client, &PullOptions::default()).await.unwrap();
     assert_eq!(image.config.container().entrypoint.unwrap(), ["/bin/sh"]);
-    assert_same_tree(&root, &image.layers[0]);
-    let image = store.pull(&docker, &client, &progress).await.unwrap();
-    assert_same_tree(&plain, &image.layers[0]);
+    assert_mounts(&root, &image);
+    let image = store.pull(&docker, &client, &PullOptions::default()).await.unwrap();
+    assert_mounts(&plain, &image);
     // From one registry to another, without a stop between.
     let second = Registry::start(&path.join("second")).await;
     let second_creds = second.credentials();
@@ -106,8 +108,8 @@ async fn skopeo_copies_both_ways() {
     let packed = pack(&source, &path.join("work"), &progress).await.unwrap();
     let ours: Reference = "from/docker:v1".parse().unwrap();
     push(&packed, &ours, &client, &progress).await.unwrap();
-    let image = store.pull(&ours, &client, &progress).await.unwrap();
-    assert_same_tree(&plain, &image.layers[0]);
+    let image = store.pull(&ours, &client, &PullOptions::default()).await.unwrap();
+    assert_mounts(&plain, &image);
     second.stop().await;
     registry.stop().await;
 }

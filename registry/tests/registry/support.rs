@@ -276,10 +276,40 @@ pub(crate) fn walk(root: &Path) -> Vec<String> {
     lines
 }
 
-/// Compares two trees, and shows only what differs.
-pub(crate) fn assert_same_tree(expected: &Path, found: &Path) {
-    let (expected, found) = (walk(expected), walk(found));
+/// Compares a tree with an image of it, mounted, and shows only what differs.
+pub(crate) fn assert_mounts(expected: &Path, image: &anyplace_images::PulledImage) {
+    // What says that something is hidden is not seen itself.
+    let is_sign = |line: &String| line.contains("etc/deleted") || line.contains("trusted.overlay.opaque");
+    let mounted = Mounted::of(image);
+    let lines = |root: &Path| walk(root).into_iter().filter(|line| !is_sign(line)).collect::<Vec<_>>();
+    let (expected, found) = (lines(expected), lines(&mounted.path()));
     let missing: Vec<_> = expected.iter().filter(|line| !found.contains(line)).collect();
     let extra: Vec<_> = found.iter().filter(|line| !expected.contains(line)).collect();
     assert!(missing.is_empty() && extra.is_empty(), "missing: {missing:#?}\nextra: {extra:#?}");
+    assert!(!mounted.path().join("etc/deleted").exists());
+}
+
+/// An image as a container sees it; unmounted when it is dropped.
+pub(crate) struct Mounted(tempfile::TempDir);
+
+impl Mounted {
+    pub(crate) fn of(image: &anyplace_images::PulledImage) -> Mounted {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        for made in ["upper", "work", "merged"] {
+            std::fs::create_dir(at(made)).unwrap();
+        }
+        image.mount(&at("upper"), &at("work"), &at("merged")).unwrap();
+        Mounted(dir)
+    }
+
+    pub(crate) fn path(&self) -> PathBuf {
+        self.0.path().join("merged")
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        nix::mount::umount(&self.path()).unwrap();
+    }
 }

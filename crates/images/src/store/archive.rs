@@ -83,6 +83,11 @@ impl<R: Read> Archive<R> {
         }
     }
 
+    /// What follows the archive's end.
+    pub(super) fn into_reader(self) -> R {
+        self.reader
+    }
+
     fn header(&mut self) -> io::Result<Option<Header>> {
         let mut header = Header::new_old();
         let block = header.as_mut_bytes();

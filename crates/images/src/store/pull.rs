@@ -1,47 +1,107 @@
-//! Pulling: resolve the name, choose the platform, fetch and unpack the layers that are missing, record the image.
-//!
-//! A layer is decompressed and unpacked while it arrives, into a folder in `tmp`; it gets its name only after the
-//! digest of the blob and the digest of the archive inside were both right.
+//! Pulling: resolve the name, choose the platform, fetch the layers that are missing, and list the image.
 
-use std::io::{self, BufRead, BufReader, Read};
-use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError};
+use std::time::SystemTime;
 
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 
-use super::stream::{ChannelReader, HashingReader, Message, channel};
-use super::unpack::unpack;
-use super::{PulledImage, Store, StoredImage, sync_parent};
+use super::dirty::Writing;
+use super::governor::is_urgent;
+use super::import::{self, Target, Written};
+use super::objects::{Pins, lock};
+use super::pool::{PullClass, spawn};
+use super::stream::{Message, channel};
+use super::table::Table;
+use super::{Inner, Lane, Listed, PulledImage, Store, StoredImage};
 use crate::client::{Client, RawManifest};
-use crate::digest::{Digest, Hasher};
+use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::manifest::{self, Descriptor, ImageConfig, Index, MANIFEST_MAX_BYTES, Manifest, Platform};
-use crate::progress::{Item, SharedProgress, Stage};
+use crate::progress::{Item, NoProgress, SharedProgress, Stage};
 use crate::reference::Reference;
 
-/// Layers that are fetched at once, each with a thread that unpacks it.
-const PARALLEL: usize = 3;
+/// Layers that are fetched at once.
+const PARALLEL: usize = 4;
 /// Deepest nesting of indexes that is followed.
 const INDEX_DEPTH_MAX: usize = 3;
-/// Buffer between the download and the decompressor.
-const BUFFER_BYTES: usize = 128 << 10;
+
+/// How to pull.
+#[derive(Clone)]
+pub struct PullOptions {
+    /// Is told what happens.
+    pub progress: SharedProgress,
+    /// Whom it is for.
+    pub class: PullClass,
+}
+
+impl Default for PullOptions {
+    fn default() -> PullOptions {
+        PullOptions { progress: NoProgress::shared(), class: PullClass::Live }
+    }
+}
+
+/// What a pull took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct PullStats {
+    /// Layers of the image.
+    pub layers: u64,
+    /// Layers that were here already, or that another pull fetched.
+    pub layers_reused: u64,
+    /// Bytes of layers as the registry has them (compressed), all layers together.
+    pub layer_bytes: u64,
+    /// Bytes of layers that came from the registry.
+    pub bytes_fetched: u64,
+    /// Bytes of files and chunks (uncompressed) that were found here in place of fetching them.
+    pub bytes_reused: u64,
+    /// Files of the layers that were fetched.
+    pub files: u64,
+    /// Bytes of objects that were written.
+    pub bytes_written: u64,
+}
+
+/// Counters of a pull that runs, shared by its layers.
+#[derive(Default)]
+pub(super) struct Counters {
+    pub(super) layers_reused: AtomicU64,
+    pub(super) bytes_fetched: AtomicU64,
+    pub(super) bytes_reused: AtomicU64,
+    pub(super) files: AtomicU64,
+    pub(super) bytes_written: AtomicU64,
+}
+
+/// What the parts of one pull share.
+pub(super) struct Pull {
+    pub(super) inner: Arc<Inner>,
+    pub(super) client: Client,
+    pub(super) reference: Reference,
+    pub(super) progress: SharedProgress,
+    pub(super) class: PullClass,
+    pub(super) pins: Arc<Pins>,
+    pub(super) counters: Counters,
+    /// The image's own.
+    lane: Arc<Lane>,
+}
 
 impl Store {
-    /// Makes sure that the image is here, and gives its layers.
+    /// Makes sure that the image is here.
     ///
     /// A name with a tag is resolved at the registry each time; when the registry can't be reached, what the name
-    /// meant last is used if it is here. A name with a digest that is here needs no registry.
+    /// meant last is used if it is here. A name with a digest that is here needs no registry. Pulls of one image, and
+    /// of one layer, that run at once are joined.
     pub async fn pull(
         &self,
         reference: &Reference,
         client: &Client,
-        progress: &SharedProgress,
+        options: &PullOptions,
     ) -> Result<PulledImage> {
         if reference.digest.is_some()
             && let Some(image) = self.find(reference)?
         {
+            self.inner.touch(reference, &image)?;
             return Ok(image);
         }
-        match self.fetch(reference, client, progress).await {
+        match self.inner.fetch(reference, client, options).await {
             Err(error) if error.is_unreachable() => match self.find(reference)? {
                 Some(image) => {
                     tracing::warn!(%reference, %error, digest = %image.digest, "using the image that is here");
@@ -52,22 +112,132 @@ impl Store {
             other => other,
         }
     }
+}
 
+impl Inner {
     async fn fetch(
-        &self,
+        self: &Arc<Self>,
         reference: &Reference,
         client: &Client,
-        progress: &SharedProgress,
+        options: &PullOptions,
     ) -> Result<PulledImage> {
+        let _live = (options.class == PullClass::Live).then(|| self.governor.live());
         let top = client.get_manifest(reference).await?;
         let digest = top.digest.clone();
         let raw = choose_platform(reference, top, client).await?;
+        let lane = self.lane(&raw.digest);
+        let _turn = lane.wait(options.class).await;
+        let (inner, of) = (self.clone(), (digest.clone(), raw.digest.clone()));
+        if let Some(image) = blocking(move || inner.listed(&of.0, &of.1)).await? {
+            let manifest: Manifest = manifest::parse("the manifest", &raw.bytes)?;
+            for layer in &manifest.layers {
+                options.progress.skipped(&item(layer), layer.size);
+            }
+            self.list(reference, &image, None).await?;
+            return Ok(image);
+        }
+        let pull = Pull {
+            inner: self.clone(),
+            client: client.clone(),
+            reference: reference.clone(),
+            progress: options.progress.clone(),
+            class: options.class,
+            pins: Arc::new(self.objects.pins()),
+            counters: Counters::default(),
+            lane: lane.clone(),
+        };
+        pull.run(digest, raw).await
+    }
+
+    /// An image that is listed under any name.
+    fn listed(&self, digest: &Digest, manifest: &Digest) -> Result<Option<PulledImage>> {
+        // Nothing is removed between the look and the hold.
+        let _gc = self.gc.read().unwrap_or_else(PoisonError::into_inner);
+        let is_listed = lock(&self.images).values().any(|listed| listed.image.manifest == *manifest);
+        if is_listed { self.image(digest, manifest) } else { Ok(None) }
+    }
+
+    /// Lists an image under a name, and brings it and its record to the disk later. Its objects stay pinned until
+    /// then, since removals look at records.
+    async fn list(
+        self: &Arc<Self>,
+        reference: &Reference,
+        image: &PulledImage,
+        written: Option<(Writing, Arc<Pins>)>,
+    ) -> Result<()> {
+        let record = StoredImage {
+            reference: reference.canonical(),
+            digest: image.digest.clone(),
+            manifest: image.manifest.clone(),
+        };
+        let key = record.reference.to_string();
+        let known = lock(&self.images).get(&key).is_some_and(|listed| listed.image == record);
+        if known && written.is_none() {
+            return self.touch(reference, image);
+        }
+        let bytes = serde_json::to_vec(&record).map_err(|e| Error::InvalidManifest {
+            what: "the store's record of an image".to_owned(),
+            reason: e.to_string(),
+        })?;
+        let listed = Listed { image: record, used: SystemTime::now() };
+        lock(&self.images).insert(key.clone(), listed.clone());
+        self.settling.send_modify(|count| *count += 1);
+        let (inner, hold) = (self.clone(), image.clone());
+        tokio::task::spawn_blocking(move || {
+            let settled = inner.settle(&key, &bytes, written);
+            if let Err(error) = settled {
+                tracing::error!(%error, image = key, "an image is not on the disk; it is fetched again");
+                let mut images = lock(&inner.images);
+                if images.get(&key).is_some_and(|now| now.image == listed.image) {
+                    images.remove(&key);
+                }
+            }
+            drop(hold);
+            if let Err(error) = inner.evict() {
+                tracing::error!(%error, "can't make room in the image store");
+            }
+            inner.settling.send_modify(|count| *count -= 1);
+        });
+        Ok(())
+    }
+
+    fn settle(&self, key: &str, record: &[u8], written: Option<(Writing, Arc<Pins>)>) -> Result<()> {
+        // Also where nothing was written: the image that this name means now may be waiting for its sync.
+        self.writers.sync()?;
+        self.write_durably(&self.record_path(key), record)?;
+        match written {
+            Some((writing, pins)) => {
+                writing.finish()?;
+                // A removal that is under way hasn't seen the record.
+                let _gc = self.gc.read().unwrap_or_else(PoisonError::into_inner);
+                drop(pins);
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+impl Lane {
+    /// Waits for one's turn; a live pull hurries whoever has it.
+    async fn wait(&self, class: PullClass) -> tokio::sync::OwnedMutexGuard<()> {
+        if class == PullClass::Live {
+            self.urgent.store(true, Ordering::Relaxed);
+        }
+        self.turn.clone().lock_owned().await
+    }
+}
+
+impl Pull {
+    async fn run(self, digest: Digest, raw: RawManifest) -> Result<PulledImage> {
+        let reference = &self.reference;
         let manifest: Manifest = manifest::parse(&format!("the manifest of `{reference}`"), &raw.bytes)?;
         let config_digest = &manifest.config.digest;
-        let config_bytes = match self.read_blob(config_digest)? {
+        let config_bytes = match self.inner.read_blob(config_digest)? {
             Some(bytes) => bytes,
             None => {
-                let blob = client.get_blob(reference, config_digest, Some(manifest.config.size)).await?;
+                let size = Some(manifest.config.size);
+                let blob = self.client.get_blob(reference, config_digest, size).await?;
                 blob.read(MANIFEST_MAX_BYTES).await?
             }
         };
@@ -80,87 +250,188 @@ impl Store {
                 reason: format!("{} diff_ids for {} layers", diff_ids.len(), manifest.layers.len()),
             });
         }
-        // A list, because the compiler can't see that a future made inside a stream's closure may change threads.
-        let mut fetches = Vec::with_capacity(diff_ids.len());
-        for (layer, diff_id) in manifest.layers.iter().zip(diff_ids) {
-            fetches.push(self.ensure_layer(reference, layer, diff_id, client, progress));
-        }
-        stream::iter(fetches).buffer_unordered(PARALLEL).try_collect::<()>().await?;
-        let layers = diff_ids.iter().map(|id| self.layer_path(id)).collect();
-        let record = StoredImage {
-            reference: reference.canonical(),
-            digest: digest.clone(),
-            manifest: raw.digest.clone(),
-        };
-        let record = serde_json::to_vec(&record).map_err(|e| Error::InvalidManifest {
-            what: "the store's record of an image".to_owned(),
-            reason: e.to_string(),
-        })?;
-        let files = [
-            (self.blob_path(config_digest), config_bytes),
-            (self.blob_path(&raw.digest), raw.bytes.to_vec()),
-            (self.image_path(reference), record),
-        ];
-        let store = self.clone();
-        let writing = tokio::task::spawn_blocking(move || {
-            for (path, bytes) in files {
-                if std::fs::read(&path).ok().as_ref() != Some(&bytes) {
-                    store.write_file(&path, &bytes)?;
-                }
-            }
-            Ok(())
+        let inner = self.inner.clone();
+        let writing = blocking(move || {
+            // A removal that is under way must not take what this pull is about to write.
+            let _gc = inner.gc.read().unwrap_or_else(PoisonError::into_inner);
+            inner.writers.begin()
         });
-        writing.await.map_err(|_| Error::Cancelled)??;
-        Ok(PulledImage { digest, config, layers })
+        let writing = writing.await?;
+        let result = self.write(digest, &raw, &manifest, config_bytes, &config).await;
+        match result {
+            Ok(image) => {
+                let written = Some((writing, self.pins.clone()));
+                self.inner.list(&self.reference, &image, written).await?;
+                Ok(image)
+            }
+            Err(error) => {
+                // What is here is whole, only not listed: the next pull goes on with it.
+                if let Err(error) = blocking(move || writing.finish()).await {
+                    tracing::warn!(%error, "can't sync the image store");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn write(
+        &self,
+        digest: Digest,
+        raw: &RawManifest,
+        manifest: &Manifest,
+        config_bytes: Vec<u8>,
+        config: &ImageConfig,
+    ) -> Result<PulledImage> {
+        // A list, because the compiler can't see that a future made inside a stream's closure may change threads.
+        let mut fetches = Vec::with_capacity(manifest.layers.len());
+        for (layer, diff_id) in manifest.layers.iter().zip(&config.rootfs.diff_ids) {
+            fetches.push(self.ensure_layer(layer, diff_id));
+        }
+        let tables: Vec<Arc<Table>> = stream::iter(fetches).buffered(PARALLEL).try_collect().await?;
+        let (inner, id) = (self.inner.clone(), raw.digest.clone());
+        let files = [
+            (self.inner.blob_path(&manifest.config.digest), config_bytes),
+            (self.inner.blob_path(&raw.digest), raw.bytes.to_vec()),
+        ];
+        let image = blocking(move || {
+            inner.build_from(&id, &tables)?;
+            for (path, bytes) in files {
+                inner.write_whole(&path, &bytes)?;
+            }
+            inner.image(&digest, &id)
+        });
+        let mut image = image.await?.ok_or(Error::Cancelled)?;
+        let counters = &self.counters;
+        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        image.stats = PullStats {
+            layers: manifest.layers.len() as u64,
+            layers_reused: of(&counters.layers_reused),
+            layer_bytes: manifest.layers.iter().map(|layer| layer.size).sum(),
+            bytes_fetched: of(&counters.bytes_fetched),
+            bytes_reused: of(&counters.bytes_reused),
+            files: of(&counters.files),
+            bytes_written: of(&counters.bytes_written),
+        };
+        Ok(image)
     }
 
     /// Fetches a layer unless it is here; others that want the same one wait for it.
-    async fn ensure_layer(
+    async fn ensure_layer(&self, layer: &Descriptor, diff_id: &Digest) -> Result<Arc<Table>> {
+        check_layer_type(&layer.media_type)?;
+        let item = item(layer);
+        let lane = self.inner.lane(diff_id);
+        let turn = Arc::new(lane.wait(self.class).await);
+        let (inner, pins, id) = (self.inner.clone(), self.pins.clone(), diff_id.clone());
+        if let Some(table) = blocking(move || inner.whole_layer(&id, &pins)).await? {
+            self.counters.layers_reused.fetch_add(1, Ordering::Relaxed);
+            self.progress.skipped(&item, layer.size);
+            return Ok(table);
+        }
+        self.progress.started(&item, layer.size);
+        let (table, written) = self.fetch_whole(layer, diff_id, &item, &lane, &turn).await?;
+        self.counters.files.fetch_add(written.files, Ordering::Relaxed);
+        self.counters.bytes_written.fetch_add(written.bytes, Ordering::Relaxed);
+        let (inner, id) = (self.inner.clone(), diff_id.clone());
+        let table = blocking(move || {
+            let table = Arc::new(table);
+            inner.write_whole(&inner.table_path(&id), &table.to_bytes()?)?;
+            inner.remember(&id, &table);
+            Ok(table)
+        });
+        let table = table.await?;
+        self.progress.finished(&item);
+        Ok(table)
+    }
+
+    /// Fetches a layer from its first to its last byte.
+    async fn fetch_whole(
         &self,
-        reference: &Reference,
         layer: &Descriptor,
         diff_id: &Digest,
-        client: &Client,
-        progress: &SharedProgress,
-    ) -> Result<()> {
-        check_layer_type(&layer.media_type)?;
-        let item = Item { stage: Stage::Fetch, name: layer.digest.short().to_owned() };
-        let lock = self.layer_lock(diff_id);
-        let guard = lock.lock_owned().await;
-        let path = self.layer_path(diff_id);
-        if path.is_dir() {
-            progress.skipped(&item, layer.size);
-            return Ok(());
-        }
-        let mut blob = client.get_blob(reference, &layer.digest, Some(layer.size)).await?;
-        progress.started(&item, layer.size);
+        item: &Item,
+        lane: &Arc<Lane>,
+        turn: &Arc<tokio::sync::OwnedMutexGuard<()>>,
+    ) -> Result<(Table, Written)> {
+        let mut blob = self.client.get_blob(&self.reference, &layer.digest, Some(layer.size)).await?;
         let (sender, reader) = channel();
-        let (tmp, diff_id) = (self.inner.dir.join("tmp"), diff_id.clone());
-        // The lock goes along: when this pull is given up, the next one waits until the unpacker has noticed.
-        let unpacking = tokio::task::spawn_blocking(move || {
-            let _guard = guard;
-            unpack_layer(reader, &tmp, &path, &diff_id)
-        });
+        let (inner, pins, class) = (self.inner.clone(), self.pins.clone(), self.class);
+        let (diff_id, size) = (diff_id.clone(), layer.size);
+        // The turn goes along: when this pull is given up, the next one waits until the import has noticed.
+        let turn = turn.clone();
+        let importing = on_thread(class, "images-import", move || {
+            let _turn = turn;
+            let pool = inner.pools.of(class);
+            let target = Target { objects: &inner.objects, pins: &pins, pool, class };
+            import::import(reader, size, &diff_id, &target)
+        })?;
         let downloaded = async {
             while let Some(chunk) = blob.chunk().await? {
                 let len = chunk.len() as u64;
+                self.pay(len, lane).await;
                 if sender.send(Message::Data(chunk)).await.is_err() {
-                    // The unpacker gave up: its error says why.
+                    // The import gave up: its error says why.
                     return Ok(());
                 }
-                progress.advanced(&item, len);
+                self.progress.advanced(item, len);
             }
             let _ = sender.send(Message::Complete).await;
             Ok(())
         }
         .await;
         drop(sender);
-        let unpacked = unpacking.await.map_err(|_| Error::Cancelled)?;
-        // A failed download makes the unpacker fail too; the download's error is the cause.
-        downloaded.and(unpacked)?;
-        progress.finished(&item);
-        Ok(())
+        let imported = importing.await.map_err(|_| Error::Cancelled)?;
+        // A failed download makes the import fail too; the download's error is the cause.
+        downloaded.and(imported)
     }
+
+    /// Counts bytes that arrived; prewarming waits until it may take more.
+    pub(super) async fn pay(&self, bytes: u64, lane: &Lane) {
+        self.counters.bytes_fetched.fetch_add(bytes, Ordering::Relaxed);
+        match self.class {
+            PullClass::Live => self.inner.governor.count(bytes),
+            PullClass::Prewarm => {
+                let urgent = || is_urgent(&[&self.lane.urgent, &lane.urgent]);
+                self.inner.governor.pace(bytes, urgent).await;
+            }
+        }
+    }
+}
+
+impl Inner {
+    /// A layer's table if all its objects are here, which are then pinned.
+    fn whole_layer(&self, diff_id: &Digest, pins: &Pins) -> Result<Option<Arc<Table>>> {
+        let Some(table) = self.table(diff_id)? else { return Ok(None) };
+        let whole = table.objects().all(|file| {
+            pins.add(&file.id);
+            self.objects.has(&file.id, file.size)
+        });
+        Ok(whole.then_some(table))
+    }
+}
+
+/// Runs something that blocks, away from the threads that drive the network.
+pub(super) async fn blocking<T: Send + 'static>(
+    body: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(body).await.map_err(|_| Error::Cancelled)?
+}
+
+/// Runs something that blocks for long on a thread of its own, with the priority of its class.
+pub(super) fn on_thread<T: Send + 'static>(
+    class: PullClass,
+    name: &str,
+    body: impl FnOnce() -> T + Send + 'static,
+) -> Result<tokio::sync::oneshot::Receiver<T>> {
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    spawn(class, name, move || {
+        // Nobody listens where the pull was given up.
+        let _ = sender.send(body());
+    })?;
+    Ok(receiver)
+}
+
+fn item(layer: &Descriptor) -> Item {
+    Item { stage: Stage::Fetch, name: layer.digest.short().to_owned() }
 }
 
 async fn choose_platform(reference: &Reference, top: RawManifest, client: &Client) -> Result<RawManifest> {
@@ -203,52 +474,5 @@ fn check_layer_type(media_type: &str) -> Result<()> {
     Err(Error::Unsupported {
         what: format!("a layer of type `{media_type}`"),
         help: "expected a tar archive: plain, gzip or zstd".to_owned(),
-    })
-}
-
-/// Blocking: unpacks what `reader` gives into `tmp`, and moves it to `path` if it is what `diff_id` says.
-fn unpack_layer(reader: ChannelReader, tmp: &Path, path: &Path, diff_id: &Digest) -> Result<()> {
-    let dir = tempfile::Builder::new()
-        .prefix("layer-")
-        .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o755))
-        .tempdir_in(tmp)
-        .map_err(Error::io("creating a folder in", tmp))?;
-    let mut archive = HashingReader { inner: decompressor(reader)?, hasher: Hasher::sha256() };
-    unpack(&mut archive, dir.path())?;
-    // What follows the archive's end (padding) counts for the digests too.
-    let mut rest = vec![0; BUFFER_BYTES];
-    loop {
-        match archive.read(&mut rest) {
-            Ok(0) => break,
-            Ok(_) => {}
-            Err(e) => return Err(Error::io("unpacking a layer into", dir.path())(e)),
-        }
-    }
-    let found = archive.hasher.finish();
-    if found != *diff_id {
-        let what = "the archive inside a layer".to_owned();
-        return Err(Error::DigestMismatch { what, expected: diff_id.clone(), found });
-    }
-    // One sync of the file system in place of one for each of many thousand files.
-    let opened = std::fs::File::open(dir.path()).map_err(Error::io("syncing", dir.path()))?;
-    nix::unistd::syncfs(&opened).map_err(|e| Error::io("syncing", dir.path())(e.into()))?;
-    std::fs::rename(dir.path(), path).map_err(Error::io("moving a layer to", path))?;
-    // The folder has another name now: nothing is left to remove.
-    let _ = dir.keep();
-    sync_parent(path)
-}
-
-/// Tells the compression by the first bytes, since media types are not always right about it.
-fn decompressor(reader: ChannelReader) -> Result<Box<dyn Read>> {
-    let mut reader = BufReader::with_capacity(BUFFER_BYTES, reader);
-    let failed = |e: io::Error| Error::io("unpacking", "a layer")(e);
-    let start = reader.fill_buf().map_err(failed)?;
-    Ok(match start {
-        [0x1f, 0x8b, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(reader)),
-        // A frame, or one of the sixteen skippable frames.
-        [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => {
-            Box::new(zstd::Decoder::with_buffer(reader).map_err(failed)?)
-        }
-        _ => Box::new(reader),
     })
 }

@@ -8,8 +8,6 @@ use std::io::{self, Read};
 use bytes::{Buf as _, Bytes};
 use tokio::sync::mpsc;
 
-use crate::digest::Hasher;
-
 /// Chunks that may wait: with the 16 to 64 KiB that arrive at a time, 1 to 4 MiB.
 const WAITING_MAX: usize = 64;
 
@@ -45,19 +43,5 @@ impl Read for ChannelReader {
         let len = buf.len().min(self.current.len());
         self.current.copy_to_slice(&mut buf[..len]);
         Ok(len)
-    }
-}
-
-/// Hashes what is read through it.
-pub(super) struct HashingReader<R> {
-    pub(super) inner: R,
-    pub(super) hasher: Hasher,
-}
-
-impl<R: Read> Read for HashingReader<R> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let read = self.inner.read(buf)?;
-        self.hasher.update(&buf[..read]);
-        Ok(read)
     }
 }

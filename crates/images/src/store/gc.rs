@@ -1,0 +1,252 @@
+//! Making room: what no image refers to goes, and to keep the budget the images that were used longest ago.
+//!
+//! Records go before what they refer to. What a pull in progress counts on is pinned; what an instance uses is held.
+
+use std::collections::HashSet;
+use std::fs::FileTimes;
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, SystemTime};
+
+use super::dirty::sync_dir;
+use super::objects::lock;
+use super::recover::remove;
+use super::{Inner, PulledImage, Store, StoredImage};
+use crate::digest::Digest;
+use crate::error::{Error, Result};
+use crate::reference::Reference;
+
+/// A use is written down at most this often: the order of eviction needs no more.
+const TOUCH_EVERY: Duration = Duration::from_secs(60);
+
+/// What an image takes on disk.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Usage {
+    /// Which image.
+    pub image: StoredImage,
+    /// Bytes of its files, tables and metadata.
+    pub bytes: u64,
+    /// Of these, bytes that go when it is removed.
+    pub unique_bytes: u64,
+    /// Of these, bytes that other images share.
+    pub shared_bytes: u64,
+    /// Whether something uses it.
+    pub in_use: bool,
+    /// Seconds since 1970 of its last use.
+    pub used_s: u64,
+}
+
+impl Store {
+    /// Removes an image's name, and what no other image needs. An image in use is refused.
+    ///
+    /// Returns how many bytes that freed. Blocks.
+    pub fn remove(&self, reference: &Reference) -> Result<u64> {
+        let inner = &self.inner;
+        let key = reference.canonical().to_string();
+        let found = lock(&inner.images).get(&key).map(|listed| listed.image.manifest.clone());
+        let Some(manifest) = found else {
+            return Err(Error::NotInStore { reference: reference.to_string() });
+        };
+        let names = lock(&inner.images).values().filter(|l| l.image.manifest == manifest).count();
+        if names == 1 && inner.uses.holds(&manifest) {
+            return Err(Error::ImageInUse { reference: reference.to_string() });
+        }
+        inner.forget(&key)?;
+        inner.collect()
+    }
+
+    /// Removes what belongs to no image, such as what pulls left that failed. Returns how many bytes that freed.
+    /// Blocks.
+    pub fn collect(&self) -> Result<u64> {
+        self.inner.collect()
+    }
+
+    /// What each image takes. Blocks.
+    pub fn du(&self) -> Result<Vec<Usage>> {
+        self.inner.usage()
+    }
+}
+
+impl Inner {
+    /// Notes that an image was used now.
+    pub(super) fn touch(&self, reference: &Reference, image: &PulledImage) -> Result<()> {
+        let (now, key) = (SystemTime::now(), reference.canonical().to_string());
+        let mut images = lock(&self.images);
+        let Some(listed) = images.get_mut(&key).filter(|l| l.image.manifest == image.manifest) else {
+            return Ok(());
+        };
+        let age = now.duration_since(listed.used).unwrap_or(TOUCH_EVERY);
+        listed.used = now;
+        drop(images);
+        if age >= TOUCH_EVERY {
+            let path = self.record_path(&key);
+            // A record that isn't written yet gets its time when it is.
+            if let Ok(file) = std::fs::File::options().write(true).open(&path) {
+                file.set_times(FileTimes::new().set_modified(now)).map_err(Error::io("changing", &path))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes a record, first on the disk.
+    fn forget(&self, key: &str) -> Result<()> {
+        remove(&self.record_path(key))?;
+        sync_dir(&self.dir.join("images"))?;
+        lock(&self.images).remove(key);
+        Ok(())
+    }
+
+    fn roots(&self) -> HashSet<Digest> {
+        let mut roots: HashSet<Digest> = self.uses.all().into_iter().collect();
+        roots.extend(lock(&self.images).values().map(|listed| listed.image.manifest.clone()));
+        roots
+    }
+
+    pub(super) fn collect(&self) -> Result<u64> {
+        // No pull lists its image while this looks at what is listed and removes the rest.
+        let _gc = self.gc.write().unwrap_or_else(PoisonError::into_inner);
+        let referred = self.referred(&self.roots())?;
+        if !referred.incomplete.is_empty() {
+            // Without its table nobody knows which objects an image has.
+            let listed: Vec<String> = lock(&self.images)
+                .iter()
+                .filter(|(_, listed)| referred.incomplete.contains(&listed.image.manifest))
+                .map(|(key, _)| key.clone())
+                .collect();
+            for key in &listed {
+                tracing::warn!(image = key, "an image of the store is damaged; it is fetched again");
+                self.forget(key)?;
+            }
+            if referred.incomplete.iter().any(|manifest| self.uses.holds(manifest)) {
+                tracing::warn!("nothing is removed from the image store while a damaged image is in use");
+                return Ok(0);
+            }
+        }
+        let mut loose = Vec::new();
+        self.objects.each(
+            |id, _| {
+                if !referred.objects.contains(&id) {
+                    loose.push(id);
+                }
+                Ok(())
+            },
+            |stray| remove(stray),
+        )?;
+        let mut freed = 0;
+        for id in loose {
+            freed += self.objects.remove(&id)?.unwrap_or(0);
+        }
+        // Tables and mounts have no pins: a pull in progress may have just written one.
+        if self.writers.are_idle() {
+            freed += self.remove_unreferred(&referred)?;
+        }
+        Ok(freed)
+    }
+
+    /// Keeps the budget.
+    pub(super) fn evict(&self) -> Result<()> {
+        let Some(budget) = self.options.budget_bytes else { return Ok(()) };
+        if !self.evicting.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let mut total = self.total()?;
+        if total <= budget {
+            return Ok(());
+        }
+        // What no image needs goes first.
+        self.collect()?;
+        loop {
+            total = self.total()?;
+            if total <= budget {
+                return Ok(());
+            }
+            let oldest = {
+                let images = lock(&self.images);
+                let idle = images.iter().filter(|(_, l)| !self.uses.holds(&l.image.manifest));
+                idle.min_by_key(|(_, listed)| listed.used).map(|(key, _)| key.clone())
+            };
+            let Some(key) = oldest else {
+                tracing::warn!(total, budget, "the image store is over its budget, and all of it is in use");
+                return Ok(());
+            };
+            tracing::info!(image = key, total, budget, "evicting the image that was used longest ago");
+            self.forget(&key)?;
+            self.collect()?;
+        }
+    }
+
+    /// Bytes of everything in the store.
+    pub(super) fn total(&self) -> Result<u64> {
+        let mut total = 0;
+        self.objects.each(
+            |_, size| {
+                total += size;
+                Ok(())
+            },
+            |_| Ok(()),
+        )?;
+        for sub in ["layers", "mounts", "blobs/sha256", "blobs/sha512"] {
+            let dir = self.dir.join(sub);
+            for entry in std::fs::read_dir(&dir).map_err(Error::io("reading", &dir))? {
+                total += entry.and_then(|entry| entry.metadata()).map_or(0, |file| file.len());
+            }
+        }
+        Ok(total)
+    }
+
+    fn usage(&self) -> Result<Vec<Usage>> {
+        let images: Vec<_> = lock(&self.images).values().cloned().collect();
+        // Each part of the store once, with the manifests that need it.
+        let mut parts = std::collections::HashMap::<Part, (u64, HashSet<Digest>)>::new();
+        let manifests: HashSet<Digest> = images.iter().map(|listed| listed.image.manifest.clone()).collect();
+        for manifest in &manifests {
+            let Some(documents) = self.documents(manifest)? else { continue };
+            let mut add = |part: Part, bytes: u64| {
+                parts.entry(part).or_insert_with(|| (bytes, HashSet::new())).1.insert(manifest.clone());
+            };
+            let length = |path: &std::path::Path| std::fs::metadata(path).map_or(0, |file| file.len());
+            add(
+                Part::File(self.mount_path(manifest, self.mounter()?)),
+                length(&self.mount_path(manifest, self.mounter()?)),
+            );
+            for blob in [manifest, &documents.manifest.config.digest] {
+                add(Part::File(self.blob_path(blob)), length(&self.blob_path(blob)));
+            }
+            for diff_id in &documents.config.rootfs.diff_ids {
+                add(Part::File(self.table_path(diff_id)), length(&self.table_path(diff_id)));
+                for file in self.table(diff_id)?.iter().flat_map(|table| table.objects()) {
+                    add(Part::Object(file.id), file.size);
+                }
+            }
+        }
+        let seconds =
+            |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let mut usage: Vec<Usage> = images
+            .into_iter()
+            .map(|listed| {
+                let mine = parts.values().filter(|(_, of)| of.contains(&listed.image.manifest));
+                let (mut bytes, mut unique_bytes) = (0, 0);
+                for (size, of) in mine {
+                    bytes += size;
+                    unique_bytes += if of.len() == 1 { *size } else { 0 };
+                }
+                Usage {
+                    bytes,
+                    unique_bytes,
+                    shared_bytes: bytes - unique_bytes,
+                    in_use: self.uses.holds(&listed.image.manifest),
+                    used_s: seconds(listed.used),
+                    image: listed.image,
+                }
+            })
+            .collect();
+        usage.sort_by(|a, b| a.image.cmp(&b.image));
+        Ok(usage)
+    }
+}
+
+#[derive(PartialEq, Eq, Hash)]
+enum Part {
+    Object(super::objects::ObjectId),
+    File(std::path::PathBuf),
+}

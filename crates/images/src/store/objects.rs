@@ -1,0 +1,359 @@
+//! The store's objects: regular files' bytes, each once, in `objects/<2 hex>/<62 hex>` by their sha256.
+//!
+//! A small object is written straight to its final name, after its bytes were hashed in memory: creating a file and
+//! renaming it costs three times as much, and images have ten thousands of small files. Until it is complete its name
+//! is pending in this process, and who wants the same object waits. A large one is written to a file in `tmp` and
+//! renamed. What a crash leaves half written is found by [`super::dirty`].
+//!
+//! Whoever counts on an object that no image refers to yet pins it before looking whether it is there; removal skips
+//! what is pinned, under the same lock.
+
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::fs::File;
+use std::io::{ErrorKind, Write as _};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, OFlag, openat};
+use nix::sys::stat::{Mode, SFlag, fstatat};
+use nix::unistd::{UnlinkatFlags, unlinkat};
+use sha2::{Digest as _, Sha256};
+
+use crate::digest::Digest;
+use crate::error::{Error, Result};
+
+/// Folders below `objects`: one for each first byte.
+const FOLDERS: usize = 256;
+/// Locks: enough that threads seldom meet.
+const SHARDS: usize = 64;
+/// Runs of zero bytes of this length become holes: the page size of file systems.
+const HOLE_BYTES: usize = 4096;
+
+/// An object's name: the sha256 of its bytes.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct ObjectId(pub(crate) [u8; 32]);
+
+impl ObjectId {
+    pub(crate) fn of(bytes: &[u8]) -> ObjectId {
+        ObjectId(Sha256::digest(bytes).into())
+    }
+
+    /// From `<2 hex>` and `<62 hex>`.
+    fn from_names(folder: &str, name: &str) -> Option<ObjectId> {
+        let mut id = [0; 32];
+        let lower = |text: &str| text.bytes().all(|b| !b.is_ascii_uppercase());
+        (folder.len() == 2 && name.len() == 62 && lower(folder) && lower(name)).then_some(())?;
+        hex::decode_to_slice(folder, &mut id[..1]).ok()?;
+        hex::decode_to_slice(name, &mut id[1..]).ok()?;
+        Some(ObjectId(id))
+    }
+
+    /// `<2 hex>/<62 hex>`, with a closing zero byte left to the callee.
+    fn path(&self) -> String {
+        let mut path = hex::encode(self.0);
+        path.insert(2, '/');
+        path
+    }
+
+    pub(crate) fn digest(&self) -> Digest {
+        Digest::from_sha256(self.0)
+    }
+}
+
+impl fmt::Debug for ObjectId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", hex::encode(self.0))
+    }
+}
+
+impl From<zstd_chunked::Digest> for ObjectId {
+    fn from(digest: zstd_chunked::Digest) -> ObjectId {
+        ObjectId(digest.0)
+    }
+}
+
+/// All objects of a store.
+pub(super) struct Objects {
+    dir: PathBuf,
+    tmp: PathBuf,
+    root: OwnedFd,
+    shards: Vec<Shard>,
+}
+
+#[derive(Default)]
+struct Shard {
+    state: Mutex<State>,
+    written: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// Being written in this process.
+    pending: HashSet<ObjectId>,
+    /// How many count on it.
+    pins: HashMap<ObjectId, u32>,
+}
+
+impl Objects {
+    /// Opens `dir`, making it and its folders where they aren't there.
+    pub(super) fn open(dir: &Path, tmp: &Path) -> Result<Objects> {
+        for byte in 0..FOLDERS {
+            let folder = dir.join(format!("{byte:02x}"));
+            match std::fs::create_dir(&folder) {
+                Err(e) if e.kind() == ErrorKind::NotFound => {
+                    std::fs::create_dir_all(&folder).map_err(Error::io("creating", &folder))?;
+                }
+                Err(e) if e.kind() != ErrorKind::AlreadyExists => {
+                    return Err(Error::io("creating", &folder)(e));
+                }
+                _ => {}
+            }
+        }
+        let root = File::open(dir).map_err(Error::io("opening", dir))?.into();
+        let shards = std::iter::repeat_with(Shard::default).take(SHARDS).collect();
+        Ok(Objects { dir: dir.to_owned(), tmp: tmp.to_owned(), root, shards })
+    }
+
+    /// The folder, for mounting.
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    fn shard(&self, id: &ObjectId) -> &Shard {
+        &self.shards[usize::from(id.0[0]) % SHARDS]
+    }
+
+    /// Whether the object is there, complete, with this size.
+    pub(super) fn has(&self, id: &ObjectId, size: u64) -> bool {
+        if lock(&self.shard(id).state).pending.contains(id) {
+            return false;
+        }
+        self.stat(id).is_ok_and(|found| found == size)
+    }
+
+    /// Size of what lies at the object's name.
+    fn stat(&self, id: &ObjectId) -> nix::Result<u64> {
+        let stat = fstatat(&self.root, id.path().as_str(), AtFlags::AT_SYMLINK_NOFOLLOW)?;
+        if stat.st_mode & SFlag::S_IFMT.bits() != SFlag::S_IFREG.bits() {
+            return Err(Errno::EINVAL);
+        }
+        u64::try_from(stat.st_size).map_err(|_| Errno::EINVAL)
+    }
+
+    pub(super) fn open_object(&self, id: &ObjectId) -> Result<File> {
+        let path = id.path();
+        let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        openat(&self.root, path.as_str(), flags, Mode::empty())
+            .map(File::from)
+            .map_err(|e| Error::io("reading", self.dir.join(path))(e.into()))
+    }
+
+    /// Makes sure that the object is there, whose bytes the caller has hashed; says whether it was written.
+    pub(super) fn put(&self, id: &ObjectId, bytes: &[u8]) -> Result<bool> {
+        self.while_pending(id, || self.write(id, bytes))
+    }
+
+    /// Does something while others that want the same object wait.
+    fn while_pending<T>(&self, id: &ObjectId, doing: impl FnOnce() -> Result<T>) -> Result<T> {
+        let shard = self.shard(id);
+        let mut state = lock(&shard.state);
+        while state.pending.contains(id) {
+            state = shard.written.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.pending.insert(*id);
+        drop(state);
+        let done = doing();
+        lock(&shard.state).pending.remove(id);
+        shard.written.notify_all();
+        done
+    }
+
+    fn write(&self, id: &ObjectId, bytes: &[u8]) -> Result<bool> {
+        let path = id.path();
+        let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let create = || openat(&self.root, path.as_str(), flags, Mode::S_IRUSR | Mode::S_IWUSR);
+        let failed = |e: std::io::Error| Error::io("writing", self.dir.join(&path))(e);
+        let file = match create() {
+            Ok(file) => File::from(file),
+            Err(Errno::EEXIST) => {
+                if self.stat(id) == Ok(bytes.len() as u64) {
+                    return Ok(false);
+                }
+                // Cut off by something outside: nothing that this process wrote has a wrong size.
+                self.unlink(id)?;
+                File::from(create().map_err(|e| failed(e.into()))?)
+            }
+            Err(e) => return Err(failed(e.into())),
+        };
+        write_with_holes(&file, 0, bytes)
+            .and_then(|()| match bytes.last() {
+                // A hole at the end needs the length set.
+                Some(0) => file.set_len(bytes.len() as u64),
+                _ => Ok(()),
+            })
+            .map_err(|e| {
+                // What is half written must not keep the name.
+                let _ = self.unlink(id);
+                failed(e)
+            })?;
+        Ok(true)
+    }
+
+    fn unlink(&self, id: &ObjectId) -> Result<()> {
+        let path = id.path();
+        match unlinkat(&self.root, path.as_str(), UnlinkatFlags::NoRemoveDir) {
+            Ok(()) | Err(Errno::ENOENT) => Ok(()),
+            Err(e) => Err(Error::io("removing", self.dir.join(path))(e.into())),
+        }
+    }
+
+    /// A file for a large object, which gets its name by [`Objects::keep`].
+    pub(super) fn temporary(&self) -> Result<tempfile::NamedTempFile> {
+        tempfile::NamedTempFile::new_in(&self.tmp).map_err(Error::io("creating a file in", &self.tmp))
+    }
+
+    /// Gives a complete file, whose bytes the caller has hashed, its name; says whether it is new.
+    pub(super) fn keep(&self, id: &ObjectId, size: u64, file: tempfile::NamedTempFile) -> Result<bool> {
+        self.while_pending(id, || {
+            if self.stat(id) == Ok(size) {
+                return Ok(false);
+            }
+            let path = self.dir.join(id.path());
+            file.persist(&path).map_err(|e| Error::io("moving an object to", &path)(e.error))?;
+            Ok(true)
+        })
+    }
+
+    /// Removes an object unless it is pinned; says how many bytes that freed.
+    pub(super) fn remove(&self, id: &ObjectId) -> Result<Option<u64>> {
+        let state = lock(&self.shard(id).state);
+        if state.pins.contains_key(id) || state.pending.contains(id) {
+            return Ok(None);
+        }
+        let size = self.stat(id).unwrap_or(0);
+        self.unlink(id)?;
+        drop(state);
+        Ok(Some(size))
+    }
+
+    /// Removes an object that is damaged, pinned or not, so that it is fetched again.
+    pub(super) fn discard(&self, id: &ObjectId) -> Result<()> {
+        let _state = lock(&self.shard(id).state);
+        self.unlink(id)
+    }
+
+    /// Every object's name and size, in no order. A name that is no object's is given to `stray`.
+    pub(super) fn each(
+        &self,
+        mut object: impl FnMut(ObjectId, u64) -> Result<()>,
+        mut stray: impl FnMut(&Path) -> Result<()>,
+    ) -> Result<()> {
+        let list = |dir: &Path| -> Result<Vec<std::fs::DirEntry>> {
+            let entries = std::fs::read_dir(dir).map_err(Error::io("reading", dir))?;
+            entries.collect::<std::io::Result<_>>().map_err(Error::io("reading", dir))
+        };
+        for folder in list(&self.dir)? {
+            let name = folder.file_name().into_string().unwrap_or_default();
+            let is_dir = folder.file_type().is_ok_and(|kind| kind.is_dir());
+            if !is_dir || name.len() != 2 || u8::from_str_radix(&name, 16).is_err() {
+                stray(&folder.path())?;
+                continue;
+            }
+            for file in list(&folder.path())? {
+                let id = file.file_name().to_str().and_then(|file| ObjectId::from_names(&name, file));
+                match (id, file.metadata()) {
+                    (Some(id), Ok(metadata)) if metadata.is_file() => object(id, metadata.size())?,
+                    (_, Err(e)) if e.kind() == ErrorKind::NotFound => {}
+                    _ => stray(&file.path())?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the bytes of an object are what its name says.
+    pub(super) fn is_right(&self, id: &ObjectId) -> Result<bool> {
+        let mut file = self.open_object(id)?;
+        let mut hasher = Sha256::new();
+        std::io::copy(&mut file, &mut HashWriter(&mut hasher))
+            .map_err(Error::io("reading", self.dir.join(id.path())))?;
+        Ok(<[u8; 32]>::from(hasher.finalize()) == id.0)
+    }
+
+    /// Pins for what one pull counts on.
+    pub(super) fn pins(self: &Arc<Self>) -> Pins {
+        Pins { objects: self.clone(), ids: Mutex::new(Vec::new()) }
+    }
+}
+
+/// Keeps objects from being removed until it is dropped.
+pub(super) struct Pins {
+    objects: Arc<Objects>,
+    ids: Mutex<Vec<ObjectId>>,
+}
+
+impl Pins {
+    pub(super) fn add(&self, id: &ObjectId) {
+        *lock(&self.objects.shard(id).state).pins.entry(*id).or_insert(0) += 1;
+        lock(&self.ids).push(*id);
+    }
+}
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        for id in lock(&self.ids).drain(..) {
+            let mut state = lock(&self.objects.shard(&id).state);
+            if let Some(count) = state.pins.get_mut(&id) {
+                *count -= 1;
+                if *count == 0 {
+                    state.pins.remove(&id);
+                }
+            }
+        }
+    }
+}
+
+/// Writes `bytes` at `offset` of an empty part of a file, leaving out long runs of zeros.
+pub(super) fn write_with_holes(mut file: &File, offset: u64, bytes: &[u8]) -> std::io::Result<()> {
+    if offset == 0 && bytes.len() < 2 * HOLE_BYTES {
+        return file.write_all(bytes);
+    }
+    let mut at = 0;
+    while at < bytes.len() {
+        let zeros =
+            bytes[at..].chunks(HOLE_BYTES).take_while(|page| is_zero(page)).map(<[u8]>::len).sum::<usize>();
+        at += zeros;
+        let data =
+            bytes[at..].chunks(HOLE_BYTES).take_while(|page| !is_zero(page)).map(<[u8]>::len).sum::<usize>();
+        file.write_all_at(&bytes[at..at + data], offset + at as u64)?;
+        at += data;
+    }
+    Ok(())
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    let (words, rest) = bytes.as_chunks::<8>();
+    words.iter().all(|word| u64::from_ne_bytes(*word) == 0) && rest.iter().all(|byte| *byte == 0)
+}
+
+pub(super) struct HashWriter<'a>(pub(super) &'a mut Sha256);
+
+impl std::io::Write for HashWriter<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Nothing here has an invariant that a panic elsewhere could break.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
