@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
+use crate::storage::StorageConfig;
+
 /// Settings of a registry.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -20,6 +22,9 @@ pub struct Config {
     /// Another registry, which this one caches.
     #[serde(default)]
     pub upstream: Option<Upstream>,
+    /// Where content is kept; by default in `data_dir`.
+    #[serde(default)]
+    pub storage: StorageConfig,
     /// How long transfers may go on after a shutdown began, in seconds.
     #[serde(default = "default_drain_s")]
     pub drain_s: u64,
@@ -44,6 +49,7 @@ impl Config {
             listen: default_listen(),
             credentials_file: None,
             upstream: None,
+            storage: StorageConfig::Local,
             drain_s: default_drain_s(),
         }
     }

@@ -27,3 +27,4 @@ mod upstream;
 
 pub use config::{Config, Upstream};
 pub use server::{Server, run};
+pub use storage::{Bucket, Container, StorageConfig};

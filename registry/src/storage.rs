@@ -14,7 +14,7 @@
 //! - `trash/<when>-<random>`: deleted, and can be brought back
 //! - `gc/deleting/<algorithm>/<digest>/<run>`: a collector is about to delete this content, or links to it
 //! - `gc/clock`: written to read the store's own time
-//! - `uploads/<id>/...`: uploads in progress
+//! - `uploads/<id>...`, `data/<upload>/...`: uploads in progress, and what became of them (see `uploads`)
 //!
 //! No part of a repository's name starts with `_`, so the keys of `a` and `a/_tags` can't meet.
 //!
@@ -25,6 +25,7 @@
 //! the content gone and stores it again. A manifest and the blobs that it names are the same: the pending
 //! entry is put first, then the blobs' markers are waited for, then their links looked for.
 
+mod bucket;
 mod collect;
 mod content;
 mod error;
@@ -32,18 +33,23 @@ mod folder;
 mod keys;
 mod links;
 mod manifests;
+mod settings;
+mod sweep;
 mod tags;
 
-use std::path::{Path as FilePath, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::{Instant, SystemTime};
 
 use anyhow::Context as _;
 use bytes::Bytes;
+use futures_util::stream::BoxStream;
+use object_store::multipart::MultipartStore;
 use object_store::path::Path;
-use object_store::{GetResultPayload, ObjectStore, ObjectStoreExt as _};
+use object_store::{GetResultPayload, ObjectStore, ObjectStoreExt as _, PutMode};
 
 use crate::config::Config;
+pub(crate) use bucket::Segment;
 #[expect(unused_imports, reason = "for collectors")]
 pub(crate) use collect::{Marker, Trashed, TrashedItem};
 #[expect(unused_imports, reason = "for collectors")]
@@ -56,6 +62,9 @@ pub(crate) use links::Linked;
 #[expect(unused_imports, reason = "for collectors")]
 pub(crate) use manifests::ManifestInfo;
 pub(crate) use manifests::{ManifestEntry, NewManifest};
+use settings::Remote;
+pub use settings::{Bucket, Container, StorageConfig};
+pub(crate) use sweep::Swept;
 #[expect(unused_imports, reason = "for collectors")]
 pub(crate) use tags::TagInfo;
 pub(crate) use tags::TagOf;
@@ -67,6 +76,15 @@ const READ_MAX_BYTES: u64 = 16 << 20;
 /// Up to this size, a file is read without a hop to another thread, which would cost more than the read.
 const READ_INLINE_BYTES: u64 = 128 << 10;
 
+/// Where content is, and so how it gets there.
+#[derive(Clone)]
+pub(crate) enum Place {
+    /// Files in this folder: an upload is one that grows, and is renamed in the end.
+    Folder(PathBuf),
+    /// Objects in a store that takes them in parts.
+    Bucket(Arc<dyn MultipartStore>),
+}
+
 /// The registry's content. Clones are the same storage.
 #[derive(Clone)]
 pub(crate) struct Storage {
@@ -77,8 +95,9 @@ struct Inner {
     objects: Arc<dyn ObjectStore>,
     /// How the store is called in messages.
     name: String,
-    /// The data folder, where content is files.
-    folder: PathBuf,
+    place: Place,
+    /// Whether the store can put an object only if there is none, so that one of several writers wins.
+    conditional: bool,
     /// The store's time, and when it was read.
     clock: OnceLock<(SystemTime, Instant)>,
 }
@@ -89,27 +108,28 @@ impl Storage {
     /// # Errors
     /// The store can't be used, or has a layout of another version.
     pub(crate) async fn open(config: &Config) -> anyhow::Result<Storage> {
-        let folder = config.data_dir.clone();
-        let objects = Folder::open(&folder)
+        if let Some(Remote { objects, parts, name }) = Remote::open(&config.storage)? {
+            return Storage::assemble(objects, Place::Bucket(parts), name).await;
+        }
+        let folder = &config.data_dir;
+        let objects = Folder::open(folder)
             .with_context(|| format!("can't open {}; check data_dir", folder.display()))?;
         let name = format!("the folder {}", folder.display());
+        Storage::assemble(Arc::new(objects), Place::Folder(folder.clone()), name).await
+    }
+
+    async fn assemble(objects: Arc<dyn ObjectStore>, place: Place, name: String) -> anyhow::Result<Storage> {
         let clock = OnceLock::new();
-        let storage = Storage { inner: Arc::new(Inner { objects: Arc::new(objects), name, folder, clock }) };
-        std::fs::create_dir_all(storage.uploads())
-            .with_context(|| format!("can't make {}; check data_dir", storage.uploads().display()))?;
+        let conditional = probe(&*objects, &name).await?;
+        let storage = Storage { inner: Arc::new(Inner { objects, name, place, conditional, clock }) };
         storage.check_format().await?;
         storage.now().await?;
         Ok(storage)
     }
 
-    /// The folder of the uploads in progress.
-    pub(crate) fn uploads(&self) -> PathBuf {
-        self.inner.folder.join("uploads")
-    }
-
-    /// The data folder.
-    pub(crate) fn folder(&self) -> &FilePath {
-        &self.inner.folder
+    /// Where content is.
+    pub(crate) fn place(&self) -> &Place {
+        &self.inner.place
     }
 
     async fn check_format(&self) -> anyhow::Result<()> {
@@ -138,13 +158,46 @@ impl Storage {
         Ok(())
     }
 
+    /// Puts an object, if there is none with this key, and says whether it did. Where the store can't do that in one
+    /// step, two that put at the same moment may both be told so: use it only where that is a waste and no loss.
+    pub(crate) async fn create(&self, key: &Path, value: Bytes) -> Result<bool> {
+        if !self.inner.conditional {
+            if self.head(key).await?.is_some() {
+                return Ok(false);
+            }
+            self.put(key, value.clone()).await?;
+            return Ok(self.read(key).await?.as_ref() == Some(&value));
+        }
+        match self.inner.objects.put_opts(key, value.clone().into(), PutMode::Create.into()).await {
+            Ok(_) => Ok(true),
+            // Its own, if a first try was done and not answered. So values should differ.
+            Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {
+                Ok(self.read(key).await?.as_ref() == Some(&value))
+            }
+            Err(e) => Err(self.failed("create", key, e)),
+        }
+    }
+
     async fn put(&self, key: &Path, value: Bytes) -> Result<()> {
         let put = self.inner.objects.put(key, value.into()).await;
         put.map(drop).map_err(|e| self.failed("write", key, e))
     }
 
+    pub(crate) async fn put_payload(&self, key: &Path, payload: object_store::PutPayload) -> Result<()> {
+        self.inner.objects.put(key, payload).await.map(drop).map_err(|e| self.failed("write", key, e))
+    }
+
+    /// All of an object, as it comes.
+    pub(crate) async fn open_key(
+        &self,
+        key: &str,
+    ) -> Result<BoxStream<'static, object_store::Result<Bytes>>> {
+        let object = self.inner.objects.get(&Path::from(key)).await;
+        object.map(object_store::GetResult::into_stream).map_err(|e| self.failed_at("read", key, e))
+    }
+
     /// A small object, if it is there.
-    async fn read(&self, key: &Path) -> Result<Option<Bytes>> {
+    pub(crate) async fn read(&self, key: &Path) -> Result<Option<Bytes>> {
         let failed = |e| self.failed("read", key, e);
         let object = match self.inner.objects.get(key).await {
             Ok(object) => object,
@@ -169,7 +222,7 @@ impl Storage {
     }
 
     /// Size and time of an object, if it is there.
-    async fn head(&self, key: &Path) -> Result<Option<object_store::ObjectMeta>> {
+    pub(crate) async fn head(&self, key: &Path) -> Result<Option<object_store::ObjectMeta>> {
         match self.inner.objects.head(key).await {
             Ok(meta) => Ok(Some(meta)),
             Err(object_store::Error::NotFound { .. }) => Ok(None),
@@ -190,7 +243,57 @@ impl Storage {
         }
     }
 
-    fn failed(&self, operation: &'static str, key: &Path, source: object_store::Error) -> Error {
-        Error::of(operation, key.as_ref(), &self.inner.name, source)
+    fn gone(&self, operation: &'static str, key: &Path) -> Error {
+        let source = "it was there a moment ago".into();
+        self.failed(operation, key, object_store::Error::NotFound { path: key.to_string(), source })
     }
+
+    fn failed(&self, operation: &'static str, key: &Path, source: object_store::Error) -> Error {
+        self.failed_at(operation, key.as_ref(), source)
+    }
+
+    pub(crate) fn failed_at(&self, operation: &'static str, key: &str, source: object_store::Error) -> Error {
+        Error::of(operation, key, &self.inner.name, source)
+    }
+
+    pub(crate) fn failed_io(&self, operation: &'static str, key: &str, source: std::io::Error) -> Error {
+        self.failed_at(operation, key, folder::generic(source))
+    }
+}
+
+/// Finds out whether the store puts only what isn't there, if it is asked to. Some take the condition and ignore it.
+async fn probe(objects: &dyn ObjectStore, name: &str) -> anyhow::Result<bool> {
+    let key = Path::from(format!("gc/probe-{}", hex::encode(rand::random::<[u8; 8]>())));
+    let put =
+        async || objects.put_opts(&key, Bytes::from_static(b"probe").into(), PutMode::Create.into()).await;
+    let conditional = match put().await {
+        Ok(_) => match put().await {
+            Ok(_) => false,
+            Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => true,
+            Err(e) => return Err(unusable(name, e)),
+        },
+        Err(object_store::Error::NotImplemented { .. } | object_store::Error::NotSupported { .. }) => false,
+        Err(e) => return Err(unusable(name, e)),
+    };
+    match objects.delete(&key).await {
+        Ok(()) | Err(object_store::Error::NotFound { .. }) => {}
+        Err(e) => return Err(unusable(name, e)),
+    }
+    if conditional {
+        tracing::info!(
+            store = name,
+            "the store has conditional writes; one of several writers of an upload wins"
+        );
+    } else {
+        tracing::warn!(
+            store = name,
+            "the store has no conditional writes: two registries that write one upload at the same moment may both \
+             be told that they did, and the digest decides; nothing else depends on them"
+        );
+    }
+    Ok(conditional)
+}
+
+fn unusable(name: &str, error: object_store::Error) -> anyhow::Error {
+    Error::of("write a probe", "gc/probe", name, error).into()
 }

@@ -1,12 +1,11 @@
 //! Uploads: in one request, in parts, or by a mount of what is there already.
 //!
-//! An upload is a file, `uploads/<id>`, that grows by whatever arrives; its length is the offset to go on from, also
-//! after a restart. The id ends in a hash of the repository, so an upload can't be finished in another one. Content
-//! is hashed while it is written; after a restart what is there is hashed again when the upload is finished.
-//!
-//! Writing and hashing run on a blocking thread that owns the upload's lock. When a client goes away in the middle,
-//! that thread writes what it has and lets go, so the file and its hash never disagree.
+//! An upload has an offset, up to which all is stored, synced and hashed: from there it goes on, also after a restart. Its
+//! id ends in a hash of the repository, so an upload can't be finished in another one. `local` keeps uploads in
+//! a folder, `remote` in a bucket, and `session` hides the difference.
 
+mod local;
+mod remote;
 mod session;
 
 use std::sync::Arc;
@@ -22,7 +21,7 @@ use axum::response::IntoResponse as _;
 use serde::Deserialize;
 
 use crate::blobs::CONTENT_DIGEST;
-use crate::errors::{Answer, Refusal, internal};
+use crate::errors::{Answer, Refusal};
 use crate::routes::parse_digest;
 use crate::server::App;
 use crate::storage::Linked;
@@ -34,8 +33,6 @@ const CHUNK_MIN: HeaderName = HeaderName::from_static("oci-chunk-min-length");
 /// The longest part of a chunked upload, as proxies commonly stop there. A request without `Content-Range` is not a
 /// part: docker and podman stream whole layers that way, of any length.
 const CHUNK_MAX_BYTES: u64 = 500_000_000;
-/// The shortest part that isn't the last: any, since parts are appended to a file.
-const CHUNK_MIN_BYTES: u64 = 1;
 /// How much of a refused body is read, so that the client gets to see the refusal.
 const DISCARD_MAX_BYTES: usize = 4 << 20;
 /// How long that may take.
@@ -73,29 +70,23 @@ pub(crate) async fn post(app: &Arc<App>, name: &str, request: Request) -> Answer
             return Ok(created(name, &mount));
         }
     }
-    let id = app.uploads.start(name, algorithm).await.map_err(|e| internal("starting an upload", e))?;
     let Some(digest) = digest else {
+        let id = app.uploads.start(name, algorithm).await?;
         let headers = [
             (LOCATION, location(name, &id)),
             (RANGE, "0-0".to_owned()),
             (UPLOAD_ID, id.clone()),
-            (CHUNK_MIN, CHUNK_MIN_BYTES.to_string()),
+            (CHUNK_MIN, app.uploads.part_min_bytes().to_string()),
             (CHUNK_MAX, CHUNK_MAX_BYTES.to_string()),
         ];
         return Ok((StatusCode::ACCEPTED, headers).into_response());
     };
-    let session = app.uploads.resume(name, &id).await?;
+    // Nobody knows an id to go on with, so nothing is kept of it if it breaks off.
+    let session = app.uploads.start_whole(digest.kind()).await?;
     let declared = length(request.headers())?;
-    let result = async {
-        let session = append(app, session, request.into_body(), declared).await?;
-        finish(app, name, session, &digest).await
-    }
-    .await;
-    if result.is_err() {
-        // Nobody knows this upload's id, so nobody can go on with it.
-        app.uploads.discard(&id).await;
-    }
-    result.map(|()| created(name, &digest))
+    let session = append(app, session, request.into_body(), declared).await?;
+    finish(app, name, session, &digest).await?;
+    Ok(created(name, &digest))
 }
 
 pub(crate) async fn status(app: &Arc<App>, name: &str, id: &str) -> Answer {
@@ -128,8 +119,7 @@ pub(crate) async fn put(app: &Arc<App>, name: &str, id: &str, request: Request) 
 
 pub(crate) async fn cancel(app: &Arc<App>, name: &str, id: &str) -> Answer {
     let session = app.uploads.resume(name, id).await?;
-    drop(session);
-    app.uploads.discard(id).await;
+    app.uploads.discard(session).await;
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 

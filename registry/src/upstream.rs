@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use anyplace_images::{Client, Credentials, Digest, Error, Reference};
+use anyplace_images::{Algorithm, Client, Credentials, Digest, Error, Reference};
 use axum::http::StatusCode;
 use futures_util::stream;
 
@@ -144,8 +144,8 @@ impl Cache {
             }
         }
         let blob = self.ask(MANIFEST_TIMEOUT, client.get_blob(reference, digest, None)).await?;
-        let session = uploads.start_fetch().await.map_err(failed)?;
-        let id = session.id();
+        let session = uploads.start_whole(Algorithm::default()).await;
+        let session = session.map_err(|refusal| Failure::Failed(format!("{refusal:?}")))?;
         let chunks =
             stream::try_unfold(blob, async |mut blob| Ok(blob.chunk().await?.map(|chunk| (chunk, blob))));
         // The stream ends with an error when the digest is wrong; the message is kept for the answer.
@@ -165,7 +165,6 @@ impl Cache {
             Err(refusal) => Err(refusal),
         };
         if let Err(refusal) = outcome {
-            uploads.discard(&id).await;
             let broken = broken.into_inner().ok().flatten();
             return Err(broken.unwrap_or_else(|| Failure::Failed(format!("{refusal:?}"))));
         }

@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+use sha2::digest::common::hazmat::{SerializableState, SerializedState};
 use sha2::{Digest as _, Sha256, Sha512};
 
 use crate::error::Error;
@@ -191,6 +192,31 @@ impl Hasher {
         }
     }
 
+    /// The algorithm.
+    pub fn algorithm(&self) -> Algorithm {
+        match &self.0 {
+            State::Sha256(_) => Algorithm::Sha256,
+            State::Sha512(_) => Algorithm::Sha512,
+        }
+    }
+
+    /// What it has taken so far, in a form that [`Hasher::restore`] goes on from. It gives the content's last bytes
+    /// away, and is no digest.
+    pub fn save(&self) -> Vec<u8> {
+        match &self.0 {
+            State::Sha256(state) => state.serialize().to_vec(),
+            State::Sha512(state) => state.serialize().to_vec(),
+        }
+    }
+
+    /// The hasher that was saved, unless it isn't one of this algorithm.
+    pub fn restore(algorithm: Algorithm, saved: &[u8]) -> Option<Hasher> {
+        Some(Hasher(match algorithm {
+            Algorithm::Sha256 => State::Sha256(restored(saved)?),
+            Algorithm::Sha512 => State::Sha512(Box::new(restored(saved)?)),
+        }))
+    }
+
     /// The digest of all that was taken.
     pub fn finish(self) -> Digest {
         Digest(match self.0 {
@@ -200,9 +226,28 @@ impl Hasher {
     }
 }
 
+fn restored<H: SerializableState>(saved: &[u8]) -> Option<H> {
+    H::deserialize(&SerializedState::<H>::try_from(saved).ok()?).ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_saved_hasher_goes_on_where_it_was() {
+        let bytes: Vec<u8> = (0..1000_u32).map(|n| n as u8).collect();
+        for algorithm in Algorithm::ALL {
+            for at in [0, 1, 63, 64, 65, 127, 128, 999] {
+                let mut hasher = algorithm.hasher();
+                hasher.update(&bytes[..at]);
+                let mut restored = Hasher::restore(algorithm, &hasher.save()).unwrap();
+                restored.update(&bytes[at..]);
+                assert_eq!(restored.finish(), algorithm.digest(&bytes));
+            }
+            assert!(Hasher::restore(algorithm, b"x").is_none());
+        }
+    }
 
     #[test]
     fn digest_of_nothing_is_the_published_one() {

@@ -8,9 +8,12 @@ use bytes::Bytes;
 use futures_util::stream::BoxStream;
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use object_store::path::Path;
-use object_store::{GetOptions, GetResult, ObjectStoreExt as _};
+use object_store::{GetOptions, GetResult};
 
-use super::{Result, Storage, folder, keys};
+use super::{Error, Place, READ_MAX_BYTES, Result, Storage, bucket, folder, keys};
+
+/// Objects that are read at once.
+pub(super) const READS_MAX: usize = 32;
 
 /// Content that is stored, linked or not.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,30 +33,55 @@ impl Storage {
 
     /// Bytes of the content, if it is stored.
     pub(crate) async fn content_size(&self, digest: &Digest) -> Result<Option<u64>> {
-        Ok(self.head(&keys::content(digest)).await?.map(|meta| meta.size))
+        match self.inner.place {
+            Place::Folder(_) => Ok(self.head(&keys::content(digest)).await?.map(|meta| meta.size)),
+            Place::Bucket(_) => Ok(self.head_content(digest).await?.map(|head| head.size)),
+        }
     }
 
     /// Opens content, all of it or a range, which must not be empty.
     pub(crate) async fn open_content(&self, digest: &Digest, range: Option<Range<u64>>) -> Result<GetResult> {
         let key = keys::content(digest);
+        if let Place::Bucket(_) = self.inner.place {
+            let head = self.head_content(digest).await?.ok_or_else(|| self.gone("read", &key))?;
+            return Ok(self.open_head(digest, head, range));
+        }
         let options = GetOptions { range: range.map(Into::into), ..GetOptions::default() };
         self.inner.objects.get_opts(&key, options).await.map_err(|e| self.failed("read", &key, e))
     }
 
     /// Small content, such as a manifest, as a whole.
     pub(crate) async fn read_content(&self, digest: &Digest) -> Result<Option<Bytes>> {
-        self.read(&keys::content(digest)).await
+        let key = keys::content(digest);
+        if let Place::Folder(_) = self.inner.place {
+            return self.read(&key).await;
+        }
+        let Some(head) = self.head_content(digest).await? else { return Ok(None) };
+        if head.size > READ_MAX_BYTES {
+            return Err(Error::damaged(
+                &key,
+                format!("{} bytes, expected at most {READ_MAX_BYTES}", head.size),
+            ));
+        }
+        self.open_head(digest, head, None).bytes().await.map(Some).map_err(|e| self.failed("read", &key, e))
     }
 
     /// Stores small content, which must have this digest. For larger content there are uploads.
     pub(crate) async fn put_content(&self, digest: &Digest, bytes: Bytes) -> Result<()> {
-        self.put(&keys::content(digest), bytes).await
+        let object = match self.inner.place {
+            Place::Folder(_) => bytes,
+            Place::Bucket(_) => bucket::inline(&bytes),
+        };
+        self.put(&keys::content(digest), object).await
     }
 
-    /// Makes a synced file of the data folder the content of `digest`.
+    /// Makes a synced file of the data folder the content of `digest`; only where content is files.
     pub(crate) async fn adopt(&self, file: std::path::PathBuf, digest: &Digest) -> Result<()> {
         let key = keys::content(digest);
-        let to = self.folder().join(key.as_ref());
+        let Place::Folder(folder) = &self.inner.place else {
+            return Err(Error::damaged(&key, "content is no file here"));
+        };
+        let to = folder.join(key.as_ref());
         let moved = tokio::task::spawn_blocking(move || folder::rename_durably(&file, &to)).await;
         moved
             .map_err(object_store::Error::from)
@@ -61,7 +89,8 @@ impl Storage {
             .map_err(|e| self.failed("write", &key, e))
     }
 
-    /// Deletes content, whether or not it has links: for collectors only, behind a marker.
+    /// Deletes content, whether or not it has links: for collectors only, behind a marker. In a bucket, what it pointed
+    /// to is deleted by the next [`Storage::sweep`].
     pub(crate) async fn delete_content(&self, digest: &Digest) -> Result<bool> {
         self.remove(&keys::content(digest)).await
     }
@@ -70,17 +99,19 @@ impl Storage {
     pub(crate) fn contents(&self) -> BoxStream<'static, Result<Content>> {
         let (this, prefix) = (self.clone(), Path::from("blobs"));
         let listed = self.inner.objects.list(Some(&prefix));
-        let contents = listed.map_err(move |e| this.failed("list", &Path::from("blobs"), e));
-        contents
-            .try_filter_map(|meta| async move {
-                let name = meta.location.as_ref().strip_prefix("blobs/");
-                let digest = name.and_then(|name| {
-                    let mut parts = name.split('/');
-                    format!("{}:{}", parts.next()?, parts.nth(1)?).parse().ok()
-                });
-                let stored = meta.last_modified.into();
-                Ok(digest.map(|digest| Content { digest, size: meta.size, stored }))
-            })
-            .boxed()
+        let failed = this.clone();
+        let contents = listed.map_err(move |e| failed.failed("list", &prefix, e));
+        let described = contents.map_ok(move |meta| {
+            let this = this.clone();
+            async move {
+                let Some(digest) = keys::parse_content(&meta.location) else { return Ok(None) };
+                let size = match this.inner.place {
+                    Place::Folder(_) => Some(meta.size),
+                    Place::Bucket(_) => this.head_content(&digest).await?.map(|head| head.size),
+                };
+                Ok(size.map(|size| Content { digest, size, stored: meta.last_modified.into() }))
+            }
+        });
+        described.try_buffer_unordered(READS_MAX).try_filter_map(async |content| Ok(content)).boxed()
     }
 }

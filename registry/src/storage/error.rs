@@ -48,7 +48,7 @@ impl Error {
         Error::Store { operation, key, store, source }
     }
 
-    pub(super) fn damaged(key: impl std::fmt::Display, reason: impl std::fmt::Display) -> Error {
+    pub(crate) fn damaged(key: impl std::fmt::Display, reason: impl std::fmt::Display) -> Error {
         Error::Damaged { key: key.to_string(), reason: reason.to_string() }
     }
 }

@@ -13,6 +13,12 @@ pub(super) fn content(digest: &Digest) -> Path {
     Path::from(format!("blobs/{}/{}/{hex}", digest.algorithm(), &hex[..2]))
 }
 
+/// The digest of a content's key.
+pub(super) fn parse_content(key: &Path) -> Option<Digest> {
+    let mut parts = key.as_ref().strip_prefix("blobs/")?.split('/');
+    format!("{}:{}", parts.next()?, parts.nth(1)?).parse().ok()
+}
+
 pub(super) fn links_of(digest: &Digest) -> Path {
     Path::from(format!("links/{}/{}", digest.algorithm(), digest.hex()))
 }
@@ -95,6 +101,7 @@ mod tests {
         let digest = Digest::of(b"x");
         assert_eq!(parse_link(&link("a/b_c", &digest)), Some((digest.clone(), "a/b_c".to_owned())));
         assert_eq!(parse_link(&manifest("a", &digest)), None);
+        assert_eq!(parse_content(&content(&digest)), Some(digest.clone()));
         let key = manifest("a", &digest);
         assert_eq!(digest_in(&key, &manifests("a")), Some((digest.clone(), "")));
         let key = marker(&digest, "run-1");

@@ -1,110 +1,136 @@
-//! One upload's file, size and hash, and the table of those in progress.
+//! Uploads in progress, wherever they are kept: opened by one request at a time, appended to, finished.
+//!
+//! The bytes of a request go from its connection over a short queue to a task that owns the upload. When the
+//! client goes away in the middle, that task stores and acknowledges what it has, so the client can go on from there.
 
-use std::collections::HashMap;
-use std::fs::{File, OpenOptions};
-use std::io::{self, Read as _, Write as _};
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, SystemTime};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use anyplace_images::{Algorithm, Digest, Hasher};
 use axum::http::StatusCode;
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt as _};
-use tokio::sync::{OwnedMutexGuard, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
+use super::local::{self, LocalUpload, Opened};
+use super::remote::{self, Appended, RemoteUpload};
 use crate::errors::{Answer, Refusal, internal};
-use crate::storage::{Linked, Storage};
+use crate::storage::{Linked, Place, Storage, Swept};
 
-/// Uploads that write at once, each with a thread; more wait for their turn.
+/// Uploads that write at once; more wait for their turn.
 const WRITERS_MAX: usize = 128;
-/// Uploads whose hash is kept in memory; others are hashed again when they are finished.
-const REMEMBERED_MAX: usize = 4_096;
-/// Chunks that wait for the disk: with 16 to 64 KiB each, at most 1 MiB an upload.
-const WAITING_MAX: usize = 16;
+/// Bytes that are handed on together: fewer hops between threads, and not much memory.
+const BATCH_BYTES: usize = 256 << 10;
+/// Batches that wait for the disk or the store, for each upload.
+const WAITING_MAX: usize = 8;
 /// How long a client may send nothing.
 const IDLE_MAX: Duration = Duration::from_secs(60);
-/// An upload that nobody went on with for so long is removed at the next start.
-const ABANDONED_AFTER: Duration = Duration::from_secs(7 * 24 * 3600);
-/// Files with this prefix are downloads from upstream, which can't be resumed.
-const FETCH_PREFIX: &str = "fetch-";
-
-struct State {
-    path: PathBuf,
-    id: String,
-    size: u64,
-    /// None: what is in the file was not hashed by this process.
-    hasher: Option<Hasher>,
-    closed: bool,
-}
+/// An upload that nobody went on with for so long is removed.
+pub(crate) const ABANDONED_AFTER: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// An upload that is held by one request.
-pub(crate) struct Session(OwnedMutexGuard<State>);
+pub(crate) struct Session {
+    id: String,
+    size: u64,
+    hasher: Hasher,
+    kept: Kept,
+}
+
+enum Kept {
+    File(LocalUpload),
+    Objects(RemoteUpload),
+}
 
 impl Session {
-    /// Bytes that the upload has.
+    /// Bytes that the upload has, all acknowledged.
     pub(crate) fn size(&self) -> u64 {
-        self.0.size
-    }
-
-    /// Name of the upload's file.
-    pub(crate) fn id(&self) -> String {
-        self.0.id.clone()
+        self.size
     }
 }
 
 /// The uploads in progress.
 pub(crate) struct Uploads {
     storage: Storage,
-    sessions: Mutex<HashMap<String, Arc<tokio::sync::Mutex<State>>>>,
-    writers: Semaphore,
+    writers: Arc<Semaphore>,
+    memory: Arc<Semaphore>,
 }
 
 impl Uploads {
-    /// Opens the uploads folder, and removes what was abandoned.
+    /// Opens the uploads, and removes what was abandoned in a folder.
     pub(crate) fn open(storage: Storage) -> anyhow::Result<Uploads> {
-        let dir = storage.uploads();
-        for entry in std::fs::read_dir(&dir).with_context(|| format!("can't read {}", dir.display()))? {
-            let entry = entry?;
-            let age = SystemTime::now().duration_since(entry.metadata()?.modified()?).unwrap_or_default();
-            if entry.file_name().to_string_lossy().starts_with(FETCH_PREFIX) || age > ABANDONED_AFTER {
-                std::fs::remove_file(entry.path())
-                    .with_context(|| format!("can't remove {}", entry.path().display()))?;
-            }
+        if let Place::Folder(folder) = storage.place() {
+            let dir = folder.join("uploads");
+            std::fs::create_dir_all(&dir)
+                .and_then(|()| local::sweep(&dir, ABANDONED_AFTER))
+                .with_context(|| format!("can't use {}; check data_dir", dir.display()))?;
         }
-        Ok(Uploads { storage, sessions: Mutex::default(), writers: Semaphore::new(WRITERS_MAX) })
+        Ok(Uploads { storage, writers: Arc::new(Semaphore::new(WRITERS_MAX)), memory: remote::memory() })
+    }
+
+    /// The shortest part that makes sense here, except for the last.
+    pub(crate) fn part_min_bytes(&self) -> u64 {
+        match self.storage.place() {
+            Place::Folder(_) => 1,
+            Place::Bucket(_) => remote::PART_BYTES as u64,
+        }
     }
 
     /// Starts an upload into a repository, and gives its id.
-    pub(crate) async fn start(&self, repository: &str, algorithm: Algorithm) -> io::Result<String> {
+    pub(crate) async fn start(&self, repository: &str, algorithm: Algorithm) -> Answer<String> {
         let id = format!("{}{}", random_id(), repository_hash(repository));
-        self.create(id.clone(), algorithm).await?;
+        self.create(id.clone(), algorithm, true).await?;
         Ok(id)
     }
 
-    /// Starts a download from upstream, which nobody can resume.
-    pub(crate) async fn start_fetch(&self) -> io::Result<Session> {
-        let id = format!("{FETCH_PREFIX}{}", random_id());
-        let state = self.create(id, Algorithm::default()).await?;
-        Ok(Session(state.lock_owned().await))
+    /// Starts an upload that nobody can resume: all of its content comes in one go.
+    pub(crate) async fn start_whole(&self, algorithm: Algorithm) -> Answer<Session> {
+        self.create(format!("whole-{}", random_id()), algorithm, false).await
     }
 
-    /// An upload, once no other request holds it.
-    async fn open_for(&self, id: &str) -> Option<Session> {
-        let known = self.sessions().get(id).cloned();
-        let state = match known {
-            Some(state) => state,
-            None => {
-                let path = self.storage.uploads().join(id);
-                let size = tokio::fs::metadata(&path).await.ok()?.len();
-                let hasher = (size == 0).then(Hasher::sha256);
-                let state = State { path, id: id.to_owned(), size, hasher, closed: false };
-                self.sessions().entry(id.to_owned()).or_insert_with(|| Arc::new(state.into())).clone()
+    async fn create(&self, id: String, algorithm: Algorithm, resumable: bool) -> Answer<Session> {
+        let kept = match self.storage.place() {
+            Place::Folder(folder) => {
+                let path = folder.join("uploads").join(&id);
+                let create = move || LocalUpload::create(path, algorithm, resumable);
+                Kept::File(self.blocking("start", &id, create).await?)
+            }
+            Place::Bucket(parts) => {
+                let (storage, memory) = (&self.storage, &self.memory);
+                let created = RemoteUpload::create(storage, parts, memory, &id, algorithm, resumable);
+                Kept::Objects(created.await?)
             }
         };
-        let guard = state.lock_owned().await;
-        (!guard.closed).then_some(Session(guard))
+        Ok(Session { id, size: 0, hasher: algorithm.hasher(), kept })
+    }
+
+    /// Opens an upload of this repository, once no other request of this process holds it.
+    pub(crate) async fn resume(&self, repository: &str, id: &str) -> Answer<Session> {
+        let unknown = || {
+            let message = format!("no upload `{id}` in `{repository}`; start a new one");
+            Refusal::new(StatusCode::NOT_FOUND, "BLOB_UPLOAD_UNKNOWN", message)
+        };
+        let well_formed = id.len() == 48 && id.bytes().all(|b| b.is_ascii_hexdigit());
+        if !well_formed || !id.ends_with(&repository_hash(repository)) {
+            return Err(unknown());
+        }
+        let session = |size, hasher, kept| Session { id: id.to_owned(), size, hasher, kept };
+        match self.storage.place() {
+            Place::Folder(folder) => {
+                let path = folder.join("uploads").join(id);
+                match self.blocking("open", id, move || LocalUpload::open(path)).await? {
+                    Opened::Upload(upload, size, hasher) => Ok(session(size, hasher, Kept::File(upload))),
+                    Opened::Absent => Err(unknown()),
+                    Opened::Busy => Err(conflict(id)),
+                }
+            }
+            Place::Bucket(parts) => {
+                let opened = RemoteUpload::open(&self.storage, parts, &self.memory, id).await?;
+                let (upload, size, hasher) = opened.ok_or_else(unknown)?;
+                Ok(session(size, hasher, Kept::Objects(upload)))
+            }
+        }
     }
 
     /// Appends all of `body` to the upload. What arrived stays there, also when the body breaks off.
@@ -117,35 +143,12 @@ impl Uploads {
         if declared == Some(0) {
             return Ok(session);
         }
-        let _permit = self.writers.acquire().await.map_err(|e| internal("writing an upload", e))?;
+        let permit = self.writers.clone().acquire_owned().await;
+        let permit = permit.map_err(|e| internal("writing an upload", e))?;
         let (sender, receiver) = mpsc::channel(WAITING_MAX);
-        let writing = tokio::task::spawn_blocking(move || write(session, receiver));
-        let mut body = std::pin::pin!(body);
-        let mut received = 0;
-        let outcome = loop {
-            let chunk = match tokio::time::timeout(IDLE_MAX, body.next()).await {
-                Ok(Some(Ok(chunk))) => chunk,
-                Ok(None) => break Ok(()),
-                Ok(Some(Err(e))) => {
-                    break Err(Refusal::upload_invalid(format!("the content broke off: {e}")));
-                }
-                Err(_) => {
-                    let message = format!("nothing arrived for {} s", IDLE_MAX.as_secs());
-                    break Err(Refusal::new(StatusCode::REQUEST_TIMEOUT, "BLOB_UPLOAD_INVALID", message));
-                }
-            };
-            received += chunk.len() as u64;
-            if declared.is_some_and(|declared| received > declared) {
-                break Err(size_invalid(declared, received));
-            }
-            if sender.send(chunk).await.is_err() {
-                // The writer failed, and says why.
-                break Ok(());
-            }
-        };
-        drop(sender);
-        let (session, written) = writing.await.map_err(|e| internal("writing an upload", e))?;
-        written.map_err(|e| internal("writing an upload", e))?;
+        let writing = tokio::spawn(self.clone_for_task().write(session, declared, receiver, permit));
+        let (received, outcome) = feed(body, declared, sender).await;
+        let session = writing.await.map_err(|e| internal("writing an upload", e))??;
         outcome?;
         if declared.is_some_and(|declared| declared != received) {
             return Err(size_invalid(declared, received));
@@ -153,134 +156,171 @@ impl Uploads {
         Ok(session)
     }
 
+    fn clone_for_task(&self) -> Uploads {
+        Uploads { storage: self.storage.clone(), writers: self.writers.clone(), memory: self.memory.clone() }
+    }
+
+    async fn write(
+        self,
+        session: Session,
+        declared: Option<u64>,
+        mut batches: mpsc::Receiver<Vec<Bytes>>,
+        _permit: OwnedSemaphorePermit,
+    ) -> Answer<Session> {
+        let Session { id, size, hasher, kept } = session;
+        let (size, hasher, kept) = match kept {
+            Kept::File(mut upload) => {
+                let append = move || {
+                    let (size, hasher) = upload.append(size, hasher, declared, &mut batches)?;
+                    Ok((size, hasher, Kept::File(upload)))
+                };
+                self.blocking("write", &id, append).await?
+            }
+            Kept::Objects(mut upload) => match upload.append(size, hasher, &mut batches).await? {
+                Appended::To(size, hasher) => (size, hasher, Kept::Objects(upload)),
+                Appended::Conflict => return Err(conflict(&id)),
+            },
+        };
+        Ok(Session { id, size, hasher, kept })
+    }
+
     /// Verifies the upload and makes it content of the repository. A wrong digest discards it.
     pub(crate) async fn finish(&self, session: Session, repository: &str, digest: &Digest) -> Answer<()> {
-        let algorithm = digest.kind();
-        let checking = tokio::task::spawn_blocking(move || {
-            let mut session = session;
-            let found = session.digest(algorithm);
-            (session, found)
-        });
-        let (mut session, found) = checking.await.map_err(|e| internal("verifying an upload", e))?;
-        let found = found.map_err(|e| internal("verifying an upload", e))?;
-        let id = session.0.id.clone();
+        let Session { id, hasher, kept, .. } = session;
+        let hashed = (hasher.algorithm() == digest.kind()).then(|| hasher.finish());
+        match kept {
+            Kept::File(upload) => self.finish_file(&id, upload, hashed, repository, digest).await,
+            Kept::Objects(mut upload) => {
+                let found = match hashed {
+                    Some(found) => found,
+                    None => upload.digest(digest.kind()).await?,
+                };
+                if found != *digest {
+                    upload.remove().await?;
+                    return Err(wrong_digest(&found, digest));
+                }
+                Ok(upload.finish(repository, digest).await?)
+            }
+        }
+    }
+
+    async fn finish_file(
+        &self,
+        id: &str,
+        mut upload: LocalUpload,
+        hashed: Option<Digest>,
+        repository: &str,
+        digest: &Digest,
+    ) -> Answer<()> {
+        let wanted = digest.clone();
+        let verify = move || {
+            let found = match hashed {
+                Some(found) => found,
+                None => upload.digest(wanted.kind())?,
+            };
+            if found == wanted {
+                upload.sync()?
+            } else {
+                upload.remove()?
+            }
+            Ok((upload, found))
+        };
+        let (upload, found) = self.blocking("verify", id, verify).await?;
         if found != *digest {
-            session.0.closed = true;
-            drop(session);
-            self.discard(&id).await;
-            let message =
-                format!("the content has the digest {found}, not {digest}; the upload is discarded");
-            return Err(Refusal::digest_invalid(message));
+            return Err(wrong_digest(&found, digest));
         }
         // The link first: it keeps collectors away from the content.
         match self.storage.put_link(repository, digest).await? {
-            Linked::Gone => self.storage.adopt(session.0.path.clone(), digest).await?,
-            Linked::Yes(_) => {
-                tokio::fs::remove_file(&session.0.path).await.map_err(|e| internal("storing a blob", e))?;
+            Linked::Gone => {
+                self.storage.adopt(upload.path().to_owned(), digest).await?;
+                self.blocking("end", id, move || upload.forget()).await
             }
-        }
-        session.0.closed = true;
-        self.sessions().remove(&id);
-        Ok(())
-    }
-
-    /// Removes an upload, if it is there.
-    pub(crate) async fn discard(&self, id: &str) {
-        let state = self.sessions().remove(id);
-        if let Some(state) = state {
-            state.lock().await.closed = true;
-        }
-        if let Err(error) = tokio::fs::remove_file(self.storage.uploads().join(id)).await
-            && error.kind() != io::ErrorKind::NotFound
-        {
-            tracing::warn!(id, %error, "an upload can't be removed");
+            Linked::Yes(_) => self.blocking("end", id, move || upload.remove()).await,
         }
     }
 
-    async fn create(&self, id: String, algorithm: Algorithm) -> io::Result<Arc<tokio::sync::Mutex<State>>> {
-        let path = self.storage.uploads().join(&id);
-        tokio::fs::OpenOptions::new().write(true).create_new(true).open(&path).await?;
-        let state = State { path, id: id.clone(), size: 0, hasher: Some(algorithm.hasher()), closed: false };
-        let state = Arc::new(tokio::sync::Mutex::new(state));
-        let mut sessions = self.sessions();
-        if sessions.len() >= REMEMBERED_MAX {
-            // Forgotten ones are hashed again from their files. One that is held stays, or it would have two locks.
-            sessions.retain(|_, state| Arc::strong_count(state) > 1);
-        }
-        sessions.insert(id, state.clone());
-        Ok(state)
-    }
-
-    fn sessions(&self) -> MutexGuard<'_, HashMap<String, Arc<tokio::sync::Mutex<State>>>> {
-        // The table holds no invariant that a panic could break.
-        self.sessions.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
-
-    /// Opens an upload of this repository.
-    pub(crate) async fn resume(&self, repository: &str, id: &str) -> Answer<Session> {
-        let unknown = || {
-            let message = format!("no upload `{id}` in `{repository}`; start a new one");
-            Refusal::new(StatusCode::NOT_FOUND, "BLOB_UPLOAD_UNKNOWN", message)
+    /// Removes an upload; what fails is left to a sweep.
+    pub(crate) async fn discard(&self, session: Session) {
+        let Session { id, kept, .. } = session;
+        let removed = match kept {
+            Kept::File(upload) => self.blocking("remove", &id, move || upload.remove()).await,
+            Kept::Objects(mut upload) => upload.remove().await.map_err(Refusal::from),
         };
-        let well_formed = id.len() == 48 && id.bytes().all(|b| b.is_ascii_hexdigit());
-        if !well_formed || !id.ends_with(&repository_hash(repository)) {
-            return Err(unknown());
+        if let Err(refusal) = removed {
+            tracing::warn!(id, ?refusal, "an upload can't be removed");
         }
-        self.open_for(id).await.ok_or_else(unknown)
+    }
+
+    /// Removes uploads that nobody went on with, and in a bucket, data that has been nobody's for `unused_after`, which
+    /// must be longer than any one request takes.
+    pub(crate) async fn sweep(&self, unused_after: Duration) -> Answer<Swept> {
+        let mut swept = self.storage.sweep(ABANDONED_AFTER, unused_after).await?;
+        if let Place::Folder(folder) = self.storage.place() {
+            let dir: PathBuf = folder.join("uploads");
+            swept.uploads += self.blocking("sweep", "", move || local::sweep(&dir, ABANDONED_AFTER)).await?;
+        }
+        Ok(swept)
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        operation: &'static str,
+        id: &str,
+        work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
+    ) -> Answer<T> {
+        let done = tokio::task::spawn_blocking(work).await.map_err(|e| internal("writing an upload", e))?;
+        let key = format!("uploads/{id}");
+        done.map_err(|e| Refusal::from(self.storage.failed_io(operation, &key, e)))
     }
 }
 
-impl Session {
-    /// Blocking: the digest of all that the upload has, with all of it on disk.
-    fn digest(&mut self, algorithm: Algorithm) -> io::Result<Digest> {
-        let state = &mut *self.0;
-        let mut file = File::open(&state.path)?;
-        file.sync_all()?;
-        if let Some(hasher) = &state.hasher {
-            let found = hasher.clone().finish();
-            // Hashed by another algorithm than the one that is asked for now: once more, from the file.
-            if found.kind() == algorithm {
-                return Ok(found);
+/// Hands a request's bytes on, and says how many came, and how it ended.
+async fn feed<E: std::fmt::Display>(
+    body: impl Stream<Item = Result<Bytes, E>>,
+    declared: Option<u64>,
+    sender: mpsc::Sender<Vec<Bytes>>,
+) -> (u64, Answer<()>) {
+    let mut body = std::pin::pin!(body);
+    let (mut received, mut batch, mut batched) = (0, Vec::new(), 0);
+    let outcome = loop {
+        let chunk = match tokio::time::timeout(IDLE_MAX, body.next()).await {
+            Ok(Some(Ok(chunk))) => chunk,
+            Ok(None) => break Ok(()),
+            Ok(Some(Err(e))) => break Err(Refusal::upload_invalid(format!("the content broke off: {e}"))),
+            Err(_) => {
+                let message = format!("nothing arrived for {} s", IDLE_MAX.as_secs());
+                break Err(Refusal::new(StatusCode::REQUEST_TIMEOUT, "BLOB_UPLOAD_INVALID", message));
+            }
+        };
+        received += chunk.len() as u64;
+        if declared.is_some_and(|declared| received > declared) {
+            break Err(size_invalid(declared, received));
+        }
+        batched += chunk.len();
+        batch.push(chunk);
+        if batched >= BATCH_BYTES {
+            batched = 0;
+            if sender.send(std::mem::take(&mut batch)).await.is_err() {
+                // The writer failed, and says why.
+                return (received, Ok(()));
             }
         }
-        let mut hasher = algorithm.hasher();
-        let mut buffer = vec![0; 1 << 20];
-        loop {
-            match file.read(&mut buffer)? {
-                0 => break,
-                read => hasher.update(&buffer[..read]),
-            }
-        }
-        state.hasher = Some(hasher.clone());
-        Ok(hasher.finish())
-    }
-}
-
-/// Blocking: writes and hashes what comes. The upload is given back as it is on disk, whatever happened.
-fn write(mut session: Session, mut receiver: mpsc::Receiver<Bytes>) -> (Session, io::Result<()>) {
-    let state = &mut *session.0;
-    let mut run = || {
-        let mut file = OpenOptions::new().append(true).open(&state.path)?;
-        while let Some(chunk) = receiver.blocking_recv() {
-            file.write_all(&chunk)?;
-            if let Some(hasher) = &mut state.hasher {
-                hasher.update(&chunk);
-            }
-            state.size += chunk.len() as u64;
-        }
-        // What is acknowledged must be there after a power failure.
-        file.sync_data()
     };
-    let result = run();
-    if result.is_err() {
-        state.hasher = None;
-        state.size = file_size(&state.path).unwrap_or(state.size);
+    if !batch.is_empty() {
+        let _ = sender.send(batch).await;
     }
-    (session, result)
+    (received, outcome)
 }
 
-fn file_size(path: &Path) -> io::Result<u64> {
-    Ok(std::fs::metadata(path)?.len())
+fn conflict(id: &str) -> Refusal {
+    let message =
+        format!("another request is writing the upload `{id}`; ask for its offset, and go on from there");
+    Refusal::new(StatusCode::RANGE_NOT_SATISFIABLE, "BLOB_UPLOAD_INVALID", message)
+}
+
+fn wrong_digest(found: &Digest, expected: &Digest) -> Refusal {
+    let message = format!("the content has the digest {found}, not {expected}; the upload is discarded");
+    Refusal::digest_invalid(message)
 }
 
 fn size_invalid(declared: Option<u64>, received: u64) -> Refusal {

@@ -1,0 +1,440 @@
+//! An upload as a file that grows, and becomes content by a rename.
+//!
+//! `uploads/<id>` has the bytes, `uploads/<id>.state` two records of 512 bytes that are written in turn: revision,
+//! acknowledged offset, the hash of all before it, and a checksum. A part is acknowledged after the bytes are synced,
+//! and then the record. After a crash, the file is cut at the newest good record's offset: what is after it
+//! was never acknowledged, and may be anything. So nothing is ever hashed twice.
+//!
+//! Whoever has an upload open holds a lock (`flock`) on its file. A rename doesn't change that, so who waited for it
+//! checks that the file still is the upload.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc as threads;
+use std::time::{Duration, Instant, SystemTime};
+
+use anyplace_images::{Algorithm, Digest, Hasher};
+use bytes::Bytes;
+use sha2::{Digest as _, Sha256};
+use tokio::sync::mpsc;
+
+/// After so many bytes, the kernel is told to begin writing them, so that little is left to do when they are synced.
+const WRITE_BACK_BYTES: u64 = 8 << 20;
+/// Up to this size, hashing beside writing costs more than it gains.
+const HASH_INLINE_BYTES: u64 = 1 << 20;
+/// Batches that wait for the hash.
+const HASHING_MAX: usize = 8;
+const RECORD_BYTES: usize = 512;
+const RECORD_MAGIC: &[u8; 8] = b"anyupl01";
+const CHECKSUM_BYTES: usize = 16;
+/// How long to wait for a request that holds the upload: one that broke off still syncs what it has.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
+const LOCK_PAUSE: Duration = Duration::from_millis(5);
+
+/// An open upload.
+pub(super) struct LocalUpload {
+    file: File,
+    /// None: nobody can resume it.
+    state: Option<File>,
+    path: PathBuf,
+    revision: u64,
+}
+
+/// What a record says.
+struct Record {
+    revision: u64,
+    offset: u64,
+    hasher: Hasher,
+}
+
+/// What opening found.
+pub(super) enum Opened {
+    /// The upload, its acknowledged bytes, and their hash.
+    Upload(LocalUpload, u64, Hasher),
+    Absent,
+    /// Another request holds it for longer than this one should wait.
+    Busy,
+}
+
+impl LocalUpload {
+    /// Blocking: makes an upload's files. Without `resumable`, there is no state.
+    pub(super) fn create(path: PathBuf, algorithm: Algorithm, resumable: bool) -> io::Result<LocalUpload> {
+        let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
+        if !try_lock(&file)? {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        let mut upload = LocalUpload { file, state: None, path, revision: 0 };
+        if resumable {
+            let state = OpenOptions::new().write(true).create_new(true).open(state_path(&upload.path))?;
+            upload.state = Some(state);
+            upload.write_record(0, &algorithm.hasher())?;
+        }
+        Ok(upload)
+    }
+
+    /// Blocking: opens an upload, once no other request has it.
+    pub(super) fn open(path: PathBuf) -> io::Result<Opened> {
+        let begun = Instant::now();
+        let file = match OpenOptions::new().read(true).write(true).open(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Opened::Absent),
+            other => other?,
+        };
+        while !try_lock(&file)? {
+            if begun.elapsed() > LOCK_TIMEOUT {
+                return Ok(Opened::Busy);
+            }
+            std::thread::sleep(LOCK_PAUSE);
+        }
+        // It may have become content meanwhile.
+        if !is_at(&file, &path)? {
+            return Ok(Opened::Absent);
+        }
+        let state = match OpenOptions::new().read(true).write(true).open(state_path(&path)) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Opened::Absent),
+            other => other?,
+        };
+        let Some(Record { revision, offset, hasher }) = newest(&state)? else { return Ok(Opened::Absent) };
+        let size = file.metadata()?.len();
+        if size < offset {
+            let text = format!("{} has {size} bytes, and {offset} were acknowledged", path.display());
+            return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+        }
+        if size > offset {
+            file.set_len(offset)?;
+        }
+        Ok(Opened::Upload(LocalUpload { file, state: Some(state), path, revision }, offset, hasher))
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Blocking: writes and hashes all that comes, and acknowledges it. Gives the new offset and hash. After
+    /// an error, the upload is as it was before.
+    pub(super) fn append(
+        &mut self,
+        at: u64,
+        hasher: Hasher,
+        declared: Option<u64>,
+        batches: &mut mpsc::Receiver<Vec<Bytes>>,
+    ) -> io::Result<(u64, Hasher)> {
+        let result = self.write(at, hasher, declared, batches).and_then(|(offset, hasher)| {
+            if self.state.is_some() {
+                self.file.sync_data()?;
+                self.write_record(offset, &hasher)?;
+                self.sync_state()?;
+            }
+            Ok((offset, hasher))
+        });
+        if result.is_err() {
+            // A full disk has room again; if this fails too, the next open does it.
+            let _ = self.file.set_len(at);
+        }
+        result
+    }
+
+    fn write(
+        &mut self,
+        at: u64,
+        hasher: Hasher,
+        declared: Option<u64>,
+        batches: &mut mpsc::Receiver<Vec<Bytes>>,
+    ) -> io::Result<(u64, Hasher)> {
+        let mut hashing = Hashing::start(hasher, declared.is_none_or(|size| size > HASH_INLINE_BYTES));
+        let (mut offset, mut written_back) = (at, at);
+        self.file.seek(SeekFrom::Start(at))?;
+        while let Some(batch) = batches.blocking_recv() {
+            for chunk in &batch {
+                self.file.write_all(chunk)?;
+                offset += chunk.len() as u64;
+            }
+            hashing.update(batch);
+            if offset - written_back >= WRITE_BACK_BYTES {
+                write_back(&self.file, written_back, offset - written_back);
+                written_back = offset;
+            }
+        }
+        Ok((offset, hashing.finish()?))
+    }
+
+    /// Blocking: all bytes on disk, for an upload that has no state.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        if self.is_whole() { self.file.sync_all() } else { Ok(()) }
+    }
+
+    /// Blocking: the digest by another algorithm than the one that was hashed by.
+    pub(super) fn digest(&mut self, algorithm: Algorithm) -> io::Result<Digest> {
+        let (mut hasher, mut buffer) = (algorithm.hasher(), vec![0; 1 << 20]);
+        self.file.rewind()?;
+        loop {
+            match self.file.read(&mut buffer)? {
+                0 => return Ok(hasher.finish()),
+                read => hasher.update(&buffer[..read]),
+            }
+        }
+    }
+
+    /// Blocking: removes what is left after the bytes became content.
+    pub(super) fn forget(&self) -> io::Result<()> {
+        match &self.state {
+            Some(_) => ignore_missing(fs::remove_file(state_path(&self.path))),
+            None => Ok(()),
+        }
+    }
+
+    /// Blocking: removes the upload.
+    pub(super) fn remove(&self) -> io::Result<()> {
+        // The state first: without it, the file is nothing that can be resumed.
+        self.forget()?;
+        if is_at(&self.file, &self.path)? {
+            ignore_missing(fs::remove_file(&self.path))?;
+        }
+        Ok(())
+    }
+
+    fn is_whole(&self) -> bool {
+        self.state.is_none()
+    }
+
+    fn write_record(&mut self, offset: u64, hasher: &Hasher) -> io::Result<()> {
+        let Some(state) = &self.state else { return Ok(()) };
+        let revision = self.revision + 1;
+        let record = encode(&Record { revision, offset, hasher: hasher.clone() })?;
+        state.write_all_at(&record, (revision % 2) * RECORD_BYTES as u64)?;
+        self.revision = revision;
+        Ok(())
+    }
+
+    fn sync_state(&self) -> io::Result<()> {
+        let Some(state) = &self.state else { return Ok(()) };
+        state.sync_data()?;
+        // The first acknowledgement: until now, the files' names need not have been on disk.
+        if self.revision == 2
+            && let Some(folder) = self.path.parent()
+        {
+            File::open(folder)?.sync_all()?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for LocalUpload {
+    fn drop(&mut self) {
+        // Nobody can go on with it. Where it became content, there is no such file any more.
+        if self.is_whole()
+            && let Err(error) = self.remove()
+        {
+            tracing::warn!(%error, path = %self.path.display(), "an upload can't be removed");
+        }
+    }
+}
+
+/// Blocking: removes uploads that nobody went on with, and says how many.
+pub(super) fn sweep(folder: &Path, abandoned_after: Duration) -> io::Result<u64> {
+    let mut swept = 0;
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        let Ok(metadata) = entry.metadata() else { continue };
+        let age = SystemTime::now().duration_since(metadata.modified()?).unwrap_or_default();
+        if let Some(id) = name.strip_suffix(STATE_SUFFIX) {
+            // Its upload became content, and the crash came before the state was removed.
+            if !folder.join(id).exists() && age > LOCK_TIMEOUT {
+                ignore_missing(fs::remove_file(entry.path()))?;
+            }
+            continue;
+        }
+        let resumable = state_path(&entry.path()).exists();
+        if resumable && age <= abandoned_after {
+            continue;
+        }
+        let Ok(file) = File::open(entry.path()) else { continue };
+        // One that is in use is locked, also by another process.
+        if try_lock(&file)? && is_at(&file, &entry.path())? {
+            ignore_missing(fs::remove_file(state_path(&entry.path())))?;
+            ignore_missing(fs::remove_file(entry.path()))?;
+            swept += 1;
+        }
+    }
+    Ok(swept)
+}
+
+const STATE_SUFFIX: &str = ".state";
+
+fn state_path(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(STATE_SUFFIX);
+    name.into()
+}
+
+fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    let open = file.metadata()?;
+    match fs::metadata(path) {
+        Ok(found) => Ok((found.dev(), found.ino()) == (open.dev(), open.ino())),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+fn try_lock(file: &File) -> io::Result<bool> {
+    match file.try_lock() {
+        Ok(()) => Ok(true),
+        Err(fs::TryLockError::WouldBlock) => Ok(false),
+        Err(fs::TryLockError::Error(e)) => Err(e),
+    }
+}
+
+fn write_back(file: &File, from: u64, len: u64) {
+    // SAFETY: the descriptor is open, and the call takes numbers only. It is advice: its failure changes nothing.
+    unsafe {
+        libc::sync_file_range(file.as_raw_fd(), from as i64, len as i64, libc::SYNC_FILE_RANGE_WRITE);
+    }
+}
+
+fn encode(record: &Record) -> io::Result<Vec<u8>> {
+    let saved = record.hasher.save();
+    let mut bytes = Vec::with_capacity(RECORD_BYTES);
+    bytes.extend_from_slice(RECORD_MAGIC);
+    bytes.extend_from_slice(&record.revision.to_le_bytes());
+    bytes.extend_from_slice(&record.offset.to_le_bytes());
+    bytes.push(match record.hasher.algorithm() {
+        Algorithm::Sha256 => 0,
+        Algorithm::Sha512 => 1,
+    });
+    bytes.extend_from_slice(&(saved.len() as u16).to_le_bytes());
+    bytes.extend_from_slice(&saved);
+    if bytes.len() > RECORD_BYTES - CHECKSUM_BYTES {
+        return Err(io::Error::other("the hash's state doesn't fit a record"));
+    }
+    bytes.resize(RECORD_BYTES - CHECKSUM_BYTES, 0);
+    let checksum = Sha256::digest(&bytes);
+    bytes.extend_from_slice(&checksum[..CHECKSUM_BYTES]);
+    Ok(bytes)
+}
+
+fn decode(bytes: &[u8]) -> Option<Record> {
+    let (body, checksum) = bytes.split_at_checked(RECORD_BYTES - CHECKSUM_BYTES)?;
+    if Sha256::digest(body)[..CHECKSUM_BYTES] != *checksum || !body.starts_with(RECORD_MAGIC) {
+        return None;
+    }
+    let number = |at: usize| Some(u64::from_le_bytes(body.get(at..at + 8)?.try_into().ok()?));
+    let algorithm = *Algorithm::ALL.get(usize::from(*body.get(24)?))?;
+    let saved = usize::from(u16::from_le_bytes(body.get(25..27)?.try_into().ok()?));
+    let hasher = Hasher::restore(algorithm, body.get(27..27 + saved)?)?;
+    Some(Record { revision: number(8)?, offset: number(16)?, hasher })
+}
+
+/// The newer of the records that are whole.
+fn newest(state: &File) -> io::Result<Option<Record>> {
+    let read = |slot: u64| {
+        let mut bytes = vec![0; RECORD_BYTES];
+        match state.read_exact_at(&mut bytes, slot * RECORD_BYTES as u64) {
+            Ok(()) => Ok(decode(&bytes)),
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
+            Err(e) => Err(e),
+        }
+    };
+    let records = [read(0)?, read(1)?];
+    Ok(records.into_iter().flatten().max_by_key(|record| record.revision))
+}
+
+fn ignore_missing(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// A hash that is computed here, or beside, on a thread.
+enum Hashing {
+    Here(Hasher),
+    Beside(threads::SyncSender<Vec<Bytes>>, std::thread::JoinHandle<Hasher>),
+}
+
+impl Hashing {
+    fn start(mut hasher: Hasher, beside: bool) -> Hashing {
+        if !beside {
+            return Hashing::Here(hasher);
+        }
+        let (sender, receiver) = threads::sync_channel::<Vec<Bytes>>(HASHING_MAX);
+        let thread = std::thread::spawn(move || {
+            for batch in receiver {
+                batch.iter().for_each(|chunk| hasher.update(chunk));
+            }
+            hasher
+        });
+        Hashing::Beside(sender, thread)
+    }
+
+    fn update(&mut self, batch: Vec<Bytes>) {
+        match self {
+            Hashing::Here(hasher) => batch.iter().for_each(|chunk| hasher.update(chunk)),
+            // It fails only where the thread has panicked, which the end reports.
+            Hashing::Beside(sender, _) => drop(sender.send(batch)),
+        }
+    }
+
+    fn finish(self) -> io::Result<Hasher> {
+        match self {
+            Hashing::Here(hasher) => Ok(hasher),
+            Hashing::Beside(sender, thread) => {
+                drop(sender);
+                thread.join().map_err(|_| io::Error::other("the hashing thread panicked"))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn records_read_back_and_broken_ones_are_refused() {
+        let mut hasher = Algorithm::Sha512.hasher();
+        hasher.update(b"content");
+        let bytes = encode(&Record { revision: 7, offset: 99, hasher }).unwrap();
+        let record = decode(&bytes).unwrap();
+        assert_eq!((record.revision, record.offset), (7, 99));
+        assert_eq!(record.hasher.finish(), Algorithm::Sha512.digest(b"content"));
+        for at in [0, 8, 30, RECORD_BYTES - 1] {
+            let mut broken = bytes.clone();
+            broken[at] ^= 1;
+            assert!(decode(&broken).is_none(), "{at}");
+        }
+        assert!(decode(&bytes[..100]).is_none());
+    }
+
+    #[test]
+    fn a_crash_between_acknowledgements_goes_back_to_the_last() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("upload");
+        let append = |upload: &mut LocalUpload, at, hasher, bytes: &'static [u8]| {
+            let (sender, mut receiver) = mpsc::channel(1);
+            sender.blocking_send(vec![Bytes::from_static(bytes)]).unwrap();
+            drop(sender);
+            upload.append(at, hasher, None, &mut receiver).unwrap()
+        };
+        let mut upload = LocalUpload::create(path.clone(), Algorithm::Sha256, true).unwrap();
+        assert!(matches!(sweep(dir.path(), Duration::ZERO), Ok(0)), "it is in use");
+        append(&mut upload, 0, Hasher::sha256(), b"first");
+        drop(upload);
+        // Bytes that were written and not acknowledged, and a record that was torn.
+        OpenOptions::new().append(true).open(&path).unwrap().write_all(b"torn").unwrap();
+        OpenOptions::new().write(true).open(state_path(&path)).unwrap().write_all_at(&[1; 100], 512).unwrap();
+        let Opened::Upload(mut upload, offset, hasher) = LocalUpload::open(path.clone()).unwrap() else {
+            panic!("the upload is gone")
+        };
+        assert_eq!(offset, 5);
+        let (offset, hasher) = append(&mut upload, offset, hasher, b" second");
+        assert_eq!((offset, hasher.finish()), (12, Digest::of(b"first second")));
+        assert_eq!(upload.digest(Algorithm::Sha512).unwrap(), Algorithm::Sha512.digest(b"first second"));
+        upload.remove().unwrap();
+        assert!(matches!(LocalUpload::open(path).unwrap(), Opened::Absent));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+}

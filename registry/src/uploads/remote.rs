@@ -1,0 +1,444 @@
+//! An upload in a bucket, where objects can't grow.
+//!
+//! Each request's bytes become an object of their own, `data/<upload>/<random>`: one put where they are few, else parts of
+//! equal size (some stores insist on that), several at once. The upload's state, `uploads/<upload>/<revision>`, lists
+//! those objects, with the offset and the hash up to there; a request is acknowledged when its state is written. So
+//! nothing has to be kept in a process, any registry on the bucket can go on, nothing is hashed twice, and at the end the
+//! content points to the objects: no byte is copied. A short last object is read again and put before what comes
+//! next, so that a chunked upload doesn't end as thousands of objects.
+//!
+//! A state is put only if there is none with its revision, so one of two requests wins, and the other is told to ask for
+//! the offset. Objects of the one that lost, or that a crash left, are removed by a sweep; nothing here deletes what
+//! another process could have made content in the meantime.
+
+use std::sync::Arc;
+
+use anyplace_images::{Algorithm, Digest, Hasher};
+use bytes::Bytes;
+use futures_util::stream::FuturesUnordered;
+use futures_util::{StreamExt as _, TryStreamExt as _};
+use object_store::PutPayload;
+use object_store::multipart::{MultipartStore, PartId};
+use object_store::path::Path;
+use serde::{Deserialize, Serialize};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+
+use crate::storage::{Error, Linked, Result, Segment, Storage};
+
+/// Size of a part. With at most [`PARTS_MAX`] of them, an object has 144 GiB; an upload may have many.
+pub(super) const PART_BYTES: usize = 16 << 20;
+/// Parts of one object: stores take 10,000.
+const PARTS_MAX: usize = 9_000;
+/// Parts of one upload that are sent at once.
+const SENDING_MAX: usize = 4;
+/// Parts of all uploads that are in memory: together 96 MiB. More wait, and so do their clients.
+const PARTS_IN_MEMORY_MAX: usize = 6;
+/// Times that a state is looked for again, when it was replaced between the listing and the read.
+const STATE_TRIES: usize = 5;
+
+/// What `uploads/<upload>/<revision>` holds.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct State {
+    algorithm: String,
+    offset: u64,
+    /// Hexadecimal, as [`Hasher::save`] gives it.
+    hash: String,
+    segments: Vec<Segment>,
+    /// Tells two writers of one revision apart.
+    writer: String,
+}
+
+/// An open upload.
+pub(super) struct RemoteUpload {
+    storage: Storage,
+    parts: Arc<dyn MultipartStore>,
+    memory: Arc<Semaphore>,
+    id: String,
+    /// None: nobody can resume it.
+    revision: Option<u64>,
+    segments: Vec<Segment>,
+    /// The bytes of an upload that nobody can resume, as long as they fit one part.
+    pending: Vec<Bytes>,
+}
+
+/// What came of an append.
+pub(super) enum Appended {
+    /// The new offset and hash.
+    To(u64, Hasher),
+    /// Another request went on with the upload.
+    Conflict,
+}
+
+/// The parts that are in memory, of all uploads.
+pub(super) fn memory() -> Arc<Semaphore> {
+    Arc::new(Semaphore::new(PARTS_IN_MEMORY_MAX))
+}
+
+impl RemoteUpload {
+    pub(super) async fn create(
+        storage: &Storage,
+        parts: &Arc<dyn MultipartStore>,
+        memory: &Arc<Semaphore>,
+        id: &str,
+        algorithm: Algorithm,
+        resumable: bool,
+    ) -> Result<RemoteUpload> {
+        let mut upload = RemoteUpload::new(storage, parts, memory, id);
+        if resumable {
+            upload.revision = Some(0);
+            upload.commit(1, 0, &algorithm.hasher(), &[]).await?;
+            upload.revision = Some(1);
+        }
+        Ok(upload)
+    }
+
+    fn new(
+        storage: &Storage,
+        parts: &Arc<dyn MultipartStore>,
+        memory: &Arc<Semaphore>,
+        id: &str,
+    ) -> RemoteUpload {
+        RemoteUpload {
+            storage: storage.clone(),
+            parts: parts.clone(),
+            memory: memory.clone(),
+            id: id.to_owned(),
+            revision: None,
+            segments: Vec::new(),
+            pending: Vec::new(),
+        }
+    }
+
+    /// The upload, its acknowledged bytes and their hash, if there is one.
+    pub(super) async fn open(
+        storage: &Storage,
+        parts: &Arc<dyn MultipartStore>,
+        memory: &Arc<Semaphore>,
+        id: &str,
+    ) -> Result<Option<(RemoteUpload, u64, Hasher)>> {
+        let mut upload = RemoteUpload::new(storage, parts, memory, id);
+        for _ in 0..STATE_TRIES {
+            let Some(revision) = upload.revisions().await?.into_iter().max() else { return Ok(None) };
+            let key = upload.state_key(revision);
+            // Gone already: there is a newer one, or it ended.
+            let Some(bytes) = storage.read(&key).await? else { continue };
+            let state: State = serde_json::from_slice(&bytes).map_err(|e| Error::damaged(&key, e))?;
+            let hasher = restore(&state).ok_or_else(|| Error::damaged(&key, "its hash can't be restored"))?;
+            (upload.revision, upload.segments) = (Some(revision), state.segments);
+            return Ok(Some((upload, state.offset, hasher)));
+        }
+        Ok(None)
+    }
+
+    /// Stores all that comes, and acknowledges it. After an error, or a conflict, the upload is as it was before.
+    pub(super) async fn append(
+        &mut self,
+        at: u64,
+        hasher: Hasher,
+        batches: &mut mpsc::Receiver<Vec<Bytes>>,
+    ) -> Result<Appended> {
+        let (mut segments, mut hasher, mut offset) = (self.segments.clone(), hasher, at);
+        let mut first = std::mem::take(&mut self.pending);
+        if let Some(last) = segments.last().filter(|last| last.len < PART_BYTES as u64) {
+            first = vec![self.read_segment(last).await?];
+            segments.pop();
+        }
+        let mut more = true;
+        while more {
+            let mut object = Sending::new(self, std::mem::take(&mut first));
+            more = loop {
+                let Some(batch) = batches.recv().await else { break false };
+                offset += batch.iter().map(|chunk| chunk.len() as u64).sum::<u64>();
+                let hashed = batch.clone();
+                let hashing = tokio::task::spawn_blocking(move || {
+                    hashed.iter().for_each(|chunk| hasher.update(chunk));
+                    hasher
+                });
+                let sent = object.push(batch).await;
+                hasher = hashing.await.map_err(|e| Error::damaged("the hash", e))?;
+                if sent? == PARTS_MAX {
+                    break true;
+                }
+            };
+            let whole = self.revision.is_none() && segments.is_empty();
+            match object.finish(whole).await? {
+                Sent::Nothing => {}
+                Sent::Object(segment) => segments.push(segment),
+                Sent::Short(bytes) => self.pending = bytes,
+            }
+        }
+        if let Some(revision) = self.revision {
+            if offset == at {
+                return Ok(Appended::To(offset, hasher));
+            }
+            if !self.commit(revision + 1, offset, &hasher, &segments).await? {
+                return Ok(Appended::Conflict);
+            }
+            self.storage.drop_object(&self.state_key(revision)).await;
+            self.revision = Some(revision + 1);
+        }
+        self.segments = segments;
+        Ok(Appended::To(offset, hasher))
+    }
+
+    /// The digest by another algorithm than the one that was hashed by.
+    pub(super) async fn digest(&self, algorithm: Algorithm) -> Result<Digest> {
+        let mut hasher = algorithm.hasher();
+        self.pending.iter().for_each(|chunk| hasher.update(chunk));
+        for segment in &self.segments {
+            let mut stream = self.storage.open_key(&segment.key).await?;
+            while let Some(chunk) =
+                stream.try_next().await.map_err(|e| self.storage.failed_at("read", &segment.key, e))?
+            {
+                hasher.update(&chunk);
+            }
+        }
+        Ok(hasher.finish())
+    }
+
+    /// Makes the upload, which has this digest, content of the repository, and ends it.
+    pub(super) async fn finish(&mut self, repository: &str, digest: &Digest) -> Result<()> {
+        // The link first: it keeps collectors away from the content.
+        let linked = self.storage.put_link(repository, digest).await?;
+        if linked == Linked::Gone {
+            if self.segments.is_empty() {
+                let content = std::mem::take(&mut self.pending).concat();
+                self.storage.put_content(digest, content.into()).await?;
+            } else {
+                // Once this may have been done, nothing but a sweep may delete them.
+                let segments = std::mem::take(&mut self.segments);
+                self.storage.put_segments(digest, &segments).await?;
+            }
+        }
+        self.forget().await
+    }
+
+    /// Removes the upload. Objects that another process may know of are left to a sweep.
+    pub(super) async fn remove(&mut self) -> Result<()> {
+        self.forget().await
+    }
+
+    async fn forget(&self) -> Result<()> {
+        if self.revision.is_some() {
+            for revision in self.revisions().await? {
+                self.storage.drop_object(&self.state_key(revision)).await;
+            }
+        }
+        Ok(())
+    }
+
+    async fn revisions(&self) -> Result<Vec<u64>> {
+        let listed = self.storage.listed(&format!("uploads/{}", self.id)).await?;
+        Ok(listed.iter().filter_map(|meta| meta.location.filename()?.parse().ok()).collect())
+    }
+
+    /// False: another writer was first.
+    async fn commit(
+        &self,
+        revision: u64,
+        offset: u64,
+        hasher: &Hasher,
+        segments: &[Segment],
+    ) -> Result<bool> {
+        let key = self.state_key(revision);
+        let state = State {
+            algorithm: hasher.algorithm().to_string(),
+            offset,
+            hash: hex::encode(hasher.save()),
+            segments: segments.to_vec(),
+            writer: hex::encode(rand::random::<[u8; 8]>()),
+        };
+        let json = serde_json::to_vec(&state).map_err(|e| Error::damaged(&key, e))?;
+        self.storage.create(&key, json.into()).await
+    }
+
+    async fn read_segment(&self, segment: &Segment) -> Result<Bytes> {
+        let key = Path::from(segment.key.as_str());
+        self.storage.read(&key).await?.ok_or_else(|| Error::damaged(&key, "gone, though an upload has it"))
+    }
+
+    fn state_key(&self, revision: u64) -> Path {
+        Path::from(format!("uploads/{}/{revision:08}", self.id))
+    }
+}
+
+impl Drop for RemoteUpload {
+    fn drop(&mut self) {
+        let segments = std::mem::take(&mut self.segments);
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        // Nobody can go on with it, and no content points to it.
+        if self.revision.is_none() && !segments.is_empty() {
+            let storage = self.storage.clone();
+            runtime.spawn(async move {
+                for segment in segments {
+                    storage.drop_object(&Path::from(segment.key)).await;
+                }
+            });
+        }
+    }
+}
+
+fn restore(state: &State) -> Option<Hasher> {
+    Hasher::restore(state.algorithm.parse().ok()?, &hex::decode(&state.hash).ok()?)
+}
+
+/// What a request's bytes became.
+enum Sent {
+    Nothing,
+    Object(Segment),
+    /// Too few for an object; only where the caller keeps them.
+    Short(Vec<Bytes>),
+}
+
+type PartSent = std::pin::Pin<Box<dyn Future<Output = object_store::Result<(usize, PartId)>> + Send>>;
+
+/// One object on its way.
+struct Sending {
+    storage: Storage,
+    parts: Arc<dyn MultipartStore>,
+    memory: Arc<Semaphore>,
+    key: Path,
+    buffer: Vec<Bytes>,
+    buffered: usize,
+    permit: Option<OwnedSemaphorePermit>,
+    /// The store's id for the parts, and where it is remembered.
+    begun: Option<(String, Path)>,
+    count: usize,
+    len: u64,
+    sending: FuturesUnordered<PartSent>,
+    done: Vec<(usize, PartId)>,
+}
+
+impl Sending {
+    fn new(upload: &RemoteUpload, first: Vec<Bytes>) -> Sending {
+        let random = hex::encode(rand::random::<[u8; 8]>());
+        Sending {
+            storage: upload.storage.clone(),
+            parts: upload.parts.clone(),
+            memory: upload.memory.clone(),
+            key: Path::from(format!("data/{}/{random}", upload.id)),
+            buffered: first.iter().map(Bytes::len).sum(),
+            buffer: first,
+            permit: None,
+            begun: None,
+            count: 0,
+            len: 0,
+            sending: FuturesUnordered::new(),
+            done: Vec::new(),
+        }
+    }
+
+    /// Takes bytes, sends what makes a part, and gives the number of parts.
+    async fn push(&mut self, batch: Vec<Bytes>) -> Result<usize> {
+        for mut chunk in batch {
+            while !chunk.is_empty() {
+                if self.permit.is_none() {
+                    self.permit = Some(self.wait_for_memory().await?);
+                }
+                let fits = chunk.split_to(chunk.len().min(PART_BYTES - self.buffered));
+                self.buffered += fits.len();
+                self.buffer.push(fits);
+                if self.buffered == PART_BYTES {
+                    self.send().await?;
+                }
+            }
+        }
+        Ok(self.count)
+    }
+
+    /// A permit for a part. Parts that are done meanwhile give theirs back.
+    async fn wait_for_memory(&mut self) -> Result<OwnedSemaphorePermit> {
+        let memory = self.memory.clone();
+        let mut permit = std::pin::pin!(memory.acquire_owned());
+        loop {
+            let failed = |e: object_store::Error| self.storage.failed_at("write", self.key.as_ref(), e);
+            tokio::select! {
+                permit = &mut permit => return permit.map_err(|e| Error::damaged("the memory's bound", e)),
+                Some(sent) = self.sending.next() => self.done.push(sent.map_err(failed)?),
+            }
+        }
+    }
+
+    async fn send(&mut self) -> Result<()> {
+        let failed = |e| self.storage.failed_at("write", self.key.as_ref(), e);
+        let id = match &self.begun {
+            Some((id, _)) => id.clone(),
+            None => {
+                let id = self.parts.create_multipart(&self.key).await.map_err(failed)?;
+                let remembered = self.storage.remember_parts(&self.key, &id).await?;
+                self.begun = Some((id.clone(), remembered));
+                id
+            }
+        };
+        while self.sending.len() >= SENDING_MAX {
+            if let Some(sent) = self.sending.next().await {
+                self.done.push(sent.map_err(failed)?);
+            }
+        }
+        let payload: PutPayload = std::mem::take(&mut self.buffer).into_iter().collect();
+        let (parts, key, number, permit) =
+            (self.parts.clone(), self.key.clone(), self.count, self.permit.take());
+        self.count += 1;
+        self.len += self.buffered as u64;
+        self.buffered = 0;
+        self.sending.push(Box::pin(async move {
+            let part = parts.put_part(&key, &id, number, payload).await;
+            drop(permit);
+            Ok((number, part?))
+        }));
+        Ok(())
+    }
+
+    /// Makes the object. With `keep_short`, bytes that are no part's worth are given back instead.
+    async fn finish(mut self, keep_short: bool) -> Result<Sent> {
+        if self.begun.is_none() {
+            if self.buffered == 0 {
+                return Ok(Sent::Nothing);
+            }
+            if keep_short {
+                return Ok(Sent::Short(std::mem::take(&mut self.buffer)));
+            }
+            let (key, len) = (self.key.to_string(), self.buffered as u64);
+            let payload: PutPayload = std::mem::take(&mut self.buffer).into_iter().collect();
+            self.storage.put_payload(&self.key, payload).await?;
+            return Ok(Sent::Object(Segment { key, len }));
+        }
+        if self.buffered > 0 {
+            self.send().await?;
+        }
+        let failed = |e| self.storage.failed_at("write", self.key.as_ref(), e);
+        while let Some(sent) = self.sending.next().await {
+            self.done.push(sent.map_err(failed)?);
+        }
+        let mut done = std::mem::take(&mut self.done);
+        done.sort_unstable_by_key(|(number, _)| *number);
+        let done = done.into_iter().map(|(_, part)| part).collect();
+        let Some((id, remembered)) = self.begun.take() else { return Ok(Sent::Nothing) };
+        let segment = Segment { key: self.key.to_string(), len: self.len };
+        if let Err(error) = self.parts.complete_multipart(&self.key, &id, done).await {
+            // It may be done all the same, and only the answer lost.
+            let there = self.storage.head(&self.key).await;
+            if !matches!(there, Ok(Some(meta)) if meta.size == segment.len) {
+                self.begun = Some((id, remembered));
+                return Err(failed(error));
+            }
+        }
+        self.storage.drop_object(&remembered).await;
+        Ok(Sent::Object(segment))
+    }
+}
+
+impl Drop for Sending {
+    fn drop(&mut self) {
+        let Some((id, remembered)) = self.begun.take() else { return };
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        // What fails here is left to a sweep, which finds it remembered.
+        let (parts, storage, key) = (self.parts.clone(), self.storage.clone(), self.key.clone());
+        runtime.spawn(async move {
+            match parts.abort_multipart(&key, &id).await {
+                Ok(()) => storage.drop_object(&remembered).await,
+                Err(error) => tracing::debug!(%error, %key, "parts can't be dropped"),
+            }
+        });
+    }
+}
