@@ -18,6 +18,7 @@ mod errors;
 mod manifests;
 mod references;
 mod referrers;
+mod remembered;
 mod routes;
 mod server;
 mod storage;

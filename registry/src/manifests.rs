@@ -4,20 +4,23 @@
 //! are fetched). The manifests that an index names, and the one that a manifest is about, may be missing: the
 //! specification allows sparse indexes, and signatures that arrive first.
 
-use anyplace_images::manifest::MANIFEST_MAX_BYTES;
-use anyplace_images::{Algorithm, Digest, check_tag};
-use axum::extract::{Query, Request};
-use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE, ETAG, LOCATION, WARNING};
-use axum::http::{HeaderMap, HeaderName, StatusCode};
-use axum::response::{AppendHeaders, IntoResponse as _};
-use bytes::Bytes;
-use serde_json::json;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use anyplace_images::manifest::MANIFEST_MAX_BYTES;
+use anyplace_images::{Algorithm, Digest, check_tag};
+use axum::body::Body;
+use axum::extract::{Query, Request};
+use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE, ETAG, LOCATION, WARNING};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use axum::response::{AppendHeaders, IntoResponse as _, Response};
+use serde_json::json;
+
 use crate::blobs::{CONTENT_DIGEST, not_modified};
-use crate::conditions::{entity_tag, is_known};
+use crate::conditions::is_known;
 use crate::errors::{Answer, Refusal, internal};
 use crate::references::{self, Manifest};
+use crate::remembered::Described;
 use crate::server::App;
 use crate::storage::{NewManifest, TagOf};
 use crate::upstream::{Cache, Resolved};
@@ -29,28 +32,26 @@ const TAG: HeaderName = HeaderName::from_static("oci-tag");
 /// Most tags that one push may give. The specification asks for 10 at least.
 const TAGS_MAX: usize = 100;
 
-/// A manifest that was found.
-struct Found {
-    digest: Digest,
-    media_type: String,
-    bytes: Bytes,
-    warning: Option<String>,
-}
-
 pub(crate) async fn get(app: &App, name: &str, key: &str, asked: &HeaderMap) -> Answer {
-    let found = find(app, name, key).await?;
-    let warning = AppendHeaders(found.warning.map(|text| (WARNING, format!("299 - \"{text}\""))));
-    if is_known(asked, &found.digest) {
-        return Ok((warning, not_modified(&found.digest)).into_response());
+    let (manifest, warning) = find(app, name, key).await?;
+    let mut response = if is_known(asked, &manifest.digest) {
+        not_modified(&manifest.digest)
+    } else {
+        // For HEAD, the server leaves the body out.
+        let mut response = Response::new(Body::from(manifest.bytes.clone()));
+        let headers = response.headers_mut();
+        headers.reserve(8);
+        headers.insert(CONTENT_TYPE, manifest.media_type.clone());
+        headers.insert(CONTENT_LENGTH, manifest.length.clone());
+        headers.insert(ETAG, manifest.entity_tag.clone());
+        headers.insert(CONTENT_DIGEST, manifest.content_digest.clone());
+        response
+    };
+    if let Some(text) = warning {
+        let value = HeaderValue::try_from(format!("299 - \"{text}\""));
+        response.headers_mut().insert(WARNING, value.map_err(|e| internal("warning a client", e))?);
     }
-    let headers: [(HeaderName, String); 4] = [
-        (CONTENT_TYPE, found.media_type),
-        (CONTENT_LENGTH, found.bytes.len().to_string()),
-        (ETAG, entity_tag(&found.digest)),
-        (CONTENT_DIGEST, found.digest.to_string()),
-    ];
-    // For HEAD, the server leaves the body out.
-    Ok((warning, headers, found.bytes).into_response())
+    Ok(response)
 }
 
 pub(crate) async fn put(app: &App, name: &str, key: &str, request: Request) -> Answer {
@@ -87,7 +88,9 @@ pub(crate) async fn put(app: &App, name: &str, key: &str, request: Request) -> A
     let failed = |e| internal("storing a manifest", e);
     for tag in in_path.into_iter().chain(tags.iter().map(String::as_str)) {
         app.storage.put_tag(TagOf::Push, name, tag, &digest).await.map_err(failed)?;
+        app.remembered.forget(name, tag);
     }
+    app.remembered.forget(name, digest.as_str());
     let location = format!("/v2/{name}/manifests/{digest}");
     let mut headers = vec![(LOCATION, location), (CONTENT_DIGEST, digest.to_string())];
     headers.extend(subject.map(|subject| (SUBJECT, subject.to_string())));
@@ -104,6 +107,7 @@ pub(crate) async fn delete(app: &App, name: &str, key: &str) -> Answer {
         for of in [TagOf::Push, TagOf::Upstream] {
             removed |= app.storage.delete_tag(of, name, key).await.map_err(failed)?;
         }
+        app.remembered.forget(name, key);
         return if removed { Ok(StatusCode::ACCEPTED.into_response()) } else { Err(unknown()) };
     }
     let digest = crate::routes::parse_digest(key)?;
@@ -113,10 +117,12 @@ pub(crate) async fn delete(app: &App, name: &str, key: &str) -> Answer {
         for tag in app.storage.tags(of, name).await.map_err(failed)? {
             if app.storage.tag(of, name, &tag).await.map_err(failed)?.as_ref() == Some(&digest) {
                 app.storage.delete_tag(of, name, &tag).await.map_err(failed)?;
+                app.remembered.forget(name, &tag);
             }
         }
     }
     app.storage.delete_manifest(name, &digest).await.map_err(failed)?;
+    app.remembered.forget(name, key);
     Ok(StatusCode::ACCEPTED.into_response())
 }
 
@@ -137,11 +143,30 @@ fn tags_of(uri: &axum::http::Uri) -> Answer<Vec<String>> {
     Ok(tags)
 }
 
-/// What a tag or digest names.
-async fn find(app: &App, name: &str, key: &str) -> Answer<Found> {
-    let (digest, warning) = match key.contains(':') {
-        true => (crate::routes::parse_digest(key)?, None),
-        false => resolve(app, name, key).await?,
+/// What a tag or digest names, and what the client should know besides.
+async fn find(app: &App, name: &str, key: &str) -> Answer<(Arc<Described>, Option<String>)> {
+    let digest = match key.contains(':') {
+        true => Some(crate::routes::parse_digest(key)?),
+        false => {
+            check_tag(key).map_err(|_| Refusal::manifest_unknown(name, key))?;
+            None
+        }
+    };
+    // Taken before anything is read: what is read may be newer than the stamp, and never older.
+    let stamp = match &digest {
+        Some(digest) => Some(app.storage.manifest_stamp(name, digest)),
+        // With an upstream, a tag is the upstream's to say.
+        None if app.cache.is_none() => Some(app.storage.tag_stamp(name, key)),
+        None => None,
+    };
+    if let Some(manifest) = stamp.and_then(|stamp| app.remembered.get(name, key, stamp)) {
+        app.counters.manifests_remembered.fetch_add(1, Ordering::Relaxed);
+        return Ok((manifest, None));
+    }
+    app.counters.manifests_read.fetch_add(1, Ordering::Relaxed);
+    let (digest, warning) = match digest {
+        Some(digest) => (digest, None),
+        None => resolve(app, name, key).await?,
     };
     let failed = |e| internal("reading a manifest", e);
     let mut manifest = app.storage.manifest(name, &digest).await.map_err(failed)?;
@@ -150,7 +175,12 @@ async fn find(app: &App, name: &str, key: &str) -> Answer<Found> {
         manifest = app.storage.manifest(name, &digest).await.map_err(failed)?;
     }
     let (entry, bytes) = manifest.ok_or_else(|| Refusal::manifest_unknown(name, key))?;
-    Ok(Found { digest, media_type: entry.media_type, bytes, warning })
+    let described = Described::new(digest, &entry.media_type, bytes);
+    let described = Arc::new(described.map_err(|e| internal("reading a manifest", e))?);
+    if let Some(stamp) = stamp {
+        app.remembered.put(name, key, stamp, described.clone());
+    }
+    Ok((described, warning))
 }
 
 /// The digest that a tag means: the upstream's answer first, then what was pushed here.
@@ -158,7 +188,6 @@ async fn find(app: &App, name: &str, key: &str) -> Answer<Found> {
 /// While the upstream is out of reach, its last answer stands in for it, with a warning.
 async fn resolve(app: &App, name: &str, tag: &str) -> Answer<(Digest, Option<String>)> {
     let unknown = || Refusal::manifest_unknown(name, tag);
-    check_tag(tag).map_err(|_| unknown())?;
     let failed = |e| internal("reading a tag", e);
     let seen = async |of| app.storage.tag(of, name, tag).await.map_err(failed);
     let Some(cache) = &app.cache else {

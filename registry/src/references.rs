@@ -10,6 +10,8 @@ use serde::Deserialize;
 /// Most blobs and manifests that one manifest may name. Docker's own limit on layers is 127; indexes and artifacts
 /// have more.
 pub(crate) const REFERENCES_MAX: usize = 8_192;
+/// Longest media type: 127 characters on each side of the slash, by RFC 6838.
+const MEDIA_TYPE_MAX: usize = 255;
 /// Layers that may not be distributed lie elsewhere, also where no address says so.
 const NOT_DISTRIBUTED: [&str; 2] = ["nondistributable", "rootfs.foreign"];
 
@@ -76,6 +78,9 @@ pub(crate) fn read(sent_type: Option<&str>, bytes: &[u8]) -> Result<Manifest, St
         Some(_) => OCI_INDEX,
         None => OCI_MANIFEST,
     });
+    if media_type.len() > MEDIA_TYPE_MAX || !media_type.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(format!("`{media_type}` is no media type"));
+    }
     let missing = match media_type {
         OCI_MANIFEST | DOCKER_MANIFEST if document.config.is_none() || document.layers.is_none() => {
             Some("config and layers")
@@ -138,6 +143,8 @@ mod tests {
             (Some(OCI_INDEX), image.clone()),
             (Some(OCI_MANIFEST), "\"schemaVersion\":2".to_owned()),
             (Some("x/y"), "\"schemaVersion\":1".to_owned()),
+            (Some("x/y z"), image.clone()),
+            (None, format!("\"mediaType\":\"x/\\n\",{image}")),
             (None, image.replace(":2,", ":3,")),
             (None, image.replace("sha256:e3", "md5:e3")),
         ] {

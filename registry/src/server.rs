@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use crate::auth::Users;
 use crate::config::Config;
 use crate::counters::Counters;
+use crate::remembered::Remembered;
 use crate::storage::Storage;
 use crate::uploads::Uploads;
 use crate::upstream::Cache;
@@ -26,6 +27,7 @@ pub(crate) struct App {
     pub(crate) storage: Storage,
     pub(crate) uploads: Arc<Uploads>,
     pub(crate) cache: Option<Cache>,
+    pub(crate) remembered: Remembered,
     pub(crate) counters: Arc<Counters>,
     /// Cancelled when the shutdown begins: what runs ends, nothing new starts.
     pub(crate) draining: CancellationToken,
@@ -54,8 +56,9 @@ impl Server {
         let listener = TcpListener::bind(config.listen).await.with_context(|| {
             format!("can't listen on {}; check `listen`, and that nothing else listens there", config.listen)
         })?;
-        let (counters, draining) = (Arc::default(), CancellationToken::new());
-        let app = Arc::new(App { users, storage, uploads, cache, counters, draining });
+        let (remembered, counters, draining) =
+            (Remembered::default(), Arc::default(), CancellationToken::new());
+        let app = Arc::new(App { users, storage, uploads, cache, remembered, counters, draining });
         Ok(Server { listener, app, drain: Duration::from_secs(config.drain_s) })
     }
 

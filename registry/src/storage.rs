@@ -34,6 +34,7 @@ mod keys;
 mod links;
 mod manifests;
 mod settings;
+mod stamps;
 mod sweep;
 mod tags;
 
@@ -64,6 +65,7 @@ pub(crate) use manifests::ManifestInfo;
 pub(crate) use manifests::{ManifestEntry, NewManifest};
 use settings::Remote;
 pub use settings::{Bucket, Container, StorageConfig};
+pub(crate) use stamps::Stamp;
 pub(crate) use sweep::Swept;
 #[expect(unused_imports, reason = "for collectors")]
 pub(crate) use tags::TagInfo;

@@ -241,3 +241,29 @@ async fn tags_are_listed_sorted_and_in_pages() {
     assert_eq!(registry.client().list_tags(&reference).await.unwrap().len(), 6);
     registry.stop().await;
 }
+
+#[tokio::test]
+async fn what_is_remembered_follows_other_writers() {
+    let dir = tempfile::tempdir().unwrap();
+    let writer = Registry::start(dir.path()).await;
+    let reader = Registry::start(dir.path()).await;
+    let read = async |key: &str| {
+        let path = format!("/v2/app/manifests/{key}");
+        let answer = reader.request(Method::GET, &path).send().await.unwrap();
+        (answer.status().as_u16(), answer.bytes().await.unwrap().to_vec())
+    };
+    let mut last = None;
+    for round in 0..50 {
+        let (digest, bytes) = writer.put_image("app", "t", &format!("seed {round}")).await;
+        for _ in 0..3 {
+            assert_eq!(read("t").await, (200, bytes.clone()), "{round}");
+            assert_eq!(read(digest.as_str()).await, (200, bytes.clone()), "{round}");
+        }
+        last = Some(digest);
+    }
+    let digest = last.unwrap();
+    writer.request(Method::DELETE, &format!("/v2/app/manifests/{digest}")).send().await.unwrap();
+    assert_eq!((read("t").await.0, read(digest.as_str()).await.0), (404, 404));
+    reader.stop().await;
+    writer.stop().await;
+}
