@@ -4,6 +4,7 @@
 
 mod api;
 mod cache;
+mod connections;
 mod images;
 mod skopeo;
 mod spec;
