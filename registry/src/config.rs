@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
+use crate::access;
 use crate::storage::StorageConfig;
 
 /// Settings of a registry.
@@ -19,6 +20,9 @@ pub struct Config {
     /// Lines of `user:password`; made at the first start. By default `credentials` in the data folder.
     #[serde(default)]
     pub credentials_file: Option<PathBuf>,
+    /// Anonymous pulls, and tokens.
+    #[serde(default)]
+    pub access: access::Config,
     /// Another registry, which this one caches.
     #[serde(default)]
     pub upstream: Option<Upstream>,
@@ -48,6 +52,7 @@ impl Config {
             data_dir: data_dir.into(),
             listen: default_listen(),
             credentials_file: None,
+            access: access::Config::default(),
             upstream: None,
             storage: StorageConfig::Local,
             drain_s: default_drain_s(),

@@ -21,17 +21,18 @@ pub(crate) struct Counters {
 }
 
 impl Counters {
-    /// As Prometheus reads them.
-    pub(crate) fn render(&self) -> String {
+    /// As Prometheus reads them, with those of other parts: name, help and counter each.
+    pub(crate) fn render(&self, more: &[(&str, &str, &AtomicU64)]) -> String {
         let mut text = String::new();
-        for (name, help, counter) in [
+        let own = [
             ("connections_refused", "Connections over the bound", &self.connections_refused),
             ("draining_refused", "Requests refused while draining", &self.draining_refused),
             ("parts_refused", "Upload parts over the longest that is taken", &self.parts_refused),
             ("manifests_refused", "Manifests over a bound", &self.manifests_refused),
             ("manifests_remembered", "Manifests answered from memory", &self.manifests_remembered),
             ("manifests_read", "Manifests answered from storage", &self.manifests_read),
-        ] {
+        ];
+        for (name, help, counter) in own.iter().chain(more) {
             let value = counter.load(Ordering::Relaxed);
             // Writing to a string can't fail.
             let _ = write!(

@@ -8,7 +8,7 @@
 //!
 //! This crate must not know about schedulers, machines or deployments.
 
-mod auth;
+mod access;
 mod blobs;
 mod conditions;
 mod config;
@@ -26,6 +26,7 @@ mod tags;
 mod uploads;
 mod upstream;
 
+pub use access::Config as AccessConfig;
 pub use config::{Config, Upstream};
 pub use server::{Server, run};
 pub use storage::{Bucket, Container, StorageConfig};

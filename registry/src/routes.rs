@@ -7,10 +7,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use anyplace_images::{Digest, check_repository};
+use anyplace_registry_core::access::Action;
 use axum::extract::{Request, State};
+use axum::http::header::CONTENT_LENGTH;
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode};
 use axum::response::{IntoResponse as _, Response};
 
+use crate::access::Need;
 use crate::errors::{Answer, Refusal};
 use crate::server::App;
 use crate::{blobs, manifests, referrers, tags, uploads};
@@ -32,14 +35,84 @@ enum Endpoint<'a> {
 /// Answers every request.
 pub(crate) async fn dispatch(State(app): State<Arc<App>>, request: Request) -> Response {
     let (method, uri) = (request.method().clone(), request.uri().clone());
-    let mut response = match app.users.check(request.headers()) {
-        Ok(_) => answer(&app, request).await.unwrap_or_else(Refusal::into_response),
-        Err(refusal) => refusal.into_response(),
-    };
+    let mut response = allowed(&app, request).await.unwrap_or_else(Refusal::into_response);
     // Old docker clients take nothing else for a registry.
     response.headers_mut().insert(API_VERSION, HeaderValue::from_static("registry/2.0"));
     tracing::debug!(%method, path = uri.path(), status = response.status().as_u16(), "answered");
     response
+}
+
+/// Answers what its sender may ask, and writes down what it changed.
+async fn allowed(app: &Arc<App>, mut request: Request) -> Answer {
+    let path = decode(request.uri().path());
+    let method = request.method().clone();
+    let endpoint = parse(&path);
+    let who = app.access.authorize(&request, &need(endpoint.as_ref(), &method))?;
+    if method == Method::GET || method == Method::HEAD {
+        return answer(app, request).await;
+    }
+    let length = request.headers().get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+    let length: u64 = length.unwrap_or(0);
+    let target = match &endpoint {
+        Some(Endpoint::Upload { name, .. } | Endpoint::Uploads { name }) if method != Method::DELETE => {
+            Some(name)
+        }
+        _ => None,
+    };
+    if let Some(name) = target {
+        app.access.check_quota(name, length)?;
+    }
+    request.extensions_mut().insert(who.clone());
+    let response = answer(app, request).await?;
+    if response.status().is_success() {
+        if let Some(name) = target {
+            app.access.count_push(name, length);
+        }
+        let digest = response.headers().get(blobs::CONTENT_DIGEST).and_then(|value| value.to_str().ok());
+        if let Some((action, name, reference)) = change(endpoint.as_ref(), &method, response.status()) {
+            app.access.record(&who, action, name, reference, digest);
+        }
+    }
+    Ok(response)
+}
+
+/// What a request needs.
+fn need(endpoint: Option<&Endpoint<'_>>, method: &Method) -> Need {
+    let (name, action) = match endpoint {
+        None | Some(Endpoint::Base) => return Need::Identity,
+        Some(Endpoint::Uploads { name } | Endpoint::Upload { name, .. }) => (name, Action::Push),
+        Some(
+            Endpoint::Manifest { name, .. }
+            | Endpoint::Blob { name, .. }
+            | Endpoint::Tags { name }
+            | Endpoint::Referrers { name, .. },
+        ) => match *method {
+            Method::PUT | Method::POST | Method::PATCH => (name, Action::Push),
+            Method::DELETE => (name, Action::Delete),
+            _ => (name, Action::Pull),
+        },
+    };
+    Need::Repository(name.clone(), action)
+}
+
+/// The change that a request made, for the audit record: what, in which repository, of which tag or digest.
+fn change<'a>(
+    endpoint: Option<&'a Endpoint<'_>>,
+    method: &Method,
+    status: StatusCode,
+) -> Option<(&'static str, &'a str, Option<&'a str>)> {
+    match (endpoint?, method.as_str()) {
+        (Endpoint::Manifest { name, key }, "PUT") => Some(("push-manifest", name, Some(key))),
+        (Endpoint::Manifest { name, key }, "DELETE") => Some(("delete-manifest", name, Some(key))),
+        (Endpoint::Blob { name, digest }, "DELETE") => Some(("delete-blob", name, Some(digest))),
+        // An upload that is only begun, or goes on, has changed nothing yet.
+        (Endpoint::Uploads { name } | Endpoint::Upload { name, .. }, "POST" | "PUT")
+            if status == StatusCode::CREATED =>
+        {
+            Some(("push-blob", name, None))
+        }
+        _ => None,
+    }
 }
 
 async fn answer(app: &Arc<App>, request: Request) -> Answer {

@@ -12,7 +12,7 @@ use axum::routing::get;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::auth::Users;
+use crate::access::{self, Access};
 use crate::config::Config;
 use crate::counters::Counters;
 use crate::remembered::Remembered;
@@ -23,7 +23,7 @@ use crate::{connections, routes};
 
 /// What all endpoints share.
 pub(crate) struct App {
-    pub(crate) users: Users,
+    pub(crate) access: Arc<Access>,
     pub(crate) storage: Storage,
     pub(crate) uploads: Arc<Uploads>,
     pub(crate) cache: Option<Cache>,
@@ -47,7 +47,9 @@ impl Server {
     /// The data folder, the credentials or the address can't be used.
     pub async fn bind(config: Config) -> anyhow::Result<Server> {
         let storage = Storage::open(&config).await?;
-        let users = Users::load_or_create(&config.credentials_path())?;
+        let access =
+            Access::open(config.access.clone(), &config.credentials_path(), &config.data_dir, &storage)
+                .await?;
         let uploads = Arc::new(Uploads::open(storage.clone())?);
         let cache = match &config.upstream {
             Some(upstream) => Some(Cache::new(upstream, storage.clone(), uploads.clone())?),
@@ -58,7 +60,15 @@ impl Server {
         })?;
         let (remembered, counters, draining) =
             (Remembered::default(), Arc::default(), CancellationToken::new());
-        let app = Arc::new(App { users, storage, uploads, cache, remembered, counters, draining });
+        let app = Arc::new(App {
+            access: Arc::new(access),
+            storage,
+            uploads,
+            cache,
+            remembered,
+            counters,
+            draining,
+        });
         Ok(Server { listener, app, drain: Duration::from_secs(config.drain_s) })
     }
 
@@ -78,12 +88,15 @@ impl Server {
         tracing::info!(address = %self.local_addr()?, "registry listening");
         let draining = self.app.draining.clone();
         let counters = self.app.counters.clone();
+        let (access, storage) = (self.app.access.clone(), self.app.storage.clone());
         let router = Router::new()
             .route("/healthz", get(healthz))
             .route("/metrics", get(metrics))
+            .merge(access::http::routes())
             .fallback(routes::dispatch)
             .with_state(self.app);
         let serving = connections::serve(self.listener, router, counters, draining.clone(), self.drain);
+        let keeping_up = access.run(storage, draining.clone());
         let told = async {
             shutdown.cancelled().await;
             draining.cancel();
@@ -92,6 +105,7 @@ impl Server {
         tokio::select! {
             () = serving => {}
             () = told => {}
+            ((), ()) = async { (keeping_up.await, std::future::pending().await) } => {}
         }
         Ok(())
     }
@@ -105,7 +119,7 @@ async fn healthz(State(app): State<Arc<App>>) -> (StatusCode, &'static str) {
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> String {
-    app.counters.render()
+    app.counters.render(&app.access.counters())
 }
 
 /// Runs a registry until the shutdown.

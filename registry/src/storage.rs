@@ -14,6 +14,7 @@
 //! - `trash/<when>-<random>`: deleted, and can be brought back
 //! - `gc/deleting/<algorithm>/<digest>/<run>`: a collector is about to delete this content, or links to it
 //! - `gc/clock`: written to read the store's own time
+//! - `access/...`: accounts, teams, the key of tokens
 //! - `uploads/<id>...`, `data/<upload>/...`: uploads in progress, and what became of them (see `uploads`)
 //!
 //! No part of a repository's name starts with `_`, so the keys of `a` and `a/_tags` can't meet.
@@ -28,6 +29,7 @@
 mod bucket;
 mod collect;
 mod content;
+mod documents;
 mod error;
 mod folder;
 mod keys;

@@ -13,6 +13,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyplace_images::{Algorithm, Digest};
+use anyplace_registry_core::access::Action;
 use axum::body::Body;
 use axum::extract::{Query, Request};
 use axum::http::header::{CONTENT_LENGTH, CONTENT_RANGE, LOCATION, RANGE};
@@ -20,6 +21,7 @@ use axum::http::{HeaderMap, HeaderName, StatusCode};
 use axum::response::IntoResponse as _;
 use serde::Deserialize;
 
+use crate::access::Who;
 use crate::blobs::CONTENT_DIGEST;
 use crate::errors::{Answer, Refusal};
 use crate::routes::parse_digest;
@@ -66,7 +68,9 @@ pub(crate) async fn post(app: &Arc<App>, name: &str, request: Request) -> Answer
     };
     if let Some(mount) = &start.mount {
         let mount = parse_digest(mount)?;
-        if try_mount(app, name, &mount, start.from.as_deref()).await? {
+        if may_mount(&request, start.from.as_deref())
+            && try_mount(app, name, &mount, start.from.as_deref()).await?
+        {
             return Ok(created(name, &mount));
         }
     }
@@ -143,6 +147,15 @@ async fn take_part(app: &Arc<App>, name: &str, id: &str, request: Request) -> An
 async fn discard(body: Body) {
     let reading = axum::body::to_bytes(body, DISCARD_MAX_BYTES);
     let _ = tokio::time::timeout(DISCARD_TIMEOUT, reading).await;
+}
+
+/// Whether the sender may read where the blob is; otherwise they upload it, as if it weren't there.
+fn may_mount(request: &Request, from: Option<&str>) -> bool {
+    let who = request.extensions().get::<Who>();
+    who.is_some_and(|who| match from {
+        Some(from) => who.may(from, Action::Pull),
+        None => who.may_pull_all(),
+    })
 }
 
 async fn try_mount(app: &App, name: &str, digest: &Digest, from: Option<&str>) -> Answer<bool> {

@@ -5,9 +5,11 @@
 //! - [`plan`]: what a collection takes away, as a value
 //! - [`marks`]: what was seen in use, within a bound of memory
 //! - [`pattern`]: names with `*`
+//! - [`access`]: who may do what
 //!
 //! Digests are whatever type the caller has. This crate must not know about HTTP, disks or object stores.
 
+pub mod access;
 pub mod marks;
 pub mod pattern;
 pub mod plan;

@@ -11,7 +11,7 @@ async fn access_needs_the_password() {
     let registry = Registry::start(dir.path()).await;
     for path in ["/v2/", "/v2/a/tags/list", "/v2/a/manifests/x", "/nowhere"] {
         let answer = registry.anonymous(Method::GET, path).send().await.unwrap();
-        assert!(header(&answer, "www-authenticate").starts_with("Basic realm="));
+        assert!(header(&answer, "www-authenticate").starts_with("Bearer realm="));
         assert_eq!(code(answer).await, (401, "UNAUTHORIZED".into()), "{path}");
         let wrong = registry.anonymous(Method::GET, path).basic_auth("anyplace", Some("x"));
         assert_eq!(wrong.send().await.unwrap().status(), 401);

@@ -1,7 +1,7 @@
 //! skopeo, which shares no code with us, pushes to and pulls from the registry.
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Output};
 
 use anyplace_images::{
     NoProgress, Options, PackOptions, PullOptions, Reference, Source, Store, pack, pack_with, push,
@@ -11,7 +11,7 @@ use crate::images::layout;
 use crate::support::{Registry, assert_mounts, is_root, source, tree};
 
 /// False, with the reason printed, where there is no skopeo.
-fn has_skopeo() -> bool {
+pub(crate) fn has_skopeo() -> bool {
     let found = Command::new("skopeo").arg("--version").output().is_ok();
     assert!(found || std::env::var_os("CI").is_none(), "this test needs skopeo; run `cargo xtask setup`");
     if !found {
@@ -21,11 +21,15 @@ fn has_skopeo() -> bool {
 }
 
 /// Runs skopeo where what it remembers about registries is thrown away.
-async fn skopeo(dir: &Path, args: Vec<String>) {
+pub(crate) async fn output(dir: &Path, args: &[String]) -> Output {
     let script = "mount -t tmpfs tmpfs /var/lib && exec skopeo --insecure-policy \"$@\"";
     let mut command = Command::new("unshare");
-    command.args(["--mount", "sh", "-c", script, "skopeo"]).args(&args).env("HOME", dir).env("TMPDIR", dir);
-    let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+    command.args(["--mount", "sh", "-c", script, "skopeo"]).args(args).env("HOME", dir).env("TMPDIR", dir);
+    tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap()
+}
+
+async fn skopeo(dir: &Path, args: Vec<String>) {
+    let output = output(dir, &args).await;
     assert!(output.status.success(), "skopeo {args:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 

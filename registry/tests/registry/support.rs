@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyplace_images::{Client, Credentials, Digest, ImageSpec, Source};
-use anyplace_registry::{Config, Server, Upstream};
+use anyplace_registry::{AccessConfig, Config, Server, Upstream};
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::response::Response;
@@ -39,15 +39,25 @@ impl Registry {
         Registry::start_with(dir, Some(Upstream { url: url.to_owned(), credentials_file })).await
     }
 
+    /// Starts one from which anyone may pull.
+    pub(crate) async fn start_open(dir: &Path) -> Registry {
+        let access = AccessConfig { anonymous_pull: true, ..AccessConfig::default() };
+        Registry::start_config(Config { access, ..Config::new(dir) }).await
+    }
+
     async fn start_with(dir: &Path, upstream: Option<Upstream>) -> Registry {
-        let listen = "127.0.0.1:0".parse().unwrap();
-        let config = Config { listen, upstream, ..Config::new(dir) };
+        Registry::start_config(Config { upstream, ..Config::new(dir) }).await
+    }
+
+    async fn start_config(config: Config) -> Registry {
+        let dir = config.data_dir.clone();
+        let config = Config { listen: "127.0.0.1:0".parse().unwrap(), ..config };
         let server = Server::bind(config).await.unwrap();
         let (address, shutdown) = (server.local_addr().unwrap(), CancellationToken::new());
         let task = tokio::spawn(server.serve(shutdown.clone()));
         anyplace_service::install_crypto_provider();
         let http = reqwest::Client::builder().no_proxy().build().unwrap();
-        Registry { address, dir: dir.to_owned(), shutdown, task, http }
+        Registry { address, dir, shutdown, task, http }
     }
 
     /// Stops it, with open connections ended.

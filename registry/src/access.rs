@@ -1,0 +1,356 @@
+//! Who may do what.
+//!
+//! Three kinds of proof: Basic with a user of the credentials file (operators, who may do everything), Basic with an
+//! account that operators made, or a bearer token that either got from `/auth/token` for some minutes, by the
+//! distribution project's token flow. Without proof nobody may do anything, unless `anonymous_pull` is on.
+//!
+//! What a request needs follows from its method and path: `pull`, `push` or `delete` on one repository, or the right
+//! to operate the registry for `/v1/...`. All changes are written to the audit record.
+
+pub(crate) mod accounts;
+mod audit;
+pub(crate) mod http;
+mod limits;
+mod token;
+mod users;
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyplace_registry_core::access::{Action, Grant, Scope, allowed, may_operate};
+use axum::extract::Request;
+use axum::http::header::{AUTHORIZATION, HOST, WWW_AUTHENTICATE};
+use axum::http::{HeaderMap, StatusCode};
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use serde::Deserialize;
+use tokio_util::sync::CancellationToken;
+
+use crate::errors::{Answer, Refusal};
+use crate::storage::Storage;
+use accounts::Accounts;
+pub(crate) use audit::{Audit, Event};
+use limits::Limits;
+use token::{Bad, Claims, Signer};
+use users::Users;
+
+/// The service name in challenges.
+const SERVICE: &str = "anyplace-registry";
+
+/// Settings of access, `[access]`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Whether anyone may pull.
+    pub anonymous_pull: bool,
+    /// How long a token is good, in seconds.
+    pub token_ttl_s: u64,
+    /// How clients reach this registry, such as `https://registry.example.org`; by default the `Host` header over http.
+    pub public_url: Option<String>,
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Config { anonymous_pull: false, token_ttl_s: 300, public_url: None }
+    }
+}
+
+/// Who sends a request, and what they may do.
+#[derive(Clone, Debug)]
+pub(crate) struct Who {
+    /// The account's name; empty for anyone.
+    pub(crate) account: String,
+    pub(crate) team: Option<String>,
+    rights: Rights,
+}
+
+#[derive(Clone, Debug)]
+enum Rights {
+    Operator,
+    Account(Vec<Grant>),
+    Token(Vec<Scope>),
+    Anyone { pull: bool },
+}
+
+impl Who {
+    pub(crate) fn may(&self, repository: &str, action: Action) -> bool {
+        match &self.rights {
+            Rights::Operator => true,
+            Rights::Account(grants) => allowed(grants, repository, action),
+            Rights::Token(scopes) => {
+                scopes.iter().any(|scope| scope.repository == repository && scope.actions.contains(&action))
+            }
+            Rights::Anyone { pull } => *pull && action == Action::Pull,
+        }
+    }
+
+    /// Whether they may read every repository, also those whose names they don't say.
+    pub(crate) fn may_pull_all(&self) -> bool {
+        matches!(self.rights, Rights::Operator)
+    }
+
+    fn may_operate(&self) -> bool {
+        match &self.rights {
+            Rights::Operator => true,
+            Rights::Account(grants) => may_operate(grants),
+            Rights::Token(_) | Rights::Anyone { .. } => false,
+        }
+    }
+
+    /// What of a scope they would get as a token.
+    fn granted(&self, scope: &Scope) -> Scope {
+        let actions = scope.actions.iter().filter(|action| self.may(&scope.repository, **action)).copied();
+        Scope { repository: scope.repository.clone(), actions: actions.collect() }
+    }
+}
+
+/// What a request needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Need {
+    /// To be somebody.
+    Identity,
+    /// An action on a repository.
+    Repository(String, Action),
+    /// The right to operate the registry.
+    Operator,
+}
+
+/// The registry's access control.
+pub(crate) struct Access {
+    config: Config,
+    users: Users,
+    pub(crate) accounts: Accounts,
+    signer: Signer,
+    pub(crate) limits: Limits,
+    pub(crate) audit: Audit,
+}
+
+impl Access {
+    pub(crate) async fn open(
+        config: Config,
+        credentials: &std::path::Path,
+        data_dir: &std::path::Path,
+        storage: &Storage,
+    ) -> anyhow::Result<Access> {
+        let users = Users::load_or_create(credentials)?;
+        let random: [u8; 64] = rand::random();
+        let key: String = storage.document_or_create("token-key", hex::encode(random)).await?;
+        let mut bytes = [0; 64];
+        hex::decode_to_slice(key, &mut bytes).map_err(|error| {
+            anyhow::anyhow!("the object `access/token-key` is no key ({error}); delete it for a new one")
+        })?;
+        Ok(Access {
+            config,
+            users,
+            accounts: Accounts::load(storage.clone()).await?,
+            signer: Signer::new(&bytes),
+            limits: Limits::new(),
+            audit: Audit::open(data_dir)?,
+        })
+    }
+
+    /// Keeps up with what other processes change, and counts what teams use, until the shutdown.
+    pub(crate) async fn run(self: Arc<Self>, storage: Storage, shutdown: CancellationToken) {
+        let mut counted: Option<std::time::Instant> = None;
+        loop {
+            if counted.is_none_or(|at| at.elapsed() >= limits::COUNT_EVERY) {
+                counted = Some(std::time::Instant::now());
+                if let Err(error) = self.limits.count(&storage, &self.accounts.known()).await {
+                    tracing::warn!(%error, "can't count what teams use; quotas go by the last count");
+                }
+            }
+            tokio::select! {
+                () = tokio::time::sleep(accounts::REFRESH) => {}
+                () = shutdown.cancelled() => return,
+            }
+            if let Err(error) = self.accounts.refresh().await {
+                tracing::warn!(%error, "can't read the accounts; going on with those that are known");
+            }
+        }
+    }
+
+    /// Who sends a request with these headers.
+    pub(crate) fn identify(&self, headers: &HeaderMap) -> Answer<Who> {
+        let Some(value) = headers.get(AUTHORIZATION) else {
+            let rights = Rights::Anyone { pull: self.config.anonymous_pull };
+            return Ok(Who { account: String::new(), team: None, rights });
+        };
+        let (scheme, proof) = value.to_str().ok().and_then(|value| value.split_once(' ')).unwrap_or_default();
+        let proof = proof.trim();
+        if scheme.eq_ignore_ascii_case("bearer") {
+            let claims = self.signer.read(proof, now_s()).map_err(|bad| {
+                let message = match bad {
+                    Bad::Foreign => "this token was not made here; get one from /auth/token",
+                    Bad::Expired => "this token has expired; get another from /auth/token",
+                };
+                self.unauthorized(headers, &Need::Identity, message, Some("invalid_token"))
+            })?;
+            let Claims { account, team, scopes, .. } = claims;
+            return Ok(Who { account, team, rights: Rights::Token(scopes) });
+        }
+        let wrong = || {
+            let message = "no user or account has this name and password; operators are in the registry's credentials \
+                           file, accounts are made with `anyplace registry account set`";
+            self.unauthorized(headers, &Need::Identity, message, None)
+        };
+        if !scheme.eq_ignore_ascii_case("basic") {
+            return Err(wrong());
+        }
+        let decoded = BASE64_STANDARD.decode(proof).ok().and_then(|bytes| String::from_utf8(bytes).ok());
+        let (name, secret) = decoded.as_deref().and_then(|text| text.split_once(':')).ok_or_else(wrong)?;
+        self.login(name, secret).ok_or_else(wrong)
+    }
+
+    fn login(&self, name: &str, secret: &str) -> Option<Who> {
+        if self.users.knows(name, secret) {
+            return Some(Who { account: name.to_owned(), team: None, rights: Rights::Operator });
+        }
+        let known = self.accounts.known();
+        let account = known.account(name, secret, now_s())?;
+        let rights = Rights::Account(account.grants.clone());
+        Some(Who { account: name.to_owned(), team: account.team.clone(), rights })
+    }
+
+    /// Lets a request through that its sender may make.
+    pub(crate) fn authorize(&self, request: &Request, need: &Need) -> Answer<Who> {
+        let headers = request.headers();
+        let who = self.identify(headers)?;
+        let may = match need {
+            Need::Identity => !matches!(who.rights, Rights::Anyone { pull: false }),
+            Need::Repository(repository, action) => who.may(repository, *action),
+            Need::Operator => who.may_operate(),
+        };
+        if !may {
+            return Err(match &who.rights {
+                Rights::Anyone { .. } => {
+                    let message = "a token, or the name and password of an account, is needed";
+                    self.unauthorized(headers, need, message, None)
+                }
+                // The client can ask for a wider one.
+                Rights::Token(_) => self.unauthorized(
+                    headers,
+                    need,
+                    "the token doesn't allow this",
+                    Some("insufficient_scope"),
+                ),
+                _ => Refusal::new(StatusCode::FORBIDDEN, "DENIED", denied(&who, need)),
+            });
+        }
+        if let Some(team) =
+            who.team.as_deref().and_then(|name| self.accounts.known().teams.get(name).cloned())
+        {
+            self.limits.request(&team)?;
+        }
+        Ok(who)
+    }
+
+    /// Lets a push of so many bytes into a repository through its owner's quota.
+    pub(crate) fn check_quota(&self, repository: &str, bytes: u64) -> Answer<()> {
+        match self.accounts.known().owner(repository) {
+            Some(team) => self.limits.push(team, bytes),
+            None => Ok(()),
+        }
+    }
+
+    /// Counts what was pushed into a repository.
+    pub(crate) fn count_push(&self, repository: &str, bytes: u64) {
+        if let Some(team) = self.accounts.known().owner(repository).filter(|team| team.quota_bytes.is_some())
+        {
+            self.limits.pushed(team, bytes);
+        }
+    }
+
+    /// A token with what `who` may do of these scopes.
+    fn token(&self, who: &Who, scopes: &[Scope]) -> Answer<String> {
+        let claims = Claims {
+            account: who.account.clone(),
+            team: who.team.clone(),
+            scopes: scopes
+                .iter()
+                .map(|scope| who.granted(scope))
+                .filter(|scope| !scope.actions.is_empty())
+                .collect(),
+            expires_s: now_s() + self.config.token_ttl_s,
+        };
+        self.signer.sign(&claims).map_err(|error| crate::errors::internal("making a token", error))
+    }
+
+    fn unauthorized(&self, headers: &HeaderMap, need: &Need, message: &str, error: Option<&str>) -> Refusal {
+        let base = match &self.config.public_url {
+            Some(url) => url.trim_end_matches('/').to_owned(),
+            None => {
+                let host = headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or("localhost");
+                format!("http://{host}")
+            }
+        };
+        let mut challenge = format!("Bearer realm=\"{base}/auth/token\",service=\"{SERVICE}\"");
+        if let Need::Repository(repository, action) = need {
+            // Who may push reads too: clients ask what is there before they push.
+            let actions = match action {
+                Action::Push => "pull,push",
+                action => action.word(),
+            };
+            challenge += &format!(",scope=\"repository:{repository}:{actions}\"");
+        }
+        if let Some(error) = error {
+            challenge += &format!(",error=\"{error}\"");
+        }
+        Refusal::new(StatusCode::UNAUTHORIZED, "UNAUTHORIZED", message).header(WWW_AUTHENTICATE, challenge)
+    }
+
+    /// Writes a change to the audit record.
+    pub(crate) fn record(
+        &self,
+        who: &Who,
+        action: &str,
+        subject: &str,
+        reference: Option<&str>,
+        digest: Option<&str>,
+    ) {
+        self.audit.record(&Event {
+            at: humantime(SystemTime::now()),
+            account: if who.account.is_empty() { "anyone".to_owned() } else { who.account.clone() },
+            team: who.team.clone(),
+            action: action.to_owned(),
+            subject: subject.to_owned(),
+            reference: reference.map(str::to_owned),
+            digest: digest.map(str::to_owned),
+        });
+    }
+
+    /// What was refused and lost, for the metrics.
+    pub(crate) fn counters(&self) -> [(&'static str, &'static str, &AtomicU64); 3] {
+        [
+            ("rate_refused", "Requests over a team's rate", &self.limits.rate_refused),
+            ("quota_refused", "Pushes over a team's quota", &self.limits.quota_refused),
+            ("audit_lost", "Events that the audit record misses", &self.audit.lost),
+        ]
+    }
+
+    fn token_ttl(&self) -> Duration {
+        Duration::from_secs(self.config.token_ttl_s)
+    }
+}
+
+fn denied(who: &Who, need: &Need) -> String {
+    match need {
+        Need::Repository(repository, action) => format!(
+            "account `{}` may not {} in `{repository}`; an operator grants it with `anyplace registry account set`",
+            who.account,
+            action.word()
+        ),
+        _ => {
+            format!("account `{}` may not operate the registry; that needs the grant `**:admin`", who.account)
+        }
+    }
+}
+
+fn humantime(at: SystemTime) -> String {
+    jiff::Timestamp::try_from(at).map_or_else(|_| String::new(), |at| format!("{at:.3}"))
+}
+
+/// Seconds since 1970.
+pub(crate) fn now_s() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}

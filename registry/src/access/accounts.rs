@@ -1,0 +1,228 @@
+//! Accounts and teams, kept in the store, so that all processes on one store know the same.
+//!
+//! An account's secret is made here and shown once; only its hash is kept. People and machines ("robots") are the same
+//! kind of account: a machine's has the grant `**:pull` and nothing else.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use anyplace_registry_core::access::Grant;
+use anyplace_registry_core::pattern::Pattern;
+use serde::{Deserialize, Serialize};
+
+use super::users::hash;
+use crate::errors::{Answer, Refusal};
+use crate::storage::{Result, Storage};
+use axum::http::StatusCode;
+
+/// What another process on the same store changed is known here after so long at most.
+pub(crate) const REFRESH: Duration = Duration::from_secs(10);
+/// Bytes of randomness in a secret.
+const SECRET_BYTES: usize = 24;
+const NAME_MAX: usize = 64;
+
+/// Who may do what.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Account {
+    pub(crate) name: String,
+    /// SHA-256 of the secret, in hex.
+    secret_sha256: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) team: Option<String>,
+    pub(crate) grants: Vec<Grant>,
+    /// Until when it is good, in seconds since 1970; for ever without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) expires_s: Option<u64>,
+}
+
+/// What an account should be.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct AccountSpec {
+    #[serde(default)]
+    pub(crate) team: Option<String>,
+    pub(crate) grants: Vec<Grant>,
+    /// How long it is good, in seconds.
+    #[serde(default)]
+    pub(crate) ttl_s: Option<u64>,
+}
+
+/// An account as it is shown.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct AccountView {
+    name: String,
+    team: Option<String>,
+    grants: Vec<Grant>,
+    expires_s: Option<u64>,
+    /// Only in the answer that made it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    secret: Option<String>,
+}
+
+/// What a team owns, and its bounds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Team {
+    #[serde(default)]
+    pub(crate) name: String,
+    /// Its repositories: pushes to them count against the quota.
+    #[serde(default)]
+    pub(crate) repositories: Vec<Pattern>,
+    /// Bytes that its repositories may hold.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) quota_bytes: Option<u64>,
+    /// Requests a second by its accounts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) requests_per_s: Option<u32>,
+}
+
+/// What is known at one moment.
+#[derive(Debug, Default)]
+pub(crate) struct Known {
+    accounts: BTreeMap<String, Account>,
+    pub(crate) teams: BTreeMap<String, Team>,
+}
+
+impl Known {
+    /// The account, if the secret is right and its time isn't over.
+    pub(crate) fn account(&self, name: &str, secret: &str, now_s: u64) -> Option<&Account> {
+        let account = self.accounts.get(name)?;
+        let good = account.expires_s.is_none_or(|end| now_s < end);
+        (good && account.secret_sha256 == hex::encode(hash(secret))).then_some(account)
+    }
+
+    /// The team that a repository belongs to: the first by name that claims it.
+    pub(crate) fn owner(&self, repository: &str) -> Option<&Team> {
+        self.teams.values().find(|team| team.repositories.iter().any(|own| own.matches(repository)))
+    }
+}
+
+/// The accounts and teams of a store.
+pub(crate) struct Accounts {
+    storage: Storage,
+    known: RwLock<Arc<Known>>,
+}
+
+impl Accounts {
+    pub(crate) async fn load(storage: Storage) -> Result<Accounts> {
+        let accounts = Accounts { storage, known: RwLock::default() };
+        accounts.refresh().await?;
+        Ok(accounts)
+    }
+
+    pub(crate) fn known(&self) -> Arc<Known> {
+        self.known.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Reads what is stored now.
+    pub(crate) async fn refresh(&self) -> Result<()> {
+        let mut known = Known::default();
+        for name in self.storage.documents("accounts").await? {
+            if let Some(account) = self.storage.document::<Account>(&format!("accounts/{name}")).await? {
+                known.accounts.insert(name, account);
+            }
+        }
+        for name in self.storage.documents("teams").await? {
+            if let Some(team) = self.storage.document::<Team>(&format!("teams/{name}")).await? {
+                known.teams.insert(name, team);
+            }
+        }
+        *self.known.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(known);
+        Ok(())
+    }
+
+    pub(crate) fn list(&self) -> Vec<AccountView> {
+        self.known().accounts.values().map(|account| view(account, None)).collect()
+    }
+
+    /// Makes an account, or gives one a new secret and other grants.
+    pub(crate) async fn set(&self, name: &str, spec: AccountSpec, now_s: u64) -> Answer<AccountView> {
+        check_name("account", name)?;
+        if let Some(team) = &spec.team
+            && !self.known().teams.contains_key(team)
+        {
+            return Err(invalid(
+                "team",
+                format!("there is no team `{team}`; make it with `anyplace registry team set`"),
+            ));
+        }
+        if spec.grants.is_empty() {
+            return Err(invalid("grants", "expected at least one, such as `vision/**:pull,push`".to_owned()));
+        }
+        let random: [u8; SECRET_BYTES] = rand::random();
+        let secret = hex::encode(random);
+        let account = Account {
+            name: name.to_owned(),
+            secret_sha256: hex::encode(hash(&secret)),
+            team: spec.team,
+            grants: spec.grants,
+            expires_s: spec.ttl_s.map(|ttl| now_s.saturating_add(ttl)),
+        };
+        self.storage.put_document(&format!("accounts/{name}"), &account).await?;
+        self.refresh().await?;
+        Ok(view(&account, Some(secret)))
+    }
+
+    pub(crate) async fn delete(&self, name: &str) -> Answer<()> {
+        check_name("account", name)?;
+        if !self.storage.delete_document(&format!("accounts/{name}")).await? {
+            return Err(unknown("account", name));
+        }
+        Ok(self.refresh().await?)
+    }
+
+    pub(crate) async fn set_team(&self, name: &str, mut team: Team) -> Answer<Team> {
+        check_name("team", name)?;
+        name.clone_into(&mut team.name);
+        self.storage.put_document(&format!("teams/{name}"), &team).await?;
+        self.refresh().await?;
+        Ok(team)
+    }
+
+    pub(crate) async fn delete_team(&self, name: &str) -> Answer<()> {
+        check_name("team", name)?;
+        if self.known().accounts.values().any(|account| account.team.as_deref() == Some(name)) {
+            return Err(invalid(
+                "team",
+                format!("`{name}` has accounts; delete them or give them another team first"),
+            ));
+        }
+        if !self.storage.delete_document(&format!("teams/{name}")).await? {
+            return Err(unknown("team", name));
+        }
+        Ok(self.refresh().await?)
+    }
+}
+
+fn view(account: &Account, secret: Option<String>) -> AccountView {
+    AccountView {
+        name: account.name.clone(),
+        team: account.team.clone(),
+        grants: account.grants.clone(),
+        expires_s: account.expires_s,
+        secret,
+    }
+}
+
+fn check_name(what: &'static str, name: &str) -> Answer<()> {
+    let valid = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-_.".contains(c);
+    let good =
+        !name.is_empty() && name.len() <= NAME_MAX && name.chars().all(valid) && !name.starts_with('.');
+    if good {
+        return Ok(());
+    }
+    Err(invalid(
+        what,
+        format!("`{name}` is no name; expected at most {NAME_MAX} of a-z, 0-9, `-`, `_` and `.`"),
+    ))
+}
+
+fn invalid(field: &'static str, message: String) -> Refusal {
+    Refusal::new(StatusCode::BAD_REQUEST, "INVALID", message).detail(serde_json::json!({ "field": field }))
+}
+
+fn unknown(what: &str, name: &str) -> Refusal {
+    let message = format!("there is no {what} `{name}`; `anyplace registry {what} ls` lists them");
+    Refusal::new(StatusCode::NOT_FOUND, "UNKNOWN", message)
+}

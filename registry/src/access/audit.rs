@@ -1,0 +1,175 @@
+//! The audit record: who pushed and deleted what, one JSON object a line in `audit.log` of the data folder.
+//!
+//! A full file becomes `audit.log.1`, that `audit.log.2`, and so on up to a bound. A line that can't be written is
+//! counted and said in the log: the registry goes on.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufRead as _, BufReader, Write as _};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::Context as _;
+use serde::{Deserialize, Serialize};
+
+/// A file of this size is closed: some 250,000 events.
+const FILE_MAX_BYTES: u64 = 64 << 20;
+/// Closed files that are kept.
+const FILES_KEPT: u32 = 8;
+/// Most events that are read at once.
+pub(crate) const TAIL_MAX: usize = 10_000;
+
+/// Something that was changed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Event {
+    /// When, RFC 3339.
+    pub(crate) at: String,
+    /// Account.
+    pub(crate) account: String,
+    /// Its team.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) team: Option<String>,
+    /// `push-manifest`, `push-blob`, `delete-manifest`, `delete-blob`, `set-account`, `delete-account`, ...
+    pub(crate) action: String,
+    /// Repository, or name of what was changed.
+    pub(crate) subject: String,
+    /// Tag or digest as the request named it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) reference: Option<String>,
+    /// Digest of the content.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) digest: Option<String>,
+}
+
+/// The record.
+pub(crate) struct Audit {
+    path: PathBuf,
+    open: Mutex<Open>,
+    /// Events that couldn't be written.
+    pub(crate) lost: AtomicU64,
+}
+
+struct Open {
+    file: File,
+    size: u64,
+}
+
+impl Audit {
+    pub(crate) fn open(folder: &Path) -> anyhow::Result<Audit> {
+        let path = folder.join("audit.log");
+        let open = reopen(&path).with_context(|| format!("can't open {}", path.display()))?;
+        Ok(Audit { path, open: Mutex::new(open), lost: AtomicU64::new(0) })
+    }
+
+    /// Writes an event.
+    pub(crate) fn record(&self, event: &Event) {
+        if let Err(error) = self.write(event) {
+            self.lost.fetch_add(1, Ordering::Relaxed);
+            tracing::error!(%error, ?event, "an event is missing in the audit record");
+        }
+    }
+
+    fn write(&self, event: &Event) -> io::Result<()> {
+        let mut line = serde_json::to_vec(event)?;
+        line.push(b'\n');
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if open.size + line.len() as u64 > FILE_MAX_BYTES {
+            for number in (1..FILES_KEPT).rev() {
+                let _ = std::fs::rename(self.numbered(number), self.numbered(number + 1));
+            }
+            std::fs::rename(&self.path, self.numbered(1))?;
+            *open = reopen(&self.path)?;
+        }
+        // One write for each line, so that a reader sees whole lines.
+        open.file.write_all(&line)?;
+        open.size += line.len() as u64;
+        Ok(())
+    }
+
+    fn numbered(&self, number: u32) -> PathBuf {
+        self.path.with_extension(format!("log.{number}"))
+    }
+
+    /// The last events, oldest first.
+    pub(crate) fn tail(&self, count: usize) -> io::Result<Vec<Event>> {
+        let count = count.min(TAIL_MAX);
+        let mut events: Vec<Event> = Vec::new();
+        let files =
+            std::iter::once(self.path.clone()).chain((1..=FILES_KEPT).map(|number| self.numbered(number)));
+        for path in files {
+            if events.len() >= count {
+                break;
+            }
+            let file = match File::open(&path) {
+                Ok(file) => file,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => break,
+                Err(error) => return Err(error),
+            };
+            let wanted = count - events.len();
+            let mut last = std::collections::VecDeque::new();
+            for line in BufReader::new(file).lines() {
+                // A line that a crash cut off says nothing.
+                let Ok(event) = serde_json::from_str(&line?) else { continue };
+                last.push_back(event);
+                if last.len() > wanted {
+                    last.pop_front();
+                }
+            }
+            events.splice(0..0, last);
+        }
+        Ok(events)
+    }
+}
+
+fn reopen(path: &Path) -> io::Result<Open> {
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let file = OpenOptions::new().create(true).append(true).mode(0o600).open(path)?;
+    let size = file.metadata()?.len();
+    Ok(Open { file, size })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn event(number: usize) -> Event {
+        Event {
+            at: "2026-11-24T00:00:00Z".into(),
+            account: "ana".into(),
+            team: None,
+            action: "push-manifest".into(),
+            subject: format!("app-{number}"),
+            reference: None,
+            digest: None,
+        }
+    }
+
+    #[test]
+    fn events_are_read_back_over_a_restart_and_a_cut_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let audit = Audit::open(dir.path()).unwrap();
+        (0..3).for_each(|number| audit.record(&event(number)));
+        drop(audit);
+        let mut file = OpenOptions::new().append(true).open(dir.path().join("audit.log")).unwrap();
+        file.write_all(b"{\"at\":\"20\n").unwrap();
+        let audit = Audit::open(dir.path()).unwrap();
+        audit.record(&event(3));
+        let subjects =
+            |count| audit.tail(count).unwrap().into_iter().map(|it| it.subject).collect::<Vec<_>>();
+        assert_eq!(subjects(2), ["app-2", "app-3"]);
+        assert_eq!(subjects(100).len(), 4);
+    }
+
+    #[test]
+    fn a_full_file_is_closed_and_the_oldest_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let audit = Audit::open(dir.path()).unwrap();
+        for number in 0..12 {
+            audit.open.lock().unwrap().size = FILE_MAX_BYTES;
+            audit.record(&event(number));
+        }
+        let kept = audit.tail(100).unwrap();
+        assert_eq!(kept.len(), 1 + FILES_KEPT as usize);
+        assert_eq!(kept.last().unwrap().subject, "app-11");
+    }
+}

@@ -1,0 +1,243 @@
+//! Accounts, tokens, teams and the audit record, over HTTP and with skopeo.
+
+use anyplace_images::{Client, Credentials};
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use crate::skopeo::{has_skopeo, output};
+use crate::support::{OCI_MANIFEST, Registry, code, header, is_root};
+
+/// Makes an account; its secret.
+async fn account(registry: &Registry, name: &str, spec: Value) -> String {
+    let answer =
+        registry.request(Method::PUT, &format!("/v1/accounts/{name}")).json(&spec).send().await.unwrap();
+    assert_eq!(answer.status(), 200, "{}", answer.text().await.unwrap());
+    answer.json::<Value>().await.unwrap()["secret"].as_str().unwrap().to_owned()
+}
+
+async fn team(registry: &Registry, name: &str, spec: Value) {
+    let answer =
+        registry.request(Method::PUT, &format!("/v1/teams/{name}")).json(&spec).send().await.unwrap();
+    assert_eq!(answer.status(), 200, "{}", answer.text().await.unwrap());
+}
+
+/// A token for these scopes.
+async fn token(registry: &Registry, login: Option<(&str, &str)>, scopes: &[&str]) -> String {
+    let query: String = scopes.iter().map(|scope| format!("&scope={scope}")).collect();
+    let mut request =
+        registry.anonymous(Method::GET, &format!("/auth/token?service=anyplace-registry{query}"));
+    if let Some((name, secret)) = login {
+        request = request.basic_auth(name, Some(secret));
+    }
+    let answer = request.send().await.unwrap();
+    assert_eq!(answer.status(), 200);
+    let body: Value = answer.json().await.unwrap();
+    assert_eq!(body["token"], body["access_token"]);
+    assert_eq!(body["expires_in"], 300);
+    body["token"].as_str().unwrap().to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_challenge_says_where_to_get_which_token() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = Registry::start(dir.path()).await;
+    registry.put_image("vision/app", "v1", "one").await;
+    for (method, path, scope) in [
+        (Method::GET, "/v2/vision/app/manifests/v1", ",scope=\"repository:vision/app:pull\""),
+        (Method::POST, "/v2/vision/app/blobs/uploads/", ",scope=\"repository:vision/app:pull,push\""),
+        (Method::DELETE, "/v2/vision/app/manifests/v1", ",scope=\"repository:vision/app:delete\""),
+        (Method::GET, "/v2/", ""),
+    ] {
+        let answer = registry.anonymous(method, path).send().await.unwrap();
+        let realm = format!("Bearer realm=\"{}/auth/token\",service=\"anyplace-registry\"", registry.url());
+        assert_eq!(header(&answer, "www-authenticate"), format!("{realm}{scope}"), "{path}");
+        assert_eq!(code(answer).await, (401, "UNAUTHORIZED".into()));
+    }
+    // A token for one thing doesn't do for another, and the answer says what would.
+    let secret = account(&registry, "ana", json!({"grants": ["vision/**:pull,push"]})).await;
+    let pull = token(&registry, Some(("ana", &secret)), &["repository:vision/app:pull"]).await;
+    let get = |path: &str| registry.anonymous(Method::GET, path).bearer_auth(&pull).send();
+    assert_eq!(get("/v2/").await.unwrap().status(), 200);
+    assert_eq!(get("/v2/vision/app/manifests/v1").await.unwrap().status(), 200);
+    let answer = registry.anonymous(Method::POST, "/v2/vision/app/blobs/uploads/").bearer_auth(&pull);
+    let answer = answer.send().await.unwrap();
+    assert!(header(&answer, "www-authenticate").ends_with(",error=\"insufficient_scope\""));
+    assert_eq!(code(answer).await, (401, "UNAUTHORIZED".into()));
+    // Nobody gets more than is theirs.
+    let wide = token(&registry, Some(("ana", &secret)), &["repository:vision/app:pull,push,delete"]).await;
+    let answer = registry.anonymous(Method::DELETE, "/v2/vision/app/manifests/v1").bearer_auth(&wide);
+    assert_eq!(answer.send().await.unwrap().status(), 401);
+    let nobody = token(&registry, None, &["repository:vision/app:pull"]).await;
+    let answer = registry.anonymous(Method::GET, "/v2/vision/app/manifests/v1").bearer_auth(&nobody);
+    assert_eq!(answer.send().await.unwrap().status(), 401);
+    registry.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn accounts_do_what_they_were_granted_until_they_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = Registry::start(dir.path()).await;
+    registry.put_image("vision/app", "v1", "one").await;
+    registry.put_image("secret/plans", "v1", "two").await;
+    let secret = account(&registry, "ana", json!({"grants": ["vision/**:pull,push"]})).await;
+    let robot = account(&registry, "ams-1", json!({"grants": ["**:pull"]})).await;
+    let send = |login: (&'static str, &str), method: Method, path: &str| {
+        registry.anonymous(method, path).basic_auth(login.0, Some(login.1)).send()
+    };
+    let status = async |login, method, path: &str| send(login, method, path).await.unwrap().status().as_u16();
+    assert_eq!(status(("ana", &secret), Method::GET, "/v2/vision/app/manifests/v1").await, 200);
+    assert_eq!(status(("ana", &secret), Method::POST, "/v2/vision/new/blobs/uploads/").await, 202);
+    let answer = send(("ana", &secret), Method::GET, "/v2/secret/plans/manifests/v1").await.unwrap();
+    assert_eq!(code(answer).await, (403, "DENIED".into()));
+    assert_eq!(status(("ams-1", &robot), Method::GET, "/v2/secret/plans/manifests/v1").await, 200);
+    assert_eq!(status(("ams-1", &robot), Method::POST, "/v2/vision/app/blobs/uploads/").await, 403);
+    assert_eq!(status(("ams-1", &robot), Method::GET, "/v1/accounts").await, 403);
+    assert_eq!(status(("ana", "wrong"), Method::GET, "/v2/").await, 401);
+    // Content that she can't read can't be had by a mount, nor by its digest alone.
+    let plans = anyplace_images::Digest::of(b"two");
+    for from in ["&from=secret/plans", ""] {
+        let path = format!("/v2/vision/app/blobs/uploads/?mount={plans}{from}");
+        assert_eq!(status(("ana", &secret), Method::POST, &path).await, 202, "{from}");
+        assert_eq!(
+            status(("ana", &secret), Method::GET, &format!("/v2/vision/app/blobs/{plans}")).await,
+            404
+        );
+    }
+    // A new secret replaces the old one; a deleted account is nobody; one whose time is over too.
+    let newer = account(&registry, "ana", json!({"grants": ["vision/**:pull"]})).await;
+    assert_eq!(status(("ana", &secret), Method::GET, "/v2/").await, 401);
+    assert_eq!(status(("ana", &newer), Method::POST, "/v2/vision/new/blobs/uploads/").await, 403);
+    let gone = registry.request(Method::DELETE, "/v1/accounts/ana").send().await.unwrap();
+    assert_eq!(gone.status(), 204);
+    assert_eq!(status(("ana", &newer), Method::GET, "/v2/").await, 401);
+    let late = account(&registry, "late", json!({"grants": ["**:pull"], "ttl_s": 0})).await;
+    assert_eq!(status(("late", &late), Method::GET, "/v2/").await, 401);
+    // What is wrong is refused with its field, and nothing is shown of secrets.
+    for (spec, part) in [
+        (json!({"grants": []}), "at least one"),
+        (json!({"grants": ["x"]}), "found grant `x`"),
+        (json!({"grants": ["**:pull"], "team": "none"}), "no team `none`"),
+    ] {
+        let answer = registry.request(Method::PUT, "/v1/accounts/bob").json(&spec).send().await.unwrap();
+        assert_eq!(answer.status(), 400);
+        let text = answer.text().await.unwrap();
+        assert!(text.contains(part), "{text}");
+    }
+    let list = registry.request(Method::GET, "/v1/accounts").send().await.unwrap().text().await.unwrap();
+    assert!(list.contains("ams-1") && !list.contains("secret"), "{list}");
+    registry.stop().await;
+    // They are there after a restart, and so is the key of tokens.
+    let registry = Registry::start(dir.path()).await;
+    let answer =
+        registry.anonymous(Method::GET, "/v2/").basic_auth("ams-1", Some(&robot)).send().await.unwrap();
+    assert_eq!(answer.status(), 200);
+    registry.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn teams_have_a_rate_and_a_quota() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = Registry::start(dir.path()).await;
+    team(&registry, "slow", json!({"requests_per_s": 3})).await;
+    team(&registry, "vision", json!({"repositories": ["vision/**"], "quota_bytes": 1_000})).await;
+    let slow = account(&registry, "slow-1", json!({"grants": ["**:pull"], "team": "slow"})).await;
+    let mut refused = 0;
+    for _ in 0..20 {
+        let answer =
+            registry.anonymous(Method::GET, "/v2/").basic_auth("slow-1", Some(&slow)).send().await.unwrap();
+        if answer.status() == 429 {
+            assert_eq!(header(&answer, "retry-after"), "1");
+            assert_eq!(code(answer).await, (429, "TOOMANYREQUESTS".into()));
+            refused += 1;
+        }
+    }
+    assert!(refused > 0);
+
+    registry.put_blob("vision/app", &[1; 600]).await;
+    let too_much = anyplace_images::Digest::of(&[2; 600]);
+    let path = format!("/v2/vision/app/blobs/uploads/?digest={too_much}");
+    let answer = registry.request(Method::POST, &path).body(vec![2; 600]).send().await.unwrap();
+    assert_eq!(code(answer).await, (403, "DENIED".into()));
+    // Elsewhere it is nobody's quota.
+    registry.put_blob("audio/app", &[2; 600]).await;
+    let teams: Value = registry.request(Method::GET, "/v1/teams").send().await.unwrap().json().await.unwrap();
+    let vision = teams.as_array().unwrap().iter().find(|team| team["name"] == "vision").unwrap();
+    assert_eq!((&vision["used_bytes"], &vision["quota_bytes"]), (&json!(600), &json!(1_000)));
+    team(&registry, "vision", json!({"repositories": ["vision/**"], "quota_bytes": 2_000})).await;
+    registry.put_blob("vision/app", &[2; 600]).await;
+    registry.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pushes_and_deletes_are_written_down() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = Registry::start(dir.path()).await;
+    let (digest, _) = registry.put_image("vision/app", "v1", "one").await;
+    let path = format!("/v2/vision/app/manifests/{digest}");
+    assert_eq!(registry.request(Method::DELETE, &path).send().await.unwrap().status(), 202);
+    let refused = registry.anonymous(Method::DELETE, &path).send().await.unwrap();
+    assert_eq!(refused.status(), 401);
+    let events: Value =
+        registry.request(Method::GET, "/v1/audit?tail=2").send().await.unwrap().json().await.unwrap();
+    let told: Vec<_> = events
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|it| {
+            (
+                it["action"].as_str().unwrap(),
+                it["account"].as_str().unwrap(),
+                it["reference"].as_str().unwrap(),
+            )
+        })
+        .collect();
+    let digest = digest.to_string();
+    assert_eq!(told, [("push-manifest", "anyplace", "v1"), ("delete-manifest", "anyplace", digest.as_str())]);
+    assert_eq!(events[0]["digest"], digest.as_str());
+    registry.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn anyone_may_pull_where_that_is_on_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = Registry::start_open(dir.path()).await;
+    registry.put_image("vision/app", "v1", "one").await;
+    let get = registry.anonymous(Method::GET, "/v2/vision/app/manifests/v1").send().await.unwrap();
+    assert_eq!(get.status(), 200);
+    let put =
+        registry.anonymous(Method::PUT, "/v2/vision/app/manifests/v2").header("content-type", OCI_MANIFEST);
+    assert_eq!(put.body("{}").send().await.unwrap().status(), 401);
+    let client = Client::new(&registry.url(), None).unwrap();
+    client.get_manifest(&"vision/app:v1".parse().unwrap()).await.unwrap();
+    registry.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn skopeo_and_our_client_take_the_token_flow() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = Registry::start(dir.path()).await;
+    registry.put_image("vision/app", "v1", "one").await;
+    let secret = account(&registry, "ana", json!({"grants": ["vision/**:pull,push"]})).await;
+    let client =
+        Client::new(&registry.url(), Some(Credentials { user: "ana".into(), password: secret.clone() }));
+    client.unwrap().get_manifest(&"vision/app:v1".parse().unwrap()).await.unwrap();
+    if !is_root() || !has_skopeo() {
+        return registry.stop().await;
+    }
+    let copy = async |login: &str| {
+        let at = |name: &str| format!("docker://{}/vision/{name}:v1", registry.address);
+        let flags =
+            ["copy", "--quiet", "--src-tls-verify=false", "--dest-tls-verify=false", "--src-creds", login];
+        let words: Vec<String> = flags
+            .into_iter()
+            .chain(["--dest-creds", login])
+            .map(str::to_owned)
+            .chain([at("app"), at("copy")])
+            .collect();
+        output(dir.path(), &words).await
+    };
+    let done = copy(&format!("ana:{secret}")).await;
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    assert!(!copy("ana:wrong").await.status.success());
+    registry.stop().await;
+}
