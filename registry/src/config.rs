@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use serde::Deserialize;
 
 use crate::access;
+use crate::gc::{GcConfig, RetentionConfig};
+use crate::scrub::ScrubConfig;
 use crate::storage::StorageConfig;
 
 /// Settings of a registry.
@@ -32,6 +34,15 @@ pub struct Config {
     /// How long transfers may go on after a shutdown began, in seconds.
     #[serde(default = "default_drain_s")]
     pub drain_s: u64,
+    /// Collection of what nothing needs.
+    #[serde(default)]
+    pub gc: GcConfig,
+    /// What is let go although it could be pulled.
+    #[serde(default)]
+    pub retention: RetentionConfig,
+    /// Re-hashing of what is stored.
+    #[serde(default)]
+    pub scrub: ScrubConfig,
 }
 
 /// The registry behind a cache.
@@ -56,6 +67,9 @@ impl Config {
             upstream: None,
             storage: StorageConfig::Local,
             drain_s: default_drain_s(),
+            gc: GcConfig::default(),
+            retention: RetentionConfig::default(),
+            scrub: ScrubConfig::default(),
         }
     }
 

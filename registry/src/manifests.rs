@@ -19,6 +19,7 @@ use serde_json::json;
 use crate::blobs::{CONTENT_DIGEST, not_modified};
 use crate::conditions::is_known;
 use crate::errors::{Answer, Refusal, internal};
+use crate::gc;
 use crate::references::{self, Manifest};
 use crate::remembered::Described;
 use crate::server::App;
@@ -99,30 +100,19 @@ pub(crate) async fn put(app: &App, name: &str, key: &str, request: Request) -> A
 }
 
 pub(crate) async fn delete(app: &App, name: &str, key: &str) -> Answer {
-    let failed = |e| internal("deleting a manifest", e);
     let unknown = || Refusal::manifest_unknown(name, key);
     if !key.contains(':') {
         check_tag(key).map_err(|_| unknown())?;
-        let mut removed = false;
-        for of in [TagOf::Push, TagOf::Upstream] {
-            removed |= app.storage.delete_tag(of, name, key).await.map_err(failed)?;
-        }
+        let removed = gc::delete_tag(&app.storage, name, key, app.collector.window()).await?;
         app.remembered.forget(name, key);
         return if removed { Ok(StatusCode::ACCEPTED.into_response()) } else { Err(unknown()) };
     }
     let digest = crate::routes::parse_digest(key)?;
-    app.storage.manifest_entry(name, &digest).await.map_err(failed)?.ok_or_else(unknown)?;
-    // Tags first: a tag must not lead nowhere.
-    for of in [TagOf::Push, TagOf::Upstream] {
-        for tag in app.storage.tags(of, name).await.map_err(failed)? {
-            if app.storage.tag(of, name, &tag).await.map_err(failed)?.as_ref() == Some(&digest) {
-                app.storage.delete_tag(of, name, &tag).await.map_err(failed)?;
-                app.remembered.forget(name, &tag);
-            }
-        }
+    let removed = gc::delete_manifest(&app.storage, name, &digest, app.collector.window()).await?;
+    let removed = removed.ok_or_else(unknown)?;
+    for key in removed.iter().map(String::as_str).chain([key]) {
+        app.remembered.forget(name, key);
     }
-    app.storage.delete_manifest(name, &digest).await.map_err(failed)?;
-    app.remembered.forget(name, key);
     Ok(StatusCode::ACCEPTED.into_response())
 }
 

@@ -30,6 +30,14 @@ pub(crate) struct Manifest {
     pub(crate) annotations: BTreeMap<String, String>,
 }
 
+/// What a stored manifest names.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Names {
+    pub(crate) blobs: Vec<Digest>,
+    pub(crate) manifests: Vec<Digest>,
+    pub(crate) subject: Option<Digest>,
+}
+
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Document {
@@ -110,6 +118,19 @@ pub(crate) fn read(sent_type: Option<&str>, bytes: &[u8]) -> Result<Manifest, St
         manifests: document.manifests.into_iter().flatten().map(|manifest| manifest.digest).collect(),
         subject: document.subject.map(|subject| subject.digest),
         annotations: document.annotations.unwrap_or_default(),
+    })
+}
+
+/// All that a stored manifest names, of whatever type it is, also what may lie elsewhere but was pushed anyway.
+pub(crate) fn names(bytes: &[u8]) -> Result<Names, String> {
+    let document: Document = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+    let digests =
+        |pointers: Option<Vec<Pointer>>| pointers.into_iter().flatten().map(|pointer| pointer.digest);
+    let blobs = document.config.into_iter().map(|pointer| pointer.digest);
+    Ok(Names {
+        blobs: blobs.chain(digests(document.layers)).chain(digests(document.blobs)).collect(),
+        manifests: digests(document.manifests).collect(),
+        subject: document.subject.map(|subject| subject.digest),
     })
 }
 

@@ -15,11 +15,15 @@ use tokio_util::sync::CancellationToken;
 use crate::access::{self, Access};
 use crate::config::Config;
 use crate::counters::Counters;
+use crate::gc::Collector;
 use crate::remembered::Remembered;
 use crate::storage::Storage;
 use crate::uploads::Uploads;
 use crate::upstream::Cache;
 use crate::{connections, routes};
+
+/// How long a collection may take to come to a stop.
+const COLLECTOR_STOPS_WITHIN: Duration = Duration::from_secs(10);
 
 /// What all endpoints share.
 pub(crate) struct App {
@@ -29,6 +33,7 @@ pub(crate) struct App {
     pub(crate) cache: Option<Cache>,
     pub(crate) remembered: Remembered,
     pub(crate) counters: Arc<Counters>,
+    pub(crate) collector: Arc<Collector>,
     /// Cancelled when the shutdown begins: what runs ends, nothing new starts.
     pub(crate) draining: CancellationToken,
 }
@@ -60,6 +65,7 @@ impl Server {
         })?;
         let (remembered, counters, draining) =
             (Remembered::default(), Arc::default(), CancellationToken::new());
+        let collector = Arc::new(Collector::new(storage.clone(), &config, draining.clone())?);
         let app = Arc::new(App {
             access: Arc::new(access),
             storage,
@@ -67,6 +73,7 @@ impl Server {
             cache,
             remembered,
             counters,
+            collector,
             draining,
         });
         Ok(Server { listener, app, drain: Duration::from_secs(config.drain_s) })
@@ -89,6 +96,7 @@ impl Server {
         let draining = self.app.draining.clone();
         let counters = self.app.counters.clone();
         let (access, storage) = (self.app.access.clone(), self.app.storage.clone());
+        let collector = self.app.collector.clone();
         let router = Router::new()
             .route("/healthz", get(healthz))
             .route("/metrics", get(metrics))
@@ -97,6 +105,11 @@ impl Server {
             .with_state(self.app);
         let serving = connections::serve(self.listener, router, counters, draining.clone(), self.drain);
         let keeping_up = access.run(storage, draining.clone());
+        let self_collector = collector.clone();
+        let collecting = async {
+            collector.run_by_itself().await;
+            std::future::pending::<()>().await;
+        };
         let told = async {
             shutdown.cancelled().await;
             draining.cancel();
@@ -106,7 +119,10 @@ impl Server {
             () = serving => {}
             () = told => {}
             ((), ()) = async { (keeping_up.await, std::future::pending().await) } => {}
+            () = collecting => {}
         }
+        // It stops soon after the shutdown began; what it leaves in a hurry, the next one cleans.
+        let _ = tokio::time::timeout(COLLECTOR_STOPS_WITHIN, self_collector.ended()).await;
         Ok(())
     }
 }

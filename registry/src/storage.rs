@@ -11,7 +11,7 @@
 //! - `repositories/<name>/_referrers/<algorithm>/<subject>/<algorithm>/<digest>`: a manifest that has this subject
 //! - `repositories/<name>/_tags/<tag>`: the digest that a push gave the tag
 //! - `repositories/<name>/_upstream/<tag>`: the digest that the upstream gave the tag, as last seen
-//! - `trash/<when>-<random>`: deleted, and can be brought back
+//! - `repositories/<name>/_trash/<when>-<random>`: deleted, and can be brought back
 //! - `gc/deleting/<algorithm>/<digest>/<run>`: a collector is about to delete this content, or links to it
 //! - `gc/clock`: written to read the store's own time
 //! - `access/...`: accounts, teams, the key of tokens
@@ -35,6 +35,8 @@ mod folder;
 mod keys;
 mod links;
 mod manifests;
+#[cfg(test)]
+pub(crate) mod mutant;
 mod settings;
 mod stamps;
 mod sweep;
@@ -42,7 +44,7 @@ mod tags;
 
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
 use bytes::Bytes;
@@ -50,26 +52,21 @@ use futures_util::stream::BoxStream;
 use object_store::multipart::MultipartStore;
 use object_store::path::Path;
 use object_store::{GetResultPayload, ObjectStore, ObjectStoreExt as _, PutMode};
+use tokio::time::Instant;
 
 use crate::config::Config;
 pub(crate) use bucket::Segment;
-#[expect(unused_imports, reason = "for collectors")]
-pub(crate) use collect::{Marker, Trashed, TrashedItem};
-#[expect(unused_imports, reason = "for collectors")]
+pub(crate) use collect::{Marked, Note, Trashed, TrashedItem};
 pub(crate) use content::Content;
 pub(crate) use error::{Error, Result};
 use folder::Folder;
-#[expect(unused_imports, reason = "for collectors")]
 pub(crate) use links::Link;
 pub(crate) use links::Linked;
-#[expect(unused_imports, reason = "for collectors")]
-pub(crate) use manifests::ManifestInfo;
 pub(crate) use manifests::{ManifestEntry, NewManifest};
 use settings::Remote;
 pub use settings::{Bucket, Container, StorageConfig};
 pub(crate) use stamps::Stamp;
 pub(crate) use sweep::Swept;
-#[expect(unused_imports, reason = "for collectors")]
 pub(crate) use tags::TagInfo;
 pub(crate) use tags::TagOf;
 
@@ -104,6 +101,8 @@ struct Inner {
     conditional: bool,
     /// The store's time, and when it was read.
     clock: OnceLock<(SystemTime, Instant)>,
+    /// Age from which a link is renewed when a client asks for the blob: a quarter of the collectors' grace.
+    renew_after: Duration,
 }
 
 impl Storage {
@@ -112,20 +111,27 @@ impl Storage {
     /// # Errors
     /// The store can't be used, or has a layout of another version.
     pub(crate) async fn open(config: &Config) -> anyhow::Result<Storage> {
+        let renew_after = config.gc.grace.to_std() / 4;
         if let Some(Remote { objects, parts, name }) = Remote::open(&config.storage)? {
-            return Storage::assemble(objects, Place::Bucket(parts), name).await;
+            return Storage::assemble(objects, Place::Bucket(parts), name, renew_after).await;
         }
         let folder = &config.data_dir;
         let objects = Folder::open(folder)
             .with_context(|| format!("can't open {}; check data_dir", folder.display()))?;
         let name = format!("the folder {}", folder.display());
-        Storage::assemble(Arc::new(objects), Place::Folder(folder.clone()), name).await
+        Storage::assemble(Arc::new(objects), Place::Folder(folder.clone()), name, renew_after).await
     }
 
-    async fn assemble(objects: Arc<dyn ObjectStore>, place: Place, name: String) -> anyhow::Result<Storage> {
+    async fn assemble(
+        objects: Arc<dyn ObjectStore>,
+        place: Place,
+        name: String,
+        renew_after: Duration,
+    ) -> anyhow::Result<Storage> {
         let clock = OnceLock::new();
         let conditional = probe(&*objects, &name).await?;
-        let storage = Storage { inner: Arc::new(Inner { objects, name, place, conditional, clock }) };
+        let inner = Inner { objects, name, place, conditional, clock, renew_after };
+        let storage = Storage { inner: Arc::new(inner) };
         storage.check_format().await?;
         storage.now().await?;
         Ok(storage)

@@ -166,12 +166,8 @@ async fn try_mount(app: &App, name: &str, digest: &Digest, from: Option<&str>) -
     if !there {
         return Ok(false);
     }
-    if app.storage.put_link(name, digest).await? == Linked::Gone {
-        // It was collected a moment ago; the client uploads it.
-        app.storage.remove_link(name, digest).await?;
-        return Ok(false);
-    }
-    Ok(true)
+    // If it was collected a moment ago, the client uploads it, and the link is there for that.
+    Ok(app.storage.put_link(name, digest).await? != Linked::Gone)
 }
 
 async fn append(app: &App, session: Session, body: Body, declared: Option<u64>) -> Answer<Session> {

@@ -24,6 +24,11 @@ pub enum PatternError {
 }
 
 impl Pattern {
+    /// `**`, which every name matches.
+    pub fn everything() -> Pattern {
+        Pattern("**".to_owned())
+    }
+
     /// Whether the whole name is of this pattern. Takes time in proportion to the product of their lengths.
     pub fn matches(&self, name: &str) -> bool {
         let name = name.as_bytes();

@@ -1,21 +1,32 @@
 //! What collectors need: markers, the list of repositories, the trash, and the store's own time.
+//!
+//! Keys, besides those that `storage` lists:
+//! - `gc/deleting/tags/<repository>/_tag/<tag>/<run>`: a marker at a tag
+//! - `repositories/<name>/_trash/<when>-<random>`: a deletion that can be undone
+//! - `gc/lease`: the collection that runs; `gc/last`: the last one's report; `scrub/...`: how far a scrub is
 
-use std::time::{Instant, SystemTime};
+use std::time::SystemTime;
 
 use anyplace_images::Digest;
 use bytes::Bytes;
 use futures_util::TryStreamExt as _;
 use object_store::path::Path;
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
 
-use super::{Error, ManifestEntry, Result, Storage, TagOf, keys};
+use super::{Error, ManifestEntry, Result, Storage, keys};
 
-/// A collector's sign at a digest.
+/// What a collector is about to delete, or to take links from.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Marked {
+    Digest(Digest),
+    Tag { repository: String, tag: String },
+}
+
+/// A collector's sign.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Marker {
-    pub(crate) digest: Digest,
-    /// The collector's run.
-    pub(crate) run: String,
+    key: Path,
     /// When it was put, by the store's clock; compare with [`Storage::now`].
     pub(crate) put: SystemTime,
 }
@@ -25,9 +36,9 @@ pub(crate) struct Marker {
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Trashed {
     /// A tag, and the digest that it had.
-    Tag { repository: String, tag: String, digest: Digest },
+    Tag { tag: String, digest: Digest },
     /// A manifest.
-    Manifest { repository: String, digest: Digest, entry: ManifestEntry },
+    Manifest { digest: Digest, entry: ManifestEntry },
 }
 
 /// One deletion.
@@ -37,6 +48,30 @@ pub(crate) struct TrashedItem {
     /// When it was deleted, by the store's clock; compare with [`Storage::now`].
     pub(crate) deleted: SystemTime,
     pub(crate) what: Trashed,
+}
+
+/// What a collector keeps for the next one, and for other processes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Note {
+    /// The collection that runs.
+    Lease,
+    /// The last collection's report.
+    LastCollection,
+    /// How far a scrub is.
+    Scrub,
+    /// The last scrub's report.
+    LastScrub,
+}
+
+impl Note {
+    fn key(self) -> Path {
+        Path::from(match self {
+            Note::Lease => "gc/lease",
+            Note::LastCollection => "gc/last",
+            Note::Scrub => "scrub/position",
+            Note::LastScrub => "scrub/last",
+        })
+    }
 }
 
 impl Storage {
@@ -57,14 +92,14 @@ impl Storage {
         self.inner.clock.get().map_or_else(SystemTime::now, |(then, read)| *then + read.elapsed())
     }
 
-    /// Puts a marker; writers of this digest wait until it is removed.
-    pub(crate) async fn put_marker(&self, digest: &Digest, run: &str) -> Result<()> {
-        self.put(&keys::marker(digest, run), Bytes::new()).await
+    /// Puts a marker; writers wait until it is removed.
+    pub(crate) async fn put_marker(&self, marked: &Marked, run: &str) -> Result<()> {
+        self.put(&marker_key(marked, run), Bytes::new()).await
     }
 
     /// Removes a marker, if it is there.
-    pub(crate) async fn remove_marker(&self, digest: &Digest, run: &str) -> Result<bool> {
-        self.remove(&keys::marker(digest, run)).await
+    pub(crate) async fn remove_marker(&self, marked: &Marked, run: &str) -> Result<bool> {
+        self.remove(&marker_key(marked, run)).await
     }
 
     /// The markers of all runs.
@@ -72,20 +107,45 @@ impl Storage {
         let prefix = Path::from("gc/deleting");
         let listed = self.inner.objects.list(Some(&prefix)).map_err(|e| self.failed("list", &prefix, e));
         listed
-            .try_filter_map(async |meta| {
-                let put = meta.last_modified.into();
-                let parsed = keys::digest_in(&meta.location, &prefix);
-                Ok(parsed.map(|(digest, run)| Marker { digest, run: run.to_owned(), put }))
-            })
+            .map_ok(|meta| Marker { key: meta.location, put: meta.last_modified.into() })
             .try_collect()
             .await
     }
 
-    pub(super) async fn is_marked(&self, digest: &Digest) -> Result<bool> {
-        let prefix = keys::markers_of(digest);
+    /// Removes what a collector left over that didn't come to its end.
+    pub(crate) async fn remove_stale_marker(&self, marker: &Marker) -> Result<bool> {
+        self.remove(&marker.key).await
+    }
+
+    pub(super) async fn is_marked(&self, marked: &Marked) -> Result<bool> {
+        let prefix = markers_at(marked);
         let mut listed = self.inner.objects.list(Some(&prefix));
         let first = listed.try_next().await.map_err(|e| self.failed("list", &prefix, e))?;
         Ok(first.is_some())
+    }
+
+    /// What a collector noted, and when.
+    pub(crate) async fn note<T: serde::de::DeserializeOwned>(
+        &self,
+        note: Note,
+    ) -> Result<Option<(T, SystemTime)>> {
+        let key = note.key();
+        let Some(meta) = self.head(&key).await? else { return Ok(None) };
+        let Some(bytes) = self.read(&key).await? else { return Ok(None) };
+        let value = serde_json::from_slice(&bytes).map_err(|e| Error::damaged(&key, e))?;
+        Ok(Some((value, meta.last_modified.into())))
+    }
+
+    /// Notes something.
+    pub(crate) async fn put_note(&self, note: Note, value: &impl Serialize) -> Result<()> {
+        let key = note.key();
+        let json = serde_json::to_vec(value).map_err(|e| Error::damaged(&key, e))?;
+        self.put(&key, json.into()).await
+    }
+
+    /// Forgets a note, if it is there.
+    pub(crate) async fn remove_note(&self, note: Note) -> Result<bool> {
+        self.remove(&note.key()).await
     }
 
     /// Whether anything but blobs was ever pushed to, or cached in, this repository.
@@ -110,19 +170,19 @@ impl Storage {
     }
 
     /// Keeps a deletion, and gives its id.
-    pub(crate) async fn put_trash(&self, what: &Trashed) -> Result<String> {
+    pub(crate) async fn put_trash(&self, repository: &str, what: &Trashed) -> Result<String> {
         let seconds = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
         // The time is for people and the order; the age is the object's.
         let id = format!("{seconds:012}-{}", hex::encode(rand::random::<[u8; 8]>()));
-        let key = Path::from("trash").join(id.as_str());
+        let key = trash_key(repository).join(id.as_str());
         let json = serde_json::to_vec(what).map_err(|e| Error::damaged(&key, e))?;
         self.put(&key, json.into()).await?;
         Ok(id)
     }
 
-    /// All deletions that are kept, in no order.
-    pub(crate) async fn trash(&self) -> Result<Vec<TrashedItem>> {
-        let prefix = Path::from("trash");
+    /// A repository's deletions that are kept, in no order.
+    pub(crate) async fn trash(&self, repository: &str) -> Result<Vec<TrashedItem>> {
+        let prefix = trash_key(repository);
         let listed = self.inner.objects.list(Some(&prefix)).map_err(|e| self.failed("list", &prefix, e));
         let read = async |meta: object_store::ObjectMeta| {
             let Some(bytes) = self.read(&meta.location).await? else { return Ok(None) };
@@ -134,31 +194,8 @@ impl Storage {
     }
 
     /// Forgets a deletion, if it is there.
-    pub(crate) async fn remove_trash(&self, id: &str) -> Result<bool> {
-        self.remove(&Path::from("trash").join(id)).await
-    }
-
-    /// Brings a deletion back, unless there is a newer tag or what it leads to is gone; says whether it did.
-    pub(crate) async fn restore(&self, item: &TrashedItem) -> Result<bool> {
-        match &item.what {
-            Trashed::Tag { repository, tag, digest } => {
-                if self.tag(TagOf::Push, repository, tag).await?.is_some()
-                    || self.manifest_entry(repository, digest).await?.is_none()
-                {
-                    return Ok(false);
-                }
-                self.put_tag(TagOf::Push, repository, tag, digest).await?;
-            }
-            Trashed::Manifest { repository, digest, entry } => {
-                if self.put_link(repository, digest).await? == super::Linked::Gone {
-                    self.remove_link(repository, digest).await?;
-                    return Ok(false);
-                }
-                self.restore_entry(repository, digest, entry).await?;
-            }
-        }
-        self.remove_trash(&item.id).await?;
-        Ok(true)
+    pub(crate) async fn remove_trash(&self, repository: &str, id: &str) -> Result<bool> {
+        self.remove(&trash_key(repository).join(id)).await
     }
 
     async fn folders(&self, prefix: &Path) -> Result<Vec<Path>> {
@@ -170,4 +207,21 @@ impl Storage {
 /// Whether it is a folder inside a repository, not one of a repository's name.
 fn is_inner(folder: &Path) -> bool {
     folder.filename().is_some_and(|name| name.starts_with('_'))
+}
+
+fn trash_key(repository: &str) -> Path {
+    Path::from(format!("repositories/{repository}/_trash"))
+}
+
+fn markers_at(marked: &Marked) -> Path {
+    match marked {
+        Marked::Digest(digest) => keys::markers_of(digest),
+        Marked::Tag { repository, tag } => {
+            Path::from(format!("gc/deleting/tags/{repository}/_tag")).join(tag.as_str())
+        }
+    }
+}
+
+fn marker_key(marked: &Marked, run: &str) -> Path {
+    markers_at(marked).join(run)
 }

@@ -1,6 +1,5 @@
 //! What can go wrong with the store, and what a client is told about it.
 
-use anyplace_images::Digest;
 use axum::http::StatusCode;
 use axum::http::header::RETRY_AFTER;
 
@@ -31,9 +30,9 @@ pub(crate) enum Error {
         store: String,
         source: object_store::Error,
     },
-    /// A collector was at this content for longer than a request should wait.
-    #[error("{digest} is being collected as garbage; ask again in a moment")]
-    Collecting { digest: Digest },
+    /// A collector was at this content, or tag, for longer than a request should wait.
+    #[error("{what} is being collected as garbage; ask again in a moment")]
+    Collecting { what: String },
     /// An object isn't what this layout has there.
     #[error("`{key}` is damaged: {reason}; `anyplace registry scrub` tells what else is")]
     Damaged { key: String, reason: String },

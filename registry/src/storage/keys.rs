@@ -75,10 +75,6 @@ pub(super) fn markers_of(digest: &Digest) -> Path {
     of_digest(&Path::from("gc/deleting"), digest)
 }
 
-pub(super) fn marker(digest: &Digest, run: &str) -> Path {
-    markers_of(digest).join(run)
-}
-
 /// `<prefix>/<algorithm>/<digest>`.
 fn of_digest(prefix: &Path, digest: &Digest) -> Path {
     prefix.clone().join(digest.algorithm()).join(digest.hex())
@@ -104,7 +100,7 @@ mod tests {
         assert_eq!(parse_content(&content(&digest)), Some(digest.clone()));
         let key = manifest("a", &digest);
         assert_eq!(digest_in(&key, &manifests("a")), Some((digest.clone(), "")));
-        let key = marker(&digest, "run-1");
-        assert_eq!(digest_in(&key, &Path::from("gc/deleting")), Some((digest, "run-1")));
+        let key = pending_put("a", &digest, "1f");
+        assert_eq!(digest_in(&key, &pending("a")), Some((digest, "1f")));
     }
 }

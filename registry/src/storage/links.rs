@@ -12,18 +12,14 @@ use futures_util::{StreamExt as _, TryStreamExt as _};
 use object_store::path::Path;
 use tokio::time::Instant;
 
-use super::{Error, Result, Storage, keys};
+use super::{Error, Marked, Result, Storage, keys};
 
 /// How long a writer waits for a collector to be done with one digest. It deletes one object meanwhile.
 const COLLECTING_MAX: Duration = Duration::from_secs(10);
 /// How often it looks.
 const COLLECTING_PAUSE: Duration = Duration::from_millis(20);
 /// Times that a link is put again after a collector took it away; each takes a whole round of a collector.
-const LINK_TRIES: usize = 5;
-
-/// Age from which a link is renewed when a client asks for the blob. Collectors leave links alone for at least four
-/// times as long.
-const RENEW_AFTER: Duration = Duration::from_secs(6 * 3600);
+pub(super) const LINK_TRIES: usize = 5;
 
 /// A repository's link to content.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,7 +35,8 @@ pub(crate) struct Link {
 pub(crate) enum Linked {
     /// The content is there, has this many bytes, and stays as long as the link.
     Yes(u64),
-    /// The link is there, but the content is not: store it (the link protects it from now on), or remove the link.
+    /// The link is there, but the content is not: store it (the link protects it from now on), or leave the link to the
+    /// collector. Another writer may be storing the content behind the same link, so don't remove it.
     Gone,
 }
 
@@ -53,16 +50,13 @@ impl Storage {
     /// that gets old is renewed, or a collector could come between this answer and the manifest.
     pub(crate) async fn blob_size_renewed(&self, repository: &str, digest: &Digest) -> Result<Option<u64>> {
         let Some(put) = self.link(repository, digest).await? else { return Ok(None) };
-        if self.about_now().duration_since(put).unwrap_or_default() < RENEW_AFTER {
+        if self.about_now().duration_since(put).unwrap_or_default() < self.inner.renew_after {
             return self.content_size(digest).await;
         }
-        match self.put_link(repository, digest).await? {
-            Linked::Yes(size) => Ok(Some(size)),
-            Linked::Gone => {
-                self.remove_link(repository, digest).await?;
-                Ok(None)
-            }
-        }
+        Ok(match self.put_link(repository, digest).await? {
+            Linked::Yes(size) => Some(size),
+            Linked::Gone => None,
+        })
     }
 
     /// Bytes of the content, if the repository has it.
@@ -81,13 +75,13 @@ impl Storage {
         let key = keys::link(repository, digest);
         for _ in 0..LINK_TRIES {
             self.put(&key, Bytes::new()).await?;
-            self.wait_until_uncollected(digest).await?;
+            self.wait_until_uncollected(&Marked::Digest(digest.clone())).await?;
             // A collector that saw the old link, just before it was renewed, may have removed the new one.
             if self.head(&key).await?.is_some() {
                 return Ok(self.content_size(digest).await?.map_or(Linked::Gone, Linked::Yes));
             }
         }
-        Err(Error::Collecting { digest: digest.clone() })
+        Err(Error::Collecting { what: digest.to_string() })
     }
 
     /// Takes content from a repository, and says whether it had it. The content stays until it is collected.
@@ -120,12 +114,20 @@ impl Storage {
             .boxed()
     }
 
-    /// Waits until no collector is at this digest.
-    pub(super) async fn wait_until_uncollected(&self, digest: &Digest) -> Result<()> {
+    /// Waits until no collector is there.
+    pub(super) async fn wait_until_uncollected(&self, marked: &Marked) -> Result<()> {
+        #[cfg(test)]
+        if super::mutant::is(super::mutant::Mutant::NoWait) {
+            return Ok(());
+        }
         let begun = Instant::now();
-        while self.is_marked(digest).await? {
+        while self.is_marked(marked).await? {
             if begun.elapsed() > COLLECTING_MAX {
-                return Err(Error::Collecting { digest: digest.clone() });
+                let what = match marked {
+                    Marked::Digest(digest) => digest.to_string(),
+                    Marked::Tag { repository, tag } => format!("{repository}:{tag}"),
+                };
+                return Err(Error::Collecting { what });
             }
             tokio::time::sleep(COLLECTING_PAUSE).await;
         }

@@ -9,7 +9,7 @@ use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use object_store::path::Path;
 use serde::{Deserialize, Serialize};
 
-use super::{Error, Linked, Result, Storage, keys};
+use super::{Error, Linked, Marked, Result, Storage, keys};
 use crate::references::Manifest;
 
 /// Blobs that are looked for at once.
@@ -36,6 +36,8 @@ pub(crate) struct NewManifest {
     pub(crate) bytes: Bytes,
     /// The content that the repository must have: config and layers. What an index names may be missing.
     pub(crate) blobs: Vec<Digest>,
+    /// The manifests that it names.
+    pub(crate) manifests: Vec<Digest>,
 }
 
 /// A manifest and its age.
@@ -59,7 +61,7 @@ impl NewManifest {
             artifact_type: manifest.artifact_type,
             annotations: manifest.annotations,
         };
-        NewManifest { entry, bytes, blobs: manifest.blobs }
+        NewManifest { entry, bytes, blobs: manifest.blobs, manifests: manifest.manifests }
     }
 }
 
@@ -74,7 +76,7 @@ impl Storage {
         digest: &Digest,
         manifest: NewManifest,
     ) -> Result<Vec<Digest>> {
-        let NewManifest { entry, bytes, blobs } = manifest;
+        let NewManifest { entry, bytes, blobs, manifests } = manifest;
         if self.put_link(repository, digest).await? == Linked::Gone {
             self.put_content(digest, bytes).await?;
         }
@@ -84,8 +86,11 @@ impl Storage {
         self.put(&pending, json).await?;
         let outcome = async {
             let missing = self.missing_blobs(repository, blobs).await?;
+            // They may be missing, but none shall go just now.
+            let wait = async |digest| self.wait_until_uncollected(&Marked::Digest(digest)).await;
+            stream::iter(manifests).map(wait).buffered(LOOK_UPS_MAX).try_collect::<()>().await?;
             if missing.is_empty() {
-                self.restore_entry(repository, digest, &entry).await?;
+                self.put_entry(repository, digest, &entry).await?;
             }
             Ok(missing)
         };
@@ -94,13 +99,7 @@ impl Storage {
         outcome
     }
 
-    /// Puts the entry of a manifest that the trash kept, with all that it names.
-    pub(super) async fn restore_entry(
-        &self,
-        repository: &str,
-        digest: &Digest,
-        entry: &ManifestEntry,
-    ) -> Result<()> {
+    async fn put_entry(&self, repository: &str, digest: &Digest, entry: &ManifestEntry) -> Result<()> {
         let key = keys::manifest(repository, digest);
         let json = Bytes::from(serde_json::to_vec(entry).map_err(|e| Error::damaged(&key, e))?);
         if let Some(subject) = &entry.subject {
@@ -112,7 +111,7 @@ impl Storage {
     /// The blobs that the repository lacks, after no collector is at any of them.
     async fn missing_blobs(&self, repository: &str, blobs: Vec<Digest>) -> Result<Vec<Digest>> {
         let look = async |digest: Digest| {
-            self.wait_until_uncollected(&digest).await?;
+            self.wait_until_uncollected(&Marked::Digest(digest.clone())).await?;
             let there = self.blob_size(repository, &digest).await?.is_some();
             Ok((!there).then_some(digest))
         };

@@ -6,7 +6,8 @@ use anyplace_images::Digest;
 use bytes::Bytes;
 use futures_util::TryStreamExt as _;
 
-use super::{Error, Result, Storage, keys};
+use super::links::LINK_TRIES;
+use super::{Error, Marked, Result, Storage, keys};
 
 /// Who gave a tag its digest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +33,8 @@ impl Storage {
         text.trim().parse().map(Some).map_err(|e| Error::damaged(&key, e))
     }
 
-    /// Gives the tag this digest; the manifest must be there already.
+    /// Gives the tag this digest; the manifest must be there already. A collector that is about to delete the tag is
+    /// waited for, as with links.
     pub(crate) async fn put_tag(
         &self,
         of: TagOf,
@@ -40,7 +42,21 @@ impl Storage {
         tag: &str,
         digest: &Digest,
     ) -> Result<()> {
-        self.put(&keys::tag(of, repository, tag), Bytes::from(digest.to_string())).await
+        let key = keys::tag(of, repository, tag);
+        let marked = Marked::Tag { repository: repository.to_owned(), tag: tag.to_owned() };
+        for _ in 0..LINK_TRIES {
+            self.put(&key, Bytes::from(digest.to_string())).await?;
+            self.wait_until_uncollected(&marked).await?;
+            if self.head(&key).await?.is_some() {
+                return Ok(());
+            }
+        }
+        Err(Error::Collecting { what: format!("{repository}:{tag}") })
+    }
+
+    /// When the tag was last put, if it is there.
+    pub(crate) async fn tag_put(&self, of: TagOf, repository: &str, tag: &str) -> Result<Option<SystemTime>> {
+        Ok(self.head(&keys::tag(of, repository, tag)).await?.map(|meta| meta.last_modified.into()))
     }
 
     /// Says whether there was such a tag.

@@ -1,0 +1,278 @@
+//! Online garbage collection: takes away what nothing needs while pushes, mounts and deletes go on.
+//!
+//! A collection has three parts (`run`): it reads each repository's manifests, lets go what rules don't keep (`retain`),
+//! and marks what the rest needs; it removes old links that nothing needs; it deletes content that has no link
+//! (`sweep`). Each removal happens behind a marker (`hold`), after a second look; the protocol, and why it needs neither
+//! locks nor conditional writes, is in `storage` and in `docs/decisions/0004-online-gc.md`.
+//!
+//! Deleted tags and manifests go to the trash first (`trash`) and keep what they need alive for a while.
+//!
+//! One collection runs at a time, by a lease in the store. Two at once would do no harm but twice the work, so it
+//! is enough that the lease mostly works.
+
+mod hold;
+mod in_use;
+mod report;
+mod retain;
+mod run;
+mod settings;
+mod sweep;
+mod trash;
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use anyplace_registry_core::retention::Rule;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use tokio::sync::OwnedMutexGuard;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Config;
+use crate::storage::{Note, Storage};
+pub use report::{GcPhase, GcReport, GcSeen, GcSpared, GcStatus};
+use run::Context;
+pub use settings::{GcConfig, RetentionConfig, RuleConfig};
+pub(crate) use trash::{Missing, delete_manifest, delete_tag, undelete};
+
+/// How long a lease is good for without being renewed.
+const LEASE: Duration = Duration::from_secs(120);
+/// How often it is renewed.
+const LEASE_RENEWAL: Duration = Duration::from_secs(30);
+/// How often the collector looks whether it is time, and for markers that are left over.
+const CHECK_EVERY: Duration = Duration::from_secs(300);
+/// When a failed collection is tried again, if not before.
+const RETRY_AFTER: Duration = Duration::from_secs(3600);
+
+/// The collection that runs.
+#[derive(Serialize, Deserialize)]
+struct Lease {
+    run: String,
+}
+
+/// Why no collection began.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NotBegun {
+    #[error("a collection runs already ({0}); see `anyplace registry gc --status`")]
+    Busy(String),
+    #[error(transparent)]
+    Storage(#[from] crate::storage::Error),
+    #[error(transparent)]
+    Other(#[from] anyhow::Error),
+}
+
+/// The registry's collector.
+pub(crate) struct Collector {
+    storage: Storage,
+    gc: GcConfig,
+    retention: RetentionConfig,
+    rules: Vec<Rule>,
+    one: Arc<tokio::sync::Mutex<()>>,
+    running: Mutex<Option<GcReport>>,
+    last_dry_run: Mutex<Option<GcReport>>,
+    stop: CancellationToken,
+}
+
+/// A collection that may go on.
+struct Begun {
+    report: GcReport,
+    _one: OwnedMutexGuard<()>,
+}
+
+impl Collector {
+    /// A collector that ends what it does soon after `stop`.
+    pub(crate) fn new(
+        storage: Storage,
+        config: &Config,
+        stop: CancellationToken,
+    ) -> anyhow::Result<Collector> {
+        config.gc.check()?;
+        Ok(Collector {
+            storage,
+            gc: config.gc.clone(),
+            retention: config.retention.clone(),
+            rules: config.retention.rules()?,
+            one: Arc::default(),
+            running: Mutex::default(),
+            last_dry_run: Mutex::default(),
+            stop,
+        })
+    }
+
+    /// How long deletions can be undone.
+    pub(crate) fn window(&self) -> Duration {
+        self.gc.undelete_window.to_std()
+    }
+
+    /// Collects whenever it is time, until the registry stops.
+    pub(crate) async fn run_by_itself(&self) {
+        let mut pause = CHECK_EVERY;
+        while self.stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_some() {
+            pause = CHECK_EVERY;
+            match self.check().await {
+                Ok(Some(report)) => log(&report),
+                Ok(None) => {}
+                Err(error) => tracing::warn!(%error, "the collector couldn't look whether it is time"),
+            }
+        }
+    }
+
+    /// Removes what is left over, and collects if it is time.
+    async fn check(&self) -> anyhow::Result<Option<GcReport>> {
+        let stale = hold::remove_stale(&self.storage).await?;
+        if stale > 0 {
+            tracing::info!(stale, "removed markers of collections that didn't come to their end");
+        }
+        let every = self.gc.every.to_std();
+        if every.is_zero() {
+            return Ok(None);
+        }
+        if let Some((last, ended)) = self.storage.note::<GcReport>(Note::LastCollection).await? {
+            let wait = if last.phase == GcPhase::Failed { every.min(RETRY_AFTER) } else { every };
+            if self.storage.now().await?.duration_since(ended).unwrap_or_default() < wait {
+                return Ok(None);
+            }
+        }
+        match self.collect(false).await {
+            Ok(report) => Ok(Some(report)),
+            // Another registry is at it.
+            Err(NotBegun::Busy(_)) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Begins a collection, and goes on with it in the background.
+    pub(crate) async fn start(self: &Arc<Self>, dry_run: bool) -> Result<GcReport, NotBegun> {
+        let begun = self.begin(dry_run).await?;
+        let (this, report) = (self.clone(), begun.report.clone());
+        tokio::spawn(async move { log(&this.go_on(begun).await) });
+        Ok(report)
+    }
+
+    /// Collects. What went wrong on the way is in the report.
+    pub(crate) async fn collect(&self, dry_run: bool) -> Result<GcReport, NotBegun> {
+        let begun = self.begin(dry_run).await?;
+        Ok(self.go_on(begun).await)
+    }
+
+    /// What it does, and did.
+    pub(crate) async fn status(&self) -> crate::storage::Result<GcStatus> {
+        let running = self.running.lock().ok().and_then(|report| report.clone());
+        let last_dry_run = self.last_dry_run.lock().ok().and_then(|report| report.clone());
+        let last = self.storage.note(Note::LastCollection).await?.map(|(report, _)| report);
+        Ok(GcStatus { running, last, last_dry_run })
+    }
+
+    /// Waits until nothing is going on.
+    pub(crate) async fn ended(&self) {
+        let _one = self.one.lock().await;
+    }
+
+    async fn begin(&self, dry_run: bool) -> Result<Begun, NotBegun> {
+        let one = self.one.clone().try_lock_owned();
+        let one = one.map_err(|_| NotBegun::Busy("in this registry".to_owned()))?;
+        let now = self.storage.now().await?;
+        let run = hex::encode(rand::random::<[u8; 8]>());
+        if !dry_run {
+            if let Some((lease, put)) = self.storage.note::<Lease>(Note::Lease).await?
+                && now.duration_since(put).unwrap_or_default() < LEASE
+            {
+                return Err(NotBegun::Busy(lease.run));
+            }
+            self.storage.put_note(Note::Lease, &Lease { run: run.clone() }).await?;
+        }
+        let started = Timestamp::try_from(now).context("the store's time is no time")?;
+        let report = GcReport::new(run, dry_run, started);
+        if let Ok(mut running) = self.running.lock() {
+            *running = Some(report.clone());
+        }
+        Ok(Begun { report, _one: one })
+    }
+
+    async fn go_on(&self, begun: Begun) -> GcReport {
+        let Begun { report, _one } = begun;
+        let (run, dry_run) = (report.run.clone(), report.dry_run);
+        let renewing = async {
+            loop {
+                tokio::time::sleep(LEASE_RENEWAL).await;
+                if !dry_run
+                    && let Err(error) = self.storage.put_note(Note::Lease, &Lease { run: run.clone() }).await
+                {
+                    tracing::warn!(%error, "the collector's lease can't be renewed");
+                }
+            }
+        };
+        let outcome = tokio::select! {
+            outcome = self.work(&report) => outcome,
+            () = renewing => Ok(()),
+        };
+        let now = self.storage.now().await.ok().and_then(|now| Timestamp::try_from(now).ok());
+        let finished = self.running.lock().ok().and_then(|mut running| running.take());
+        let mut finished = finished.unwrap_or(report);
+        finished.finished = now.or(Some(finished.started));
+        (finished.phase, finished.error) = match outcome {
+            Ok(()) if self.stop.is_cancelled() => (GcPhase::Stopped, None),
+            Ok(()) => (GcPhase::Done, None),
+            Err(error) => (GcPhase::Failed, Some(format!("{error:#}"))),
+        };
+        if dry_run {
+            if let Ok(mut last) = self.last_dry_run.lock() {
+                *last = Some(finished.clone());
+            }
+            return finished;
+        }
+        let noted = async {
+            self.storage.put_note(Note::LastCollection, &finished).await?;
+            self.storage.remove_note(Note::Lease).await
+        };
+        if let Err(error) = noted.await {
+            tracing::warn!(%error, "the collector's report can't be kept");
+        }
+        finished
+    }
+
+    async fn work(&self, report: &GcReport) -> anyhow::Result<()> {
+        let in_use = match self.rules.is_empty() {
+            true => None,
+            false => match in_use::fetch(&self.retention).await {
+                Ok(in_use) => Some(in_use),
+                Err(error) => {
+                    let reason = format!(
+                        "the images in use can't be had, so no rule lets anything go: {error:#}; check [retention]"
+                    );
+                    tracing::warn!(reason);
+                    if let Ok(mut running) = self.running.lock()
+                        && let Some(report) = &mut *running
+                    {
+                        report.retention_skipped = Some(reason);
+                    }
+                    None
+                }
+            },
+        };
+        let context = Context {
+            storage: &self.storage,
+            run: report.run.clone(),
+            now: report.started.into(),
+            grace_ms: self.gc.grace.0,
+            window: self.window(),
+            dry_run: report.dry_run,
+            stop: &self.stop,
+            report: &self.running,
+            rules: &self.rules,
+            in_use,
+            seed: rand::random(),
+        };
+        run::run(&context).await
+    }
+}
+
+fn log(report: &GcReport) {
+    let GcReport { run, phase, dry_run, .. } = report;
+    let (links, content, bytes) = (report.plan.links.count, report.plan.content.count, report.plan.bytes);
+    match &report.error {
+        None => tracing::info!(run, dry_run, %phase, links, content, bytes, "collected"),
+        Some(error) => tracing::error!(run, dry_run, error, links, content, bytes, "a collection failed"),
+    }
+}

@@ -1,0 +1,167 @@
+//! Deleting tags and manifests so that it can be undone, and undoing it.
+//!
+//! A deletion is put into the trash before anything is removed, and taken out after all is back, so at any moment the
+//! manifest is in one of the two, or both. Undoing is a push of what is there still: it renews the links to the blobs
+//! and then puts the manifest as any push does, so a collector that is about to take them is waited for or beaten.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use anyplace_images::Digest;
+
+use crate::references;
+use crate::storage::{Linked, NewManifest, Result, Storage, TagOf, Trashed, TrashedItem};
+
+/// Deepest nesting of indexes that comes back whole.
+const DEPTH_MAX: usize = 8;
+
+/// Why something can't be brought back.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Missing {
+    #[error(
+        "the trash of `{repository}` has no {what}; `anyplace registry trash {repository}` lists what it has"
+    )]
+    NotInTrash { repository: String, what: String },
+    #[error(
+        "the tag {tag} of `{repository}` has been pushed again, and leads to {digest}; delete that first"
+    )]
+    TagTaken { repository: String, tag: String, digest: Digest },
+    #[error("{digest} can't come back: what it needs is gone ({what}); push it again")]
+    Gone { digest: Digest, what: String },
+    #[error(transparent)]
+    Storage(#[from] crate::storage::Error),
+}
+
+/// Deletes a tag, pushed or cached, and says whether there was one.
+pub(crate) async fn delete_tag(
+    storage: &Storage,
+    repository: &str,
+    tag: &str,
+    window: Duration,
+) -> Result<bool> {
+    if !window.is_zero()
+        && let Some(digest) = storage.tag(TagOf::Push, repository, tag).await?
+    {
+        storage.put_trash(repository, &Trashed::Tag { tag: tag.to_owned(), digest }).await?;
+    }
+    let pushed = storage.delete_tag(TagOf::Push, repository, tag).await?;
+    Ok(storage.delete_tag(TagOf::Upstream, repository, tag).await? || pushed)
+}
+
+/// Deletes a manifest and the tags that lead to it, which are given back; none if there was no such manifest.
+pub(crate) async fn delete_manifest(
+    storage: &Storage,
+    repository: &str,
+    digest: &Digest,
+    window: Duration,
+) -> Result<Option<Vec<String>>> {
+    let Some(entry) = storage.manifest_entry(repository, digest).await? else { return Ok(None) };
+    let mut removed = Vec::new();
+    if !window.is_zero() {
+        let what = Trashed::Manifest { digest: digest.clone(), entry };
+        storage.put_trash(repository, &what).await?;
+    }
+    // Tags first: a tag must not lead nowhere.
+    for of in [TagOf::Push, TagOf::Upstream] {
+        for tag in storage.tags(of, repository).await? {
+            if storage.tag(of, repository, &tag).await?.as_ref() != Some(digest) {
+                continue;
+            }
+            if of == TagOf::Push && !window.is_zero() {
+                let what = Trashed::Tag { tag: tag.clone(), digest: digest.clone() };
+                storage.put_trash(repository, &what).await?;
+            }
+            storage.delete_tag(of, repository, &tag).await?;
+            removed.push(tag);
+        }
+    }
+    Ok(storage.delete_manifest(repository, digest).await?.then_some(removed))
+}
+
+/// Brings back a tag and its manifest, or (`Err`) a manifest by its digest, with the manifests that it names; gives
+/// the digest.
+pub(crate) async fn undelete(
+    storage: &Storage,
+    repository: &str,
+    what: std::result::Result<&str, &Digest>,
+) -> std::result::Result<Digest, Missing> {
+    let mut trash = storage.trash(repository).await?;
+    // The newest first.
+    trash.sort_by(|a, b| (b.deleted, &b.id).cmp(&(a.deleted, &a.id)));
+    let not_in_trash = |what: String| Missing::NotInTrash { repository: repository.to_owned(), what };
+    let tag = match what {
+        Err(digest) => {
+            if !restore(storage, repository, digest, &trash, DEPTH_MAX).await? {
+                return Err(not_in_trash(format!("manifest {digest}")));
+            }
+            return Ok(digest.clone());
+        }
+        Ok(tag) => tag,
+    };
+    let found = trash.iter().find_map(|item| match &item.what {
+        Trashed::Tag { tag: trashed, digest } if trashed == tag => Some((item, digest)),
+        _ => None,
+    });
+    let (item, digest) = found.ok_or_else(|| not_in_trash(format!("tag {tag}")))?;
+    if let Some(taken) = storage.tag(TagOf::Push, repository, tag).await?
+        && taken != *digest
+    {
+        let (repository, tag) = (repository.to_owned(), tag.to_owned());
+        return Err(Missing::TagTaken { repository, tag, digest: taken });
+    }
+    if !restore(storage, repository, digest, &trash, DEPTH_MAX).await?
+        && storage.manifest_entry(repository, digest).await?.is_none()
+    {
+        return Err(not_in_trash(format!("manifest {digest}, which the tag {tag} had")));
+    }
+    storage.put_tag(TagOf::Push, repository, tag, digest).await?;
+    storage.remove_trash(repository, &item.id).await?;
+    Ok(digest.clone())
+}
+
+/// Brings a manifest back, after those that it names; says whether the trash had it.
+async fn restore(
+    storage: &Storage,
+    repository: &str,
+    digest: &Digest,
+    trash: &[TrashedItem],
+    depth: usize,
+) -> std::result::Result<bool, Missing> {
+    let items: Vec<_> = trash.iter().filter(|item| manifest_of(item) == Some(digest)).collect();
+    let entry = items.iter().find_map(|item| match &item.what {
+        Trashed::Manifest { entry, .. } => Some(entry),
+        Trashed::Tag { .. } => None,
+    });
+    let Some(entry) = entry else { return Ok(false) };
+    let gone = |what: String| Missing::Gone { digest: digest.clone(), what };
+    let bytes = storage.read_content(digest).await?.ok_or_else(|| gone("its own content".to_owned()))?;
+    let names = references::names(&bytes).map_err(gone)?;
+    for child in names.manifests.iter().filter(|_| depth > 0) {
+        Box::pin(restore(storage, repository, child, trash, depth - 1)).await?;
+    }
+    let needed: BTreeSet<&Digest> = names.blobs.iter().collect();
+    for blob in needed {
+        // What lies elsewhere has no link, and needs none.
+        if storage.link(repository, blob).await?.is_some()
+            && storage.put_link(repository, blob).await? == Linked::Gone
+        {
+            return Err(gone(format!("the blob {blob}")));
+        }
+    }
+    let manifest = references::read(Some(&entry.media_type), &bytes).map_err(gone)?;
+    let missing = storage.put_manifest(repository, digest, NewManifest::of(manifest, bytes)).await?;
+    if let Some(blob) = missing.first() {
+        return Err(gone(format!("the blob {blob}")));
+    }
+    for item in items {
+        storage.remove_trash(repository, &item.id).await?;
+    }
+    Ok(true)
+}
+
+fn manifest_of(item: &TrashedItem) -> Option<&Digest> {
+    match &item.what {
+        Trashed::Manifest { digest, .. } => Some(digest),
+        Trashed::Tag { .. } => None,
+    }
+}

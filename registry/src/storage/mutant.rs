@@ -1,0 +1,34 @@
+//! Switches off one step of the protocol between writers and collectors, to see that the tests notice.
+
+use std::cell::Cell;
+
+/// A step that is left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mutant {
+    /// Writers don't wait for markers.
+    NoWait,
+    /// Collectors don't look again at links behind the marker.
+    NoSecondLook,
+    /// Collectors don't look again at manifests behind the marker.
+    NoSecondReading,
+    /// Collectors don't look again whether content has a link.
+    NoSecondLinks,
+    /// Collectors go on however long their marker is there.
+    NoDeadline,
+    /// Retention doesn't look again at tags and manifests behind the marker.
+    NoSecondDecision,
+}
+
+thread_local! {
+    static MUTANT: Cell<Option<Mutant>> = const { Cell::new(None) };
+}
+
+/// Whether this step is left out on this thread.
+pub(crate) fn is(mutant: Mutant) -> bool {
+    MUTANT.get() == Some(mutant)
+}
+
+/// Leaves a step out on this thread, or none.
+pub(crate) fn set(mutant: Option<Mutant>) {
+    MUTANT.set(mutant);
+}
