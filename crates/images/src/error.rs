@@ -158,6 +158,17 @@ pub enum Error {
         reason: String,
     },
 
+    /// A layer's table of contents is refused. Nothing of the layer was kept.
+    #[error("a layer's table of contents is refused; push the image again")]
+    Table(#[source] zstd_chunked::Error),
+
+    /// The store's own copy of something is damaged.
+    #[error("{what} is damaged; run `anyplace image verify` to remove what is, and pull again")]
+    Damaged {
+        /// Which part of the store.
+        what: String,
+    },
+
     /// A layer holds more than is accepted. Nothing of it was kept.
     #[error(
         "a layer has {found} {what}, and at most {limit} are accepted; split it, or leave out what isn't needed"

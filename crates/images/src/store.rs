@@ -15,19 +15,24 @@
 //! removed first. A pull is done before that sync is; a crash in between loses the record only.
 
 mod archive;
+mod assemble;
 mod build;
+mod chunked;
 mod dirty;
 mod entry;
 mod gc;
 mod governor;
 mod image;
 mod import;
+mod known;
 mod objects;
+mod plan;
 mod pool;
 mod pull;
 mod recover;
 mod stream;
 mod table;
+mod work;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -51,6 +56,7 @@ pub use gc::Usage;
 use governor::Governor;
 pub use image::PulledImage;
 use image::Uses;
+use known::Known;
 use objects::{Objects, lock};
 use pool::Pools;
 pub use pool::PullClass;
@@ -94,6 +100,7 @@ struct Inner {
     /// What is being fetched, by digest of a manifest or of a layer's archive, so that concurrent pulls join.
     lanes: Mutex<HashMap<Digest, Weak<Lane>>>,
     tables: Mutex<HashMap<Digest, Weak<Table>>>,
+    known: Mutex<Known>,
     /// Read by pulls that end, written by removals: what a pull counts on is pinned until its image is listed.
     gc: RwLock<()>,
     /// Images that are listed, but not on the disk yet.
@@ -164,6 +171,7 @@ impl Store {
             uses: Arc::default(),
             lanes: Mutex::new(HashMap::new()),
             tables: Mutex::new(HashMap::new()),
+            known: Mutex::default(),
             gc: RwLock::new(()),
             settling: tokio::sync::watch::Sender::new(0),
             evicting: AtomicBool::new(false),

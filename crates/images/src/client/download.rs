@@ -156,6 +156,12 @@ impl BlobStream {
         self.blob_size
     }
 
+    /// Whether the registry sends the whole blob although a range was asked for, so that what lies before it is only
+    /// dropped on arrival.
+    pub fn ignores_range(&self) -> bool {
+        self.is_range && self.at < self.position
+    }
+
     /// The next bytes; none once all arrived (and, of a whole blob, the digest is right).
     pub async fn chunk(&mut self) -> Result<Option<Bytes>> {
         loop {

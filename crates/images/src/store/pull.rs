@@ -70,6 +70,15 @@ pub(super) struct Counters {
     pub(super) bytes_written: AtomicU64,
 }
 
+impl Counters {
+    pub(super) fn reuse(&self, bytes: u64) {
+        self.bytes_reused.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
+/// The right to fetch a layer.
+pub(super) type Turn = Arc<tokio::sync::OwnedMutexGuard<()>>;
+
 /// What the parts of one pull share.
 pub(super) struct Pull {
     pub(super) inner: Arc<Inner>,
@@ -327,8 +336,13 @@ impl Pull {
             self.progress.skipped(&item, layer.size);
             return Ok(table);
         }
-        self.progress.started(&item, layer.size);
-        let (table, written) = self.fetch_whole(layer, diff_id, &item, &lane, &turn).await?;
+        let (table, written) = match self.fetch_missing(layer, diff_id, &item, &lane, &turn).await? {
+            Some(done) => done,
+            None => {
+                self.progress.started(&item, layer.size);
+                self.fetch_whole(layer, diff_id, &item, &lane, &turn).await?
+            }
+        };
         self.counters.files.fetch_add(written.files, Ordering::Relaxed);
         self.counters.bytes_written.fetch_add(written.bytes, Ordering::Relaxed);
         let (inner, id) = (self.inner.clone(), diff_id.clone());
@@ -350,7 +364,7 @@ impl Pull {
         diff_id: &Digest,
         item: &Item,
         lane: &Arc<Lane>,
-        turn: &Arc<tokio::sync::OwnedMutexGuard<()>>,
+        turn: &Turn,
     ) -> Result<(Table, Written)> {
         let mut blob = self.client.get_blob(&self.reference, &layer.digest, Some(layer.size)).await?;
         let (sender, reader) = channel();
