@@ -324,4 +324,6 @@ impl Inner {
 }
 
 #[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
 mod tests;
