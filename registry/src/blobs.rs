@@ -13,6 +13,7 @@ use object_store::{GetResult, GetResultPayload};
 use crate::conditions::{Asked, asked_range, entity_tag, is_known};
 use crate::errors::{Answer, Refusal, internal};
 use crate::server::App;
+use crate::upstream::Failure;
 
 pub(crate) const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
 
@@ -22,7 +23,8 @@ pub(crate) async fn head(app: &App, name: &str, digest: &Digest, asked: &HeaderM
         (Some(size), _) => size,
         (None, Some(cache)) => {
             // Unreachable counts as absent: a push to this registry asks for its own blobs this way, and must go on.
-            cache.blob_size(name, digest).await.ok_or_else(|| Refusal::blob_unknown(name, digest))?
+            let found = cache.blob_size(name, digest).await;
+            found.map_err(|_| Refusal::blob_unknown(name, digest))?
         }
         (None, None) => return Err(Refusal::blob_unknown(name, digest)),
     };
@@ -34,17 +36,14 @@ pub(crate) async fn head(app: &App, name: &str, digest: &Digest, asked: &HeaderM
 
 pub(crate) async fn get(app: &App, name: &str, digest: &Digest, asked: &HeaderMap) -> Answer {
     let failed = |e| internal("reading a blob", e);
-    let size = match app.storage.blob_size(name, digest).await.map_err(failed)? {
-        Some(size) => size,
-        None => {
-            let Some(cache) = &app.cache else { return Err(Refusal::blob_unknown(name, digest)) };
-            cache.ensure_blob(name, digest).await?;
-            app.storage
-                .blob_size(name, digest)
-                .await
-                .map_err(failed)?
-                .ok_or_else(|| Refusal::blob_unknown(name, digest))?
+    let stored = app.storage.blob_size(name, digest).await.map_err(failed)?;
+    let (size, cache) = match (stored, &app.cache) {
+        (Some(size), _) => (size, None),
+        (None, Some(cache)) => {
+            let found = cache.blob_size(name, digest).await;
+            (found.map_err(|failure| refused(name, digest, failure))?, Some(cache))
         }
+        (None, None) => return Err(Refusal::blob_unknown(name, digest)),
     };
     if is_known(asked, digest) {
         return Ok(not_modified(digest));
@@ -64,6 +63,9 @@ pub(crate) async fn get(app: &App, name: &str, digest: &Digest, asked: &HeaderMa
     // An empty range can't be asked for, and an empty blob has nothing to read.
     let body = if size == 0 {
         Body::empty()
+    } else if let Some(cache) = cache {
+        let opened = cache.read(name, digest, range.unwrap_or(0..size)).await;
+        Body::from_stream(opened.map_err(|failure| refused(name, digest, failure))?)
     } else {
         body_of(app.storage.open_content(digest, range).await.map_err(failed)?)
     };
@@ -75,6 +77,13 @@ pub(crate) async fn delete(app: &App, name: &str, digest: &Digest) -> Answer {
     let manifest = app.storage.manifest_entry(name, digest).await?;
     let removed = manifest.is_none() && app.storage.remove_link(name, digest).await?;
     if removed { Ok(StatusCode::ACCEPTED.into_response()) } else { Err(Refusal::blob_unknown(name, digest)) }
+}
+
+fn refused(name: &str, digest: &Digest, failure: Failure) -> Refusal {
+    match failure {
+        Failure::Absent => Refusal::blob_unknown(name, digest),
+        other => other.into(),
+    }
 }
 
 fn headers(digest: &Digest, length: u64) -> [(HeaderName, String); 5] {

@@ -3,6 +3,7 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
+use anyplace_model::Bytes;
 use serde::Deserialize;
 
 use crate::access;
@@ -25,9 +26,12 @@ pub struct Config {
     /// Anonymous pulls, and tokens.
     #[serde(default)]
     pub access: access::Config,
-    /// Another registry, which this one caches.
+    /// Other registries, which this one caches, in the order of asking.
     #[serde(default)]
-    pub upstream: Option<Upstream>,
+    pub upstreams: Vec<Upstream>,
+    /// What is kept of them.
+    #[serde(default)]
+    pub cache: CacheConfig,
     /// Where content is kept; by default in `data_dir`.
     #[serde(default)]
     pub storage: StorageConfig,
@@ -45,15 +49,44 @@ pub struct Config {
     pub scrub: ScrubConfig,
 }
 
-/// The registry behind a cache.
-#[derive(Clone, Debug, Deserialize)]
+/// A registry behind a cache.
+#[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Upstream {
-    /// Its address, such as `http://10.1.0.10:5000`.
+    /// Its address, such as `http://10.1.0.10:5000`. A path in it is put before each repository's name.
     pub url: String,
     /// A file with a line `user:password` for it.
     #[serde(default)]
     pub credentials_file: Option<PathBuf>,
+    /// It is asked only for repositories below this name, such as `docker.io`, which is left out when it is asked.
+    /// Clients say it in the repository's name or, as mirrors are asked, in `?ns=` or `OCI-Namespace`.
+    #[serde(default)]
+    pub namespace: Option<String>,
+}
+
+/// What a cache keeps.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CacheConfig {
+    /// Bytes on disk. By default half of the file system of the data folder.
+    pub disk_budget: Option<Bytes>,
+    /// Bytes in memory, those on their way to clients included.
+    pub memory_budget: Bytes,
+    /// Size of the pieces of blobs whose manifest has no list of pieces: 1 to 8 MiB.
+    pub piece_bytes: Bytes,
+    /// How long an upstream's answer about a tag counts, in milliseconds.
+    pub tag_ttl_ms: u64,
+}
+
+impl Default for CacheConfig {
+    fn default() -> CacheConfig {
+        CacheConfig {
+            disk_budget: None,
+            memory_budget: Bytes(256 << 20),
+            piece_bytes: Bytes(4 << 20),
+            tag_ttl_ms: 1_000,
+        }
+    }
 }
 
 impl Config {
@@ -64,7 +97,8 @@ impl Config {
             listen: default_listen(),
             credentials_file: None,
             access: access::Config::default(),
-            upstream: None,
+            upstreams: Vec::new(),
+            cache: CacheConfig::default(),
             storage: StorageConfig::Local,
             drain_s: default_drain_s(),
             gc: GcConfig::default(),

@@ -1,15 +1,16 @@
 //! An OCI distribution registry over object storage, with a pull-through cache.
 //!
-//! Any OCI tool can push to it and pull from it. With an `[upstream]` it also answers for what another registry has,
-//! keeps a verified copy, and goes on serving that when the upstream is gone; pushes stay here.
+//! Any OCI tool can push to it and pull from it. With `[[upstreams]]` it also answers for what other registries have,
+//! keeps a verified copy, and goes on serving that when they are gone; pushes stay here.
 //!
 //! From a request to the disk: `routes` tells the endpoints apart, `manifests`, `blobs`, `uploads` and `tags`
-//! answer them, `storage` keeps content and links, `upstream` fills in what is missing.
+//! answer them, `storage` keeps content and links; `upstream` gets what is elsewhere, and `cache` keeps that.
 //!
 //! This crate must not know about schedulers, machines or deployments.
 
 mod access;
 mod blobs;
+mod cache;
 mod conditions;
 mod config;
 mod connections;
@@ -29,7 +30,8 @@ mod uploads;
 mod upstream;
 
 pub use access::Config as AccessConfig;
-pub use config::{Config, Upstream};
+pub use cache::counters::CacheCounters;
+pub use config::{CacheConfig, Config, Upstream};
 pub use gc::{GcConfig, GcPhase, GcReport, GcSeen, GcSpared, GcStatus, RetentionConfig, RuleConfig};
 pub use scrub::ScrubConfig;
 pub use server::{Server, run};

@@ -24,7 +24,7 @@ use crate::references::{self, Manifest};
 use crate::remembered::Described;
 use crate::server::App;
 use crate::storage::{NewManifest, TagOf};
-use crate::upstream::{Cache, Resolved};
+use crate::upstream::{Cache, Failure, Resolved};
 
 /// Names the subject that the registry understood, so that the client needn't keep a list of referrers itself.
 const SUBJECT: HeaderName = HeaderName::from_static("oci-subject");
@@ -159,13 +159,17 @@ async fn find(app: &App, name: &str, key: &str) -> Answer<(Arc<Described>, Optio
         None => resolve(app, name, key).await?,
     };
     let failed = |e| internal("reading a manifest", e);
-    let mut manifest = app.storage.manifest(name, &digest).await.map_err(failed)?;
+    let stored = app.storage.manifest(name, &digest).await.map_err(failed)?;
+    let mut manifest = stored.map(|(entry, bytes)| (entry.media_type, bytes));
     if let (None, Some(cache)) = (&manifest, &app.cache) {
-        cache.ensure_manifest(name, &digest).await?;
-        manifest = app.storage.manifest(name, &digest).await.map_err(failed)?;
+        manifest = match cache.manifest(name, &digest).await {
+            Ok(found) => Some((found.media_type, found.bytes)),
+            Err(Failure::Absent) => None,
+            Err(failure) => return Err(failure.into()),
+        };
     }
-    let (entry, bytes) = manifest.ok_or_else(|| Refusal::manifest_unknown(name, key))?;
-    let described = Described::new(digest, &entry.media_type, bytes);
+    let (media_type, bytes) = manifest.ok_or_else(|| Refusal::manifest_unknown(name, key))?;
+    let described = Described::new(digest, &media_type, bytes);
     let described = Arc::new(described.map_err(|e| internal("reading a manifest", e))?);
     if let Some(stamp) = stamp {
         app.remembered.put(name, key, stamp, described.clone());
@@ -184,24 +188,12 @@ async fn resolve(app: &App, name: &str, tag: &str) -> Answer<(Digest, Option<Str
         return Ok((seen(TagOf::Push).await?.ok_or_else(unknown)?, None));
     };
     match cache.resolve_tag(name, tag).await {
-        Resolved::Found(digest) => {
-            // The manifest comes before the tag that leads to it.
-            if cache.ensure_manifest(name, &digest).await.is_ok() {
-                if seen(TagOf::Upstream).await?.as_ref() != Some(&digest) {
-                    app.storage.put_tag(TagOf::Upstream, name, tag, &digest).await.map_err(failed)?;
-                }
-                return Ok((digest, None));
-            }
-            Ok((seen(TagOf::Upstream).await?.ok_or_else(unknown)?, Some(out_of_reach())))
+        Resolved::Found(digest) => Ok((digest, None)),
+        Resolved::Stale(digest) => Ok((digest, Some(out_of_reach()))),
+        Resolved::Absent => Ok((seen(TagOf::Push).await?.ok_or_else(unknown)?, None)),
+        Resolved::Unreachable(failure) => {
+            Ok((seen(TagOf::Push).await?.ok_or_else(|| Refusal::from(failure))?, None))
         }
-        Resolved::Absent => {
-            app.storage.delete_tag(TagOf::Upstream, name, tag).await.map_err(failed)?;
-            Ok((seen(TagOf::Push).await?.ok_or_else(unknown)?, None))
-        }
-        Resolved::Unreachable(refusal) => match seen(TagOf::Upstream).await? {
-            Some(digest) => Ok((digest, Some(out_of_reach()))),
-            None => Ok((seen(TagOf::Push).await?.ok_or(refusal)?, None)),
-        },
     }
 }
 
@@ -213,7 +205,7 @@ fn out_of_reach() -> String {
 async fn fetch_blobs(app: &App, cache: &Cache, name: &str, manifest: &Manifest) -> Answer<()> {
     for digest in &manifest.blobs {
         if app.storage.blob_size(name, digest).await?.is_none()
-            && let Err(refusal) = cache.ensure_blob(name, digest).await
+            && let Err(refusal) = cache.adopt(app, name, digest).await
         {
             tracing::debug!(?refusal, %digest, "a blob of a manifest isn't upstream either");
         }

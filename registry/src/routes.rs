@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 
 use anyplace_images::{Digest, check_repository};
 use anyplace_registry_core::access::Action;
-use axum::extract::{Request, State};
+use axum::extract::{Query, Request, State};
 use axum::http::header::CONTENT_LENGTH;
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode};
 use axum::response::{IntoResponse as _, Response};
@@ -46,7 +46,7 @@ pub(crate) async fn dispatch(State(app): State<Arc<App>>, request: Request) -> R
 async fn allowed(app: &Arc<App>, mut request: Request) -> Answer {
     let path = decode(request.uri().path());
     let method = request.method().clone();
-    let endpoint = parse(&path);
+    let endpoint = endpoint(app, &request, &path);
     let who = app.access.authorize(&request, &need(endpoint.as_ref(), &method))?;
     if method == Method::GET || method == Method::HEAD {
         return answer(app, request).await;
@@ -74,6 +74,19 @@ async fn allowed(app: &Arc<App>, mut request: Request) -> Answer {
         }
     }
     Ok(response)
+}
+
+/// What a request asks for, in the repository that it means.
+fn endpoint<'a>(app: &App, request: &Request, path: &'a str) -> Option<Endpoint<'a>> {
+    let mut endpoint = parse(path)?;
+    if let Some(cache) = &app.cache
+        && matches!(*request.method(), Method::GET | Method::HEAD)
+        && let Some(namespace) = namespace(request)
+        && let Some(name) = endpoint.name()
+    {
+        *name = cache.name_in(&namespace, name);
+    }
+    Some(endpoint)
 }
 
 /// What a request needs.
@@ -117,7 +130,7 @@ fn change<'a>(
 
 async fn answer(app: &Arc<App>, request: Request) -> Answer {
     let path = decode(request.uri().path());
-    let endpoint = parse(&path).ok_or_else(|| {
+    let endpoint = endpoint(app, &request, &path).ok_or_else(|| {
         Refusal::new(StatusCode::NOT_FOUND, "UNSUPPORTED", format!("no endpoint `{path}`; expected /v2/..."))
     })?;
     // An upload that runs may get its last parts; everything else begins something.
@@ -176,6 +189,30 @@ async fn answer(app: &Arc<App>, request: Request) -> Answer {
             }
         }
     }
+}
+
+impl Endpoint<'_> {
+    fn name(&mut self) -> Option<&mut String> {
+        match self {
+            Endpoint::Base => None,
+            Endpoint::Tags { name }
+            | Endpoint::Manifest { name, .. }
+            | Endpoint::Referrers { name, .. }
+            | Endpoint::Blob { name, .. }
+            | Endpoint::Uploads { name }
+            | Endpoint::Upload { name, .. } => Some(name),
+        }
+    }
+}
+
+/// The registry that a client means who asks this one in its place: containerd says it in `?ns=`, the
+/// specification's development version in a header.
+fn namespace(request: &Request) -> Option<String> {
+    let header = request.headers().get("oci-namespace").and_then(|value| value.to_str().ok());
+    header.map(str::to_owned).or_else(|| {
+        let Query(pairs) = Query::<Vec<(String, String)>>::try_from_uri(request.uri()).ok()?;
+        pairs.into_iter().find_map(|(key, value)| (key == "ns").then_some(value))
+    })
 }
 
 pub(crate) fn parse_digest(text: &str) -> Answer<Digest> {

@@ -13,6 +13,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::access::{self, Access};
+use crate::cache::counters::CacheCounters;
 use crate::config::Config;
 use crate::counters::Counters;
 use crate::gc::Collector;
@@ -56,10 +57,7 @@ impl Server {
             Access::open(config.access.clone(), &config.credentials_path(), &config.data_dir, &storage)
                 .await?;
         let uploads = Arc::new(Uploads::open(storage.clone())?);
-        let cache = match &config.upstream {
-            Some(upstream) => Some(Cache::new(upstream, storage.clone(), uploads.clone())?),
-            None => None,
-        };
+        let cache = Cache::open(&config)?;
         let listener = TcpListener::bind(config.listen).await.with_context(|| {
             format!("can't listen on {}; check `listen`, and that nothing else listens there", config.listen)
         })?;
@@ -77,6 +75,11 @@ impl Server {
             draining,
         });
         Ok(Server { listener, app, drain: Duration::from_secs(config.drain_s) })
+    }
+
+    /// What its cache counts, if it has one.
+    pub fn cache_counters(&self) -> Option<Arc<CacheCounters>> {
+        self.app.cache.as_ref().map(|cache| cache.counters().clone())
     }
 
     /// The address that it listens on, with the port that the system chose for port 0.
@@ -135,7 +138,8 @@ async fn healthz(State(app): State<Arc<App>>) -> (StatusCode, &'static str) {
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> String {
-    app.counters.render(&app.access.counters())
+    let cache = app.cache.as_ref().map(|cache| cache.counters().render()).unwrap_or_default();
+    app.counters.render(&app.access.counters()) + &cache
 }
 
 /// Runs a registry until the shutdown.

@@ -31,6 +31,9 @@ pub(crate) async fn list(app: &App, name: &str, uri: &Uri) -> Answer {
     for of in [TagOf::Push, TagOf::Upstream] {
         tags.extend(app.storage.tags(of, name).await.map_err(|e| internal("listing tags", e))?);
     }
+    if let Some(cache) = &app.cache {
+        tags.extend(cache.tags(name).await);
+    }
     if tags.is_empty() && !app.storage.has_repository(name).await.map_err(|e| internal("listing tags", e))? {
         return Err(Refusal::name_unknown(name));
     }

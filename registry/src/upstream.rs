@@ -1,254 +1,174 @@
-//! The pull-through cache: fetches from another registry what this one doesn't have, verifies it, and keeps it.
+//! The pull-through cache: gets what this registry doesn't have from others, verifies it, and keeps it.
 //!
-//! However many ask for the same thing at once, one fetch runs; it goes on when the one who asked first goes away.
-//! After the upstream was out of reach, it is left alone for a moment, so that not every request waits for it.
+//! - Upstreams are asked in their order. What one doesn't have, doesn't answer for, or sends wrong, the next is asked
+//!   for; content is asked for again a few times. A tier (location, region, origin) is nothing else than an upstream.
+//! - However many ask for the same thing at once, one fetch runs; it goes on when the one who asked first goes away.
+//! - Blobs come in pieces, each verified on its own if its digest is known (see [`crate::cache::layout`]), so a range
+//!   costs its pieces only, and is served as soon as they are here. Other blobs are fetched whole first.
+//! - A blob belongs to the repositories whose manifests name it, or whose upstream says that it does.
+//! - While no upstream can be asked, what is here is served: tags as they were when last seen.
+//!
+//! What is cached is never mixed with what was pushed: it may be evicted at any time.
 
+mod blobs;
+mod failure;
 mod flights;
+mod manifests;
+mod members;
+mod remote;
+mod tags;
+mod whole;
 
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
-use anyplace_images::{Algorithm, Client, Credentials, Digest, Error, Reference};
-use axum::http::StatusCode;
-use futures_util::stream;
+use anyplace_images::{Digest, Reference};
+use bytes::Bytes;
 
-use crate::config::Upstream;
-use crate::errors::Refusal;
-use crate::references;
-use crate::storage::{Linked, NewManifest, Storage};
-use crate::uploads::Uploads;
+use crate::cache::counters::CacheCounters;
+use crate::cache::layout::PIECE_BYTES;
+use crate::cache::memory::{BUDGET_MIN_BYTES, Memory};
+use crate::cache::pieces::{Blob, Pieces};
+use crate::config::Config;
+pub(crate) use failure::Failure;
 use flights::Flights;
+pub(crate) use manifests::CachedManifest;
+use manifests::Recent;
+use members::Members;
+use remote::Remote;
+pub(crate) use tags::Resolved;
+use tags::Seen;
 
-/// How long a question about a tag or a blob may take before the local answer counts: several round trips around
-/// the Earth.
+/// How long an upstream may take to begin its answer where there is a local one to fall back on: several round trips
+/// around the Earth.
 const ASK_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long a manifest (at most 4 MiB) may take.
-const MANIFEST_TIMEOUT: Duration = Duration::from_secs(20);
-/// How long the upstream is left alone after it was out of reach.
-const LEFT_ALONE: Duration = Duration::from_secs(3);
+/// The same where there is none, and for manifests (at most 4 MiB) as a whole.
+const ONLY_ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
+/// How often content is asked for.
+const ROUNDS: u32 = 3;
+/// The wait before the second round; doubled before the third.
+const PAUSE: Duration = Duration::from_millis(200);
 
-/// What the upstream says about a tag.
-pub(crate) enum Resolved {
-    Found(Digest),
-    Absent,
-    /// No answer; the refusal is for where there is no local answer either.
-    Unreachable(Refusal),
-}
-
-/// Why a fetch brought nothing.
-#[derive(Clone, Debug)]
-pub(crate) enum Failure {
-    Absent,
-    Unreachable(String),
-    Corrupt(String),
-    Failed(String),
-}
-
+/// A cache. Clones are the same one.
 #[derive(Clone)]
 pub(crate) struct Cache {
     inner: Arc<Inner>,
 }
 
 struct Inner {
-    client: Client,
-    storage: Storage,
-    uploads: Arc<Uploads>,
-    flights: Flights,
-    left_alone_until: Mutex<Option<Instant>>,
+    remotes: Vec<Arc<Remote>>,
+    pieces: Arc<Pieces>,
+    memory: Memory,
+    members: Members,
+    recent: Recent,
+    seen: Seen,
+    counters: Arc<CacheCounters>,
+    piece_bytes: u64,
+    tag_ttl: Duration,
+    piece_flights: Flights<Bytes>,
+    whole_flights: Flights<Arc<Blob>>,
+    manifest_flights: Flights<CachedManifest>,
+    tag_flights: Flights<Option<Digest>>,
+    list_flights: Flights<Arc<Vec<String>>>,
+    size_flights: Flights<u64>,
 }
 
 impl Cache {
-    pub(crate) fn new(config: &Upstream, storage: Storage, uploads: Arc<Uploads>) -> anyhow::Result<Cache> {
-        let credentials = config.credentials_file.as_deref().map(Credentials::from_file).transpose();
-        let client = Client::new(&config.url, credentials.context("upstream.credentials_file")?);
+    /// A cache of the configured upstreams, if there are any.
+    pub(crate) fn open(config: &Config) -> anyhow::Result<Option<Cache>> {
+        if config.upstreams.is_empty() {
+            return Ok(None);
+        }
+        let counters = Arc::<CacheCounters>::default();
+        let remotes = config.upstreams.iter().map(|one| Remote::new(one, counters.clone()).map(Arc::new));
+        let settings = &config.cache;
+        let (piece_bytes, memory) = (settings.piece_bytes.0, settings.memory_budget.0);
+        anyhow::ensure!(
+            PIECE_BYTES.contains(&piece_bytes),
+            "cache.piece_bytes is {piece_bytes}; expected 1 to 8 MiB"
+        );
+        anyhow::ensure!(
+            memory >= BUDGET_MIN_BYTES,
+            "cache.memory_budget is {memory}; expected {BUDGET_MIN_BYTES} at least"
+        );
+        let root = config.data_dir.join("cache");
+        let doing = || format!("can't open the cache in {}; check data_dir", root.display());
+        std::fs::create_dir_all(&root).with_context(doing)?;
+        let budget = match settings.disk_budget {
+            Some(bytes) => bytes.0,
+            None => half_of_disk(&root).with_context(doing)?,
+        };
         let inner = Inner {
-            client: client.context("upstream.url")?,
-            storage,
-            uploads,
-            flights: Flights::default(),
-            left_alone_until: Mutex::new(None),
+            remotes: remotes.collect::<anyhow::Result<_>>()?,
+            pieces: Pieces::open(&root, budget, counters.clone()).with_context(doing)?,
+            memory: Memory::new(memory),
+            members: Members::default(),
+            recent: Recent::default(),
+            seen: Seen::default(),
+            piece_bytes,
+            tag_ttl: Duration::from_millis(settings.tag_ttl_ms),
+            piece_flights: Flights::new(counters.clone()),
+            whole_flights: Flights::new(counters.clone()),
+            manifest_flights: Flights::new(counters.clone()),
+            tag_flights: Flights::new(counters.clone()),
+            list_flights: Flights::new(counters.clone()),
+            size_flights: Flights::new(counters.clone()),
+            counters,
         };
-        Ok(Cache { inner: Arc::new(inner) })
+        Ok(Some(Cache { inner: Arc::new(inner) }))
     }
 
-    /// The digest that a tag has upstream.
-    pub(crate) async fn resolve_tag(&self, repository: &str, tag: &str) -> Resolved {
-        let mut reference = named(repository);
-        reference.tag = Some(tag.to_owned());
-        let client = &self.inner.client;
-        let asked = self.ask(ASK_TIMEOUT, async {
-            match client.head_manifest(&reference).await?.digest {
-                Some(digest) => Ok(digest),
-                None => Ok(client.get_manifest(&reference).await?.digest),
-            }
-        });
-        match asked.await {
-            Ok(digest) => Resolved::Found(digest),
-            Err(Failure::Absent) => Resolved::Absent,
-            Err(failure) => Resolved::Unreachable(failure.into()),
-        }
+    /// What the cache counts.
+    pub(crate) fn counters(&self) -> &Arc<CacheCounters> {
+        &self.inner.counters
     }
 
-    /// The size that a blob has upstream, if it is known to be there.
-    pub(crate) async fn blob_size(&self, repository: &str, digest: &Digest) -> Option<u64> {
-        let reference = named(repository);
-        self.ask(ASK_TIMEOUT, self.inner.client.head_blob(&reference, digest)).await.ok().flatten()
+    /// The repository that a client means who asks for `name` of another registry, `namespace`. One that no upstream
+    /// stands for means nothing here.
+    pub(crate) fn name_in(&self, namespace: &str, name: &str) -> String {
+        let known = self.inner.remotes.iter().any(|remote| remote.namespace() == Some(namespace));
+        if known { format!("{namespace}/{name}") } else { name.to_owned() }
     }
+}
 
-    /// Makes sure that the manifest is here.
-    pub(crate) async fn ensure_manifest(&self, repository: &str, digest: &Digest) -> Result<(), Refusal> {
-        let (cache, reference, wanted) = (self.clone(), named(repository).at(digest), digest.clone());
-        let fetch = async move {
-            let storage = &cache.inner.storage;
-            let name = &reference.repository;
-            if storage.manifest_entry(name, &wanted).await.map_err(failed)?.is_some() {
-                return Ok(());
-            }
-            let manifest = cache.ask(MANIFEST_TIMEOUT, cache.inner.client.get_manifest(&reference)).await?;
-            let read = references::read(Some(&manifest.media_type), &manifest.bytes);
-            let read = read.map_err(|reason| Failure::Corrupt(format!("manifest {wanted}: {reason}")))?;
-            let mut new = NewManifest::of(read, manifest.bytes);
-            // They are fetched when somebody asks for them.
-            new.blobs.clear();
-            storage.put_manifest(name, &wanted, new).await.map(drop).map_err(failed)
-        };
-        let key = format!("manifest {repository} {digest}");
-        self.inner.flights.join(key, fetch).await.map_err(Refusal::from)
-    }
-
-    /// Makes sure that the blob is here.
-    pub(crate) async fn ensure_blob(&self, repository: &str, digest: &Digest) -> Result<(), Refusal> {
-        let (cache, reference, wanted) = (self.clone(), named(repository), digest.clone());
-        let fetch = async move { cache.fetch_blob(&reference, &wanted).await };
-        self.inner.flights.join(format!("blob {repository} {digest}"), fetch).await.map_err(|failure| {
-            match failure {
-                Failure::Absent => Refusal::blob_unknown(repository, digest),
-                other => other.into(),
-            }
-        })
-    }
-
-    async fn fetch_blob(&self, reference: &Reference, digest: &Digest) -> Result<(), Failure> {
-        let Inner { client, storage, uploads, .. } = &*self.inner;
-        let name = &reference.repository;
-        if storage.blob_size(name, digest).await.map_err(failed)?.is_some() {
-            return Ok(());
-        }
-        if storage.has_content(digest).await.map_err(failed)? {
-            // Another repository has the content; whether this one may have it, the upstream knows.
-            let known = self.ask(ASK_TIMEOUT, client.head_blob(reference, digest)).await?;
-            known.ok_or(Failure::Absent)?;
-            if let Linked::Yes(_) = storage.put_link(name, digest).await.map_err(failed)? {
-                return Ok(());
-            }
-        }
-        let blob = self.ask(MANIFEST_TIMEOUT, client.get_blob(reference, digest, None)).await?;
-        let session = uploads.start_whole(Algorithm::default()).await;
-        let session = session.map_err(|refusal| Failure::Failed(format!("{refusal:?}")))?;
-        let chunks =
-            stream::try_unfold(blob, async |mut blob| Ok(blob.chunk().await?.map(|chunk| (chunk, blob))));
-        // The stream ends with an error when the digest is wrong; the message is kept for the answer.
-        let broken = Mutex::new(None);
-        let chunks = futures_util::StreamExt::map(chunks, |chunk: Result<_, Error>| {
-            chunk.map_err(|error| {
-                let failure = Failure::of(error);
-                let text = format!("{failure:?}");
-                if let Ok(mut broken) = broken.lock() {
-                    *broken = Some(failure);
-                }
-                text
-            })
-        });
-        let outcome = match uploads.append(session, chunks, None).await {
-            Ok(session) => uploads.finish(session, name, digest).await,
-            Err(refusal) => Err(refusal),
-        };
-        if let Err(refusal) = outcome {
-            let broken = broken.into_inner().ok().flatten();
-            return Err(broken.unwrap_or_else(|| Failure::Failed(format!("{refusal:?}"))));
-        }
-        Ok(())
-    }
-
-    /// Asks the upstream, within a time limit, unless it is being left alone.
-    async fn ask<T>(
+impl Inner {
+    /// Asks the upstreams in turn, and all again where that may help.
+    async fn from_any<T, F>(
         &self,
-        limit: Duration,
-        question: impl Future<Output = Result<T, Error>>,
-    ) -> Result<T, Failure> {
-        let url = self.inner.client.registry();
-        let now = Instant::now();
-        if self.left_alone().is_some_and(|until| now < until) {
-            return Err(Failure::Unreachable(format!(
-                "the upstream registry {url} didn't answer a moment ago"
-            )));
-        }
-        let (failure, silent) = match tokio::time::timeout(limit, question).await {
-            Ok(Ok(answer)) => return Ok(answer),
-            Ok(Err(error)) => {
-                let silent = matches!(error, Error::RegistryUnreachable { .. });
-                (Failure::of(error), silent)
+        remotes: &[Arc<Remote>],
+        repository: &str,
+        ask: impl Fn(Arc<Remote>, Reference) -> F,
+    ) -> Result<T, Failure>
+    where
+        F: Future<Output = Result<T, Failure>>,
+    {
+        let mut worst = Failure::Absent;
+        for round in 0..ROUNDS {
+            if round > 0 {
+                tokio::time::sleep(PAUSE * (1 << (round - 1))).await;
             }
-            Err(_) => {
-                (Failure::Unreachable(format!("no answer from {url} within {} s", limit.as_secs())), true)
+            let mut again = false;
+            for remote in remotes {
+                let Some(reference) = remote.reference(repository) else { continue };
+                match ask(remote.clone(), reference).await {
+                    Ok(answer) => return Ok(answer),
+                    Err(failure) => {
+                        again |= failure.may_pass();
+                        worst = worst.max(failure);
+                    }
+                }
             }
-        };
-        if let Failure::Unreachable(reason) = &failure {
-            tracing::warn!(reason, "the upstream can't be asked; serving what is here");
+            if !again {
+                break;
+            }
         }
-        // One that answers with an error may be well for the next question.
-        if silent && let Ok(mut until) = self.inner.left_alone_until.lock() {
-            *until = Some(Instant::now() + LEFT_ALONE);
-        }
-        Err(failure)
-    }
-
-    fn left_alone(&self) -> Option<Instant> {
-        self.inner.left_alone_until.lock().ok().and_then(|until| *until)
+        Err(worst)
     }
 }
 
-impl Failure {
-    fn of(error: Error) -> Failure {
-        let text = error.to_string();
-        match error {
-            error if error.is_not_found() => Failure::Absent,
-            error if error.is_unreachable() => Failure::Unreachable(text),
-            Error::DigestMismatch { .. } | Error::SizeMismatch { .. } => Failure::Corrupt(text),
-            Error::Unauthorized { .. } => Failure::Unreachable(text),
-            _ => Failure::Failed(text),
-        }
-    }
-}
-
-impl From<Failure> for Refusal {
-    fn from(failure: Failure) -> Refusal {
-        match failure {
-            Failure::Absent => {
-                Refusal::new(StatusCode::NOT_FOUND, "MANIFEST_UNKNOWN", "neither here nor upstream")
-            }
-            Failure::Unreachable(reason) => {
-                let message = format!("it is not here, and the upstream can't be asked: {reason}");
-                Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "UNKNOWN", message)
-            }
-            Failure::Corrupt(reason) => {
-                let message = format!("what the upstream sent was refused: {reason}");
-                Refusal::new(StatusCode::BAD_GATEWAY, "DIGEST_INVALID", message)
-            }
-            Failure::Failed(reason) => {
-                let message = format!("fetching from the upstream failed: {reason}");
-                Refusal::new(StatusCode::BAD_GATEWAY, "UNKNOWN", message)
-            }
-        }
-    }
-}
-
-fn failed(error: impl std::fmt::Display) -> Failure {
-    tracing::error!(%error, "the cache can't keep what it fetched");
-    Failure::Failed(error.to_string())
-}
-
-fn named(repository: &str) -> Reference {
-    Reference { registry: None, repository: repository.to_owned(), tag: None, digest: None }
+fn half_of_disk(folder: &Path) -> std::io::Result<u64> {
+    let disk = nix::sys::statvfs::statvfs(folder)?;
+    Ok(disk.blocks() * disk.fragment_size() / 2)
 }

@@ -1,6 +1,6 @@
 //! Registries on loopback, a tree to pack, and a walk that compares trees without any of our code.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyplace_images::{Client, Credentials, Digest, ImageSpec, Source};
-use anyplace_registry::{AccessConfig, Config, Server, Upstream};
+use anyplace_registry::{AccessConfig, CacheCounters, Config, Server, Upstream};
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::response::Response;
@@ -22,6 +22,8 @@ use tokio_util::sync::CancellationToken;
 pub(crate) struct Registry {
     pub(crate) address: SocketAddr,
     pub(crate) dir: PathBuf,
+    /// What its cache counts, if it is one.
+    pub(crate) counters: Option<Arc<CacheCounters>>,
     shutdown: CancellationToken,
     task: tokio::task::JoinHandle<anyhow::Result<()>>,
     http: reqwest::Client,
@@ -30,34 +32,30 @@ pub(crate) struct Registry {
 impl Registry {
     /// Starts one on a free port.
     pub(crate) async fn start(dir: &Path) -> Registry {
-        Registry::start_with(dir, None).await
+        Registry::start_with(Config { listen: LOOPBACK, ..Config::new(dir) }).await
     }
 
     /// Starts one that caches the registry at `url`, whose data folder is `upstream`.
     pub(crate) async fn cache(dir: &Path, url: &str, upstream: &Path) -> Registry {
-        let credentials_file = Some(upstream.join("credentials"));
-        Registry::start_with(dir, Some(Upstream { url: url.to_owned(), credentials_file })).await
+        Registry::start_with(cache_config(dir, &[(url, upstream)])).await
     }
 
     /// Starts one from which anyone may pull.
     pub(crate) async fn start_open(dir: &Path) -> Registry {
         let access = AccessConfig { anonymous_pull: true, ..AccessConfig::default() };
-        Registry::start_config(Config { access, ..Config::new(dir) }).await
+        Registry::start_with(Config { access, listen: LOOPBACK, ..Config::new(dir) }).await
     }
 
-    async fn start_with(dir: &Path, upstream: Option<Upstream>) -> Registry {
-        Registry::start_config(Config { upstream, ..Config::new(dir) }).await
-    }
-
-    async fn start_config(config: Config) -> Registry {
+    /// Starts one with these settings.
+    pub(crate) async fn start_with(config: Config) -> Registry {
         let dir = config.data_dir.clone();
-        let config = Config { listen: "127.0.0.1:0".parse().unwrap(), ..config };
         let server = Server::bind(config).await.unwrap();
         let (address, shutdown) = (server.local_addr().unwrap(), CancellationToken::new());
+        let counters = server.cache_counters();
         let task = tokio::spawn(server.serve(shutdown.clone()));
         anyplace_service::install_crypto_provider();
         let http = reqwest::Client::builder().no_proxy().build().unwrap();
-        Registry { address, dir, shutdown, task, http }
+        Registry { address, dir, counters, shutdown, task, http }
     }
 
     /// Stops it, with open connections ended.
@@ -114,6 +112,25 @@ impl Registry {
     pub(crate) fn blob_file(&self, digest: &Digest) -> PathBuf {
         self.dir.join("blobs/sha256").join(&digest.hex()[..2]).join(digest.hex())
     }
+}
+
+/// A free port on loopback.
+pub(crate) const LOOPBACK: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+
+/// Settings of a cache of the registries at these addresses, with these data folders. Tags are always asked for.
+pub(crate) fn cache_config(dir: &Path, upstreams: &[(&str, &Path)]) -> Config {
+    let mut config = Config { listen: LOOPBACK, ..Config::new(dir) };
+    config.cache.tag_ttl_ms = 0;
+    config.cache.disk_budget = Some("4GiB".parse().unwrap());
+    config.upstreams = upstreams
+        .iter()
+        .map(|(url, folder)| Upstream {
+            url: (*url).to_owned(),
+            credentials_file: Some(folder.join("credentials")).filter(|file| file.exists()),
+            namespace: None,
+        })
+        .collect();
+    config
 }
 
 pub(crate) const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
@@ -204,7 +221,7 @@ async fn forward(State(behind): State<Behind>, request: Request) -> Response {
     }
     let url = format!("{}{}", behind.url, request.uri());
     let mut forwarded = behind.http.request(request.method().clone(), url);
-    for name in ["authorization", "accept"] {
+    for name in ["authorization", "accept", "range"] {
         if let Some(value) = request.headers().get(name) {
             forwarded = forwarded.header(name, value);
         }

@@ -55,7 +55,7 @@ pub(super) fn registry(
     let mut text =
         format!("data_dir = {data:?}\nlisten = \"{address}:5000\"\ncredentials_file = {credentials:?}\n");
     if let Some(url) = upstream {
-        let _ = write!(text, "[upstream]\nurl = {url:?}\ncredentials_file = {credentials:?}\n");
+        let _ = write!(text, "[[upstreams]]\nurl = {url:?}\ncredentials_file = {credentials:?}\n");
     }
     text
 }

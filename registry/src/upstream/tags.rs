@@ -1,0 +1,166 @@
+//! Tags from upstream: the upstream's answer counts for a moment, and for as long as the upstream can't be asked.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyplace_images::{Digest, Reference};
+
+use super::{ASK_TIMEOUT, Cache, Failure, Inner, ONLY_ANSWER_TIMEOUT};
+use crate::cache::counters::CacheCounters;
+use crate::upstream::remote::Remote;
+
+/// Most tags whose last answer is kept in memory; all are dropped when there are more.
+const SEEN_MAX: usize = 50_000;
+
+/// What a tag means upstream.
+#[derive(Debug)]
+pub(crate) enum Resolved {
+    /// Its manifest is here.
+    Found(Digest),
+    /// The upstream can't be asked; this is what the tag was when it last could. Its manifest is here.
+    Stale(Digest),
+    Absent,
+    /// The upstream can't be asked, and there is nothing to stand in.
+    Unreachable(Failure),
+}
+
+/// Answers about tags, and when they came.
+#[derive(Default)]
+pub(super) struct Seen(Mutex<HashMap<String, (Instant, Option<Digest>)>>);
+
+impl Seen {
+    fn fresh(&self, key: &str, ttl: Duration) -> Option<Option<Digest>> {
+        let seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (when, answer) = seen.get(key)?;
+        (when.elapsed() < ttl).then(|| answer.clone())
+    }
+
+    fn insert(&self, key: String, answer: Option<Digest>) {
+        let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if seen.len() >= SEEN_MAX {
+            seen.clear();
+        }
+        seen.insert(key, (Instant::now(), answer));
+    }
+}
+
+impl Cache {
+    /// What a tag means upstream.
+    pub(crate) async fn resolve_tag(&self, repository: &str, tag: &str) -> Resolved {
+        let inner = &self.inner;
+        let key = tag_key(repository, tag);
+        let answer = match inner.seen.fresh(&key, inner.tag_ttl) {
+            Some(answer) => Ok(answer),
+            None => {
+                let asking = ask(inner.clone(), repository.to_owned(), tag.to_owned());
+                inner.tag_flights.join(key.clone(), asking).await
+            }
+        };
+        match answer {
+            Ok(Some(digest)) => Resolved::Found(digest),
+            Ok(None) => Resolved::Absent,
+            Err(failure) => match inner.last_seen(&key).await {
+                Some(digest) if inner.manifest_here(repository, &digest).await.is_some() => {
+                    CacheCounters::one(&inner.counters.stale_tags);
+                    Resolved::Stale(digest)
+                }
+                _ => Resolved::Unreachable(failure),
+            },
+        }
+    }
+
+    /// The tags that the upstream has, or that were seen there when it can't be asked.
+    pub(crate) async fn tags(&self, repository: &str) -> BTreeSet<String> {
+        let (inner, name) = (self.inner.clone(), repository.to_owned());
+        let asking = async move {
+            let listed = inner.from_any(&inner.remotes, &name, |remote, reference| async move {
+                remote.ask(ONLY_ANSWER_TIMEOUT, remote.client.list_tags(&reference)).await
+            });
+            listed.await.map(Arc::new)
+        };
+        match self.inner.list_flights.join(repository.to_owned(), asking).await {
+            Ok(tags) => tags.iter().cloned().collect(),
+            Err(Failure::Absent) => BTreeSet::new(),
+            Err(_) => {
+                let prefix = tag_key(repository, "");
+                let keys = self.inner.pieces.records.keys(&prefix);
+                keys.iter().filter_map(|key| key.strip_prefix(&prefix)).map(str::to_owned).collect()
+            }
+        }
+    }
+}
+
+/// Asks the upstreams what a tag means, and makes sure of its manifest.
+async fn ask(inner: Arc<Inner>, repository: String, tag: String) -> Result<Option<Digest>, Failure> {
+    let key = tag_key(&repository, &tag);
+    let before = inner.last_seen(&key).await;
+    let mut worst = Failure::Absent;
+    for remote in &inner.remotes {
+        let Some(mut reference) = remote.reference(&repository) else { continue };
+        reference.tag = Some(tag.clone());
+        match ask_one(&inner, remote, &repository, &reference, before.as_ref()).await {
+            Ok(digest) => {
+                if before.as_ref() != Some(&digest) {
+                    inner.keep_tag(key.clone(), &digest).await?;
+                }
+                inner.seen.insert(key, Some(digest.clone()));
+                return Ok(Some(digest));
+            }
+            Err(failure) => worst = worst.max(failure),
+        }
+    }
+    if worst != Failure::Absent {
+        return Err(worst);
+    }
+    if before.is_some() {
+        let (inner, key) = (inner.clone(), key.clone());
+        let removed = tokio::task::spawn_blocking(move || inner.pieces.records.remove(&key));
+        removed.await.map_err(|e| Failure::here("forgetting a tag", e))?;
+    }
+    inner.seen.insert(key, None);
+    Ok(None)
+}
+
+/// One question where the tag is as before or wasn't known; the manifest comes before the tag that leads to it.
+async fn ask_one(
+    inner: &Arc<Inner>,
+    remote: &Arc<Remote>,
+    repository: &str,
+    reference: &Reference,
+    before: Option<&Digest>,
+) -> Result<Digest, Failure> {
+    if before.is_some() {
+        let asked = remote.ask(ASK_TIMEOUT, remote.client.head_manifest(reference)).await?;
+        if let Some(digest) = asked.digest {
+            inner.manifest(repository, &digest).await?;
+            return Ok(digest);
+        }
+    }
+    let manifest = remote.ask(ONLY_ANSWER_TIMEOUT, remote.client.get_manifest(reference)).await?;
+    let digest = manifest.digest.clone();
+    inner.keep_manifest(repository, &digest, manifest).await?;
+    Ok(digest)
+}
+
+impl Inner {
+    /// What the upstream said last, also before a restart.
+    async fn last_seen(self: &Arc<Inner>, key: &str) -> Option<Digest> {
+        if let Some(Some(digest)) = self.seen.fresh(key, Duration::MAX) {
+            return Some(digest);
+        }
+        let (inner, key) = (self.clone(), key.to_owned());
+        let content = tokio::task::spawn_blocking(move || inner.pieces.records.get(&key)).await.ok()??;
+        std::str::from_utf8(&content).ok()?.parse().ok()
+    }
+
+    async fn keep_tag(self: &Arc<Inner>, key: String, digest: &Digest) -> Result<(), Failure> {
+        let (inner, content) = (self.clone(), digest.to_string());
+        let written = tokio::task::spawn_blocking(move || inner.pieces.put_record(&key, content.as_bytes()));
+        written.await.map_err(|e| Failure::here("keeping a tag", e))
+    }
+}
+
+fn tag_key(repository: &str, tag: &str) -> String {
+    format!("repositories/{repository}/_tags/{tag}")
+}
