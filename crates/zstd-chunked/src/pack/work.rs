@@ -14,8 +14,8 @@ use crate::{Digest, Error, Result};
 
 /// The CRC of tar-split: ECMA's algorithm with ISO 3309's polynomial, as Go's hash/crc64 computes it.
 pub(super) const CRC: crc_fast::CrcAlgorithm = crc_fast::CrcAlgorithm::Crc64GoIso;
-/// Frames that wait for the archive's hasher, at most; each is up to 1 MiB.
-const HASHING_MAX: usize = 16;
+/// Frames that wait for the archive's hasher, at most; each is up to 2 MiB.
+const HASHING_MAX: usize = 8;
 /// Zero bytes at hand.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 

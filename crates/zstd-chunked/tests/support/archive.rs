@@ -1,4 +1,5 @@
 //! Builds tar archives by hand, block by block, so that tests decide every byte of a header.
+#![allow(dead_code, reason = "not every test binary uses all of it")]
 
 /// An archive in the making.
 #[derive(Clone, Default)]

@@ -1,4 +1,5 @@
 //! Packs and takes apart again, as a puller would.
+#![allow(dead_code, reason = "not every test binary uses all of it")]
 
 use std::{collections::BTreeMap, io::Read};
 
