@@ -10,8 +10,8 @@ use std::io::Read;
 
 use crate::{Error, tar::read_full};
 
-/// Sizes of pieces of data in bytes, except around zeros and at the end. Measured: 256 KiB costs 0.7 % of a layer's size;
-/// 512 KiB keeps 64 changed regions that are 1 % of a 5 GB file within 2 % of its bytes.
+/// Sizes of pieces of data in bytes, except around zeros and at the end. Measured: means of 256 KiB cost 0.9 % of a
+/// layer's size; with 512 KiB, 1 % of a 5 GB file changed in 64 regions costs 2.3 % of its bytes, in 250 regions 5 %.
 const MIN: usize = 128 << 10;
 const MEAN: usize = 512 << 10;
 const MAX: usize = 2 << 20;
