@@ -19,6 +19,7 @@ use crate::server::App;
 use crate::{blobs, manifests, referrers, tags, uploads};
 
 const API_VERSION: HeaderName = HeaderName::from_static("docker-distribution-api-version");
+const NAMESPACE: HeaderName = HeaderName::from_static("oci-namespace");
 
 /// What a path asks for.
 #[derive(Debug, PartialEq, Eq)]
@@ -35,9 +36,13 @@ enum Endpoint<'a> {
 /// Answers every request.
 pub(crate) async fn dispatch(State(app): State<Arc<App>>, request: Request) -> Response {
     let (method, uri) = (request.method().clone(), request.uri().clone());
+    let meant = understood_namespace(&app, &request);
     let mut response = allowed(&app, request).await.unwrap_or_else(Refusal::into_response);
     // Old docker clients take nothing else for a registry.
     response.headers_mut().insert(API_VERSION, HeaderValue::from_static("registry/2.0"));
+    if let Some(namespace) = meant {
+        response.headers_mut().insert(NAMESPACE, namespace);
+    }
     tracing::debug!(%method, path = uri.path(), status = response.status().as_u16(), "answered");
     response
 }
@@ -208,11 +213,19 @@ impl Endpoint<'_> {
 /// The registry that a client means who asks this one in its place: containerd says it in `?ns=`, the
 /// specification's development version in a header.
 fn namespace(request: &Request) -> Option<String> {
-    let header = request.headers().get("oci-namespace").and_then(|value| value.to_str().ok());
+    let header = request.headers().get(NAMESPACE).and_then(|value| value.to_str().ok());
     header.map(str::to_owned).or_else(|| {
         let Query(pairs) = Query::<Vec<(String, String)>>::try_from_uri(request.uri()).ok()?;
         pairs.into_iter().find_map(|(key, value)| (key == "ns").then_some(value))
     })
+}
+
+/// The same, if it made a difference: the answer says so.
+fn understood_namespace(app: &App, request: &Request) -> Option<HeaderValue> {
+    let cache = app.cache.as_ref()?;
+    let namespace = namespace(request)?;
+    let changed = cache.name_in(&namespace, "name") != "name";
+    changed.then(|| HeaderValue::from_str(&namespace).ok()).flatten()
 }
 
 pub(crate) fn parse_digest(text: &str) -> Answer<Digest> {

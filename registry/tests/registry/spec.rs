@@ -14,6 +14,7 @@
 //! | Pull: `If-None-Match` of known content is 304 | `pull::known_content_is_not_sent_again` |
 //! | Pull: percent-encoded paths | `pull::paths_may_be_percent_encoded` |
 //! | Pull: an empty blob | `pull::an_empty_blob` |
+//! | Pull: `?ns=` says which registry a mirror is asked for, and `OCI-Namespace` that it was understood | `pull::a_mirror_is_told_which_registry_is_meant` |
 //! | Push: POST, then PUT | `push::post_then_put` |
 //! | Push: one POST with `?digest=` | `push::one_post` |
 //! | Push: chunks by PATCH, the last by PATCH or PUT | `push::chunks_in_order` |

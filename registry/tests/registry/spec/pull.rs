@@ -4,7 +4,7 @@ use anyplace_images::Digest;
 use reqwest::Method;
 
 use super::Bed;
-use crate::support::{OCI_MANIFEST, noise};
+use crate::support::{OCI_MANIFEST, Registry, cache_config, noise};
 
 #[tokio::test]
 async fn the_base_says_that_this_is_a_registry() {
@@ -198,4 +198,29 @@ async fn an_empty_blob() {
     }
     assert_eq!(bed.ask(Method::GET, &path, &[("range", "bytes=0-")], "").await.status, 416);
     bed.stop().await;
+}
+
+#[tokio::test]
+async fn a_mirror_is_told_which_registry_is_meant() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Registry::start(&dir.path().join("origin")).await;
+    let (digest, bytes) = origin.put_image("library/app", "v1", "seed").await;
+    let mut config = cache_config(&dir.path().join("mirror"), &[(&origin.url(), &origin.dir)]);
+    config.upstreams[0].namespace = Some("registry.example".to_owned());
+    let bed = Bed { registry: Registry::start_with(config).await, dir };
+    for key in ["v1", digest.as_str()] {
+        let answer = bed.get(&format!("/v2/library/app/manifests/{key}?ns=registry.example")).await;
+        assert_eq!((answer.status, &answer.body), (200, &bytes), "{key}");
+        assert_eq!(answer.header("oci-namespace"), "registry.example");
+    }
+    let layer = bed.get(&format!("/v2/library/app/blobs/{}?ns=registry.example", Digest::of(b"seed"))).await;
+    assert_eq!(
+        (layer.body.as_slice(), layer.header("oci-namespace")),
+        (&b"seed"[..], "registry.example".into())
+    );
+    // A registry that it doesn't stand in for: it is asked for what it has itself.
+    let answer = bed.get("/v2/library/app/manifests/v1?ns=other.example").await;
+    assert_eq!((answer.status, answer.header("oci-namespace")), (404, String::new()));
+    bed.stop().await;
+    origin.stop().await;
 }
