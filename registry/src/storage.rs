@@ -41,6 +41,9 @@ mod settings;
 mod stamps;
 mod sweep;
 mod tags;
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests are tests too")]
+mod tests;
 
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};

@@ -27,6 +27,8 @@ use crate::errors::{Answer, Refusal};
 use crate::routes::parse_digest;
 use crate::server::App;
 use crate::storage::Linked;
+#[cfg(test)]
+pub(crate) use remote::Sizes;
 pub(crate) use session::{Session, Uploads};
 
 const UPLOAD_ID: HeaderName = HeaderName::from_static("docker-upload-uuid");

@@ -25,16 +25,47 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::storage::{Error, Linked, Result, Segment, Storage};
 
-/// Size of a part. With at most [`PARTS_MAX`] of them, an object has 144 GiB; an upload may have many.
-pub(super) const PART_BYTES: usize = 16 << 20;
-/// Parts of one object: stores take 10,000.
-const PARTS_MAX: usize = 9_000;
+/// Size of a part, and how many make an object (stores take 10,000): objects of up to 144 GiB, and an upload may have
+/// many of them.
+const SIZES: Sizes = Sizes { part_bytes: 16 << 20, parts_max: 9_000 };
 /// Parts of one upload that are sent at once.
 const SENDING_MAX: usize = 4;
 /// Parts of all uploads that are in memory: together 96 MiB. More wait, and so do their clients.
 const PARTS_IN_MEMORY_MAX: usize = 6;
 /// Times that a state is looked for again, when it was replaced between the listing and the read.
 const STATE_TRIES: usize = 5;
+
+/// How large the pieces are.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sizes {
+    pub(crate) part_bytes: usize,
+    pub(crate) parts_max: usize,
+}
+
+impl Default for Sizes {
+    fn default() -> Sizes {
+        SIZES
+    }
+}
+
+/// What all uploads of this process share.
+pub(super) struct Shared {
+    storage: Storage,
+    parts: Arc<dyn MultipartStore>,
+    /// The parts that may be in memory.
+    memory: Arc<Semaphore>,
+    sizes: Sizes,
+}
+
+impl Shared {
+    pub(super) fn new(storage: Storage, parts: Arc<dyn MultipartStore>, sizes: Sizes) -> Arc<Shared> {
+        Arc::new(Shared { storage, parts, memory: Arc::new(Semaphore::new(PARTS_IN_MEMORY_MAX)), sizes })
+    }
+
+    pub(super) fn part_bytes(&self) -> usize {
+        self.sizes.part_bytes
+    }
+}
 
 /// What `uploads/<upload>/<revision>` holds.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -50,9 +81,7 @@ struct State {
 
 /// An open upload.
 pub(super) struct RemoteUpload {
-    storage: Storage,
-    parts: Arc<dyn MultipartStore>,
-    memory: Arc<Semaphore>,
+    shared: Arc<Shared>,
     id: String,
     /// None: nobody can resume it.
     revision: Option<u64>,
@@ -69,21 +98,14 @@ pub(super) enum Appended {
     Conflict,
 }
 
-/// The parts that are in memory, of all uploads.
-pub(super) fn memory() -> Arc<Semaphore> {
-    Arc::new(Semaphore::new(PARTS_IN_MEMORY_MAX))
-}
-
 impl RemoteUpload {
     pub(super) async fn create(
-        storage: &Storage,
-        parts: &Arc<dyn MultipartStore>,
-        memory: &Arc<Semaphore>,
+        shared: &Arc<Shared>,
         id: &str,
         algorithm: Algorithm,
         resumable: bool,
     ) -> Result<RemoteUpload> {
-        let mut upload = RemoteUpload::new(storage, parts, memory, id);
+        let mut upload = RemoteUpload::new(shared, id);
         if resumable {
             upload.revision = Some(0);
             upload.commit(1, 0, &algorithm.hasher(), &[]).await?;
@@ -92,16 +114,9 @@ impl RemoteUpload {
         Ok(upload)
     }
 
-    fn new(
-        storage: &Storage,
-        parts: &Arc<dyn MultipartStore>,
-        memory: &Arc<Semaphore>,
-        id: &str,
-    ) -> RemoteUpload {
+    fn new(shared: &Arc<Shared>, id: &str) -> RemoteUpload {
         RemoteUpload {
-            storage: storage.clone(),
-            parts: parts.clone(),
-            memory: memory.clone(),
+            shared: shared.clone(),
             id: id.to_owned(),
             revision: None,
             segments: Vec::new(),
@@ -110,18 +125,13 @@ impl RemoteUpload {
     }
 
     /// The upload, its acknowledged bytes and their hash, if there is one.
-    pub(super) async fn open(
-        storage: &Storage,
-        parts: &Arc<dyn MultipartStore>,
-        memory: &Arc<Semaphore>,
-        id: &str,
-    ) -> Result<Option<(RemoteUpload, u64, Hasher)>> {
-        let mut upload = RemoteUpload::new(storage, parts, memory, id);
+    pub(super) async fn open(shared: &Arc<Shared>, id: &str) -> Result<Option<(RemoteUpload, u64, Hasher)>> {
+        let mut upload = RemoteUpload::new(shared, id);
         for _ in 0..STATE_TRIES {
             let Some(revision) = upload.revisions().await?.into_iter().max() else { return Ok(None) };
             let key = upload.state_key(revision);
             // Gone already: there is a newer one, or it ended.
-            let Some(bytes) = storage.read(&key).await? else { continue };
+            let Some(bytes) = shared.storage.read(&key).await? else { continue };
             let state: State = serde_json::from_slice(&bytes).map_err(|e| Error::damaged(&key, e))?;
             let hasher = restore(&state).ok_or_else(|| Error::damaged(&key, "its hash can't be restored"))?;
             (upload.revision, upload.segments) = (Some(revision), state.segments);
@@ -139,7 +149,7 @@ impl RemoteUpload {
     ) -> Result<Appended> {
         let (mut segments, mut hasher, mut offset) = (self.segments.clone(), hasher, at);
         let mut first = std::mem::take(&mut self.pending);
-        if let Some(last) = segments.last().filter(|last| last.len < PART_BYTES as u64) {
+        if let Some(last) = segments.last().filter(|last| last.len < self.shared.part_bytes() as u64) {
             first = vec![self.read_segment(last).await?];
             segments.pop();
         }
@@ -156,7 +166,7 @@ impl RemoteUpload {
                 });
                 let sent = object.push(batch).await;
                 hasher = hashing.await.map_err(|e| Error::damaged("the hash", e))?;
-                if sent? == PARTS_MAX {
+                if sent? >= self.shared.sizes.parts_max {
                     break true;
                 }
             };
@@ -174,7 +184,7 @@ impl RemoteUpload {
             if !self.commit(revision + 1, offset, &hasher, &segments).await? {
                 return Ok(Appended::Conflict);
             }
-            self.storage.drop_object(&self.state_key(revision)).await;
+            self.shared.storage.drop_object(&self.state_key(revision)).await;
             self.revision = Some(revision + 1);
         }
         self.segments = segments;
@@ -186,9 +196,9 @@ impl RemoteUpload {
         let mut hasher = algorithm.hasher();
         self.pending.iter().for_each(|chunk| hasher.update(chunk));
         for segment in &self.segments {
-            let mut stream = self.storage.open_key(&segment.key).await?;
+            let mut stream = self.shared.storage.open_key(&segment.key).await?;
             while let Some(chunk) =
-                stream.try_next().await.map_err(|e| self.storage.failed_at("read", &segment.key, e))?
+                stream.try_next().await.map_err(|e| self.shared.storage.failed_at("read", &segment.key, e))?
             {
                 hasher.update(&chunk);
             }
@@ -199,15 +209,15 @@ impl RemoteUpload {
     /// Makes the upload, which has this digest, content of the repository, and ends it.
     pub(super) async fn finish(&mut self, repository: &str, digest: &Digest) -> Result<()> {
         // The link first: it keeps collectors away from the content.
-        let linked = self.storage.put_link(repository, digest).await?;
+        let linked = self.shared.storage.put_link(repository, digest).await?;
         if linked == Linked::Gone {
             if self.segments.is_empty() {
                 let content = std::mem::take(&mut self.pending).concat();
-                self.storage.put_content(digest, content.into()).await?;
+                self.shared.storage.put_content(digest, content.into()).await?;
             } else {
                 // Once this may have been done, nothing but a sweep may delete them.
                 let segments = std::mem::take(&mut self.segments);
-                self.storage.put_segments(digest, &segments).await?;
+                self.shared.storage.put_segments(digest, &segments).await?;
             }
         }
         self.forget().await
@@ -221,14 +231,14 @@ impl RemoteUpload {
     async fn forget(&self) -> Result<()> {
         if self.revision.is_some() {
             for revision in self.revisions().await? {
-                self.storage.drop_object(&self.state_key(revision)).await;
+                self.shared.storage.drop_object(&self.state_key(revision)).await;
             }
         }
         Ok(())
     }
 
     async fn revisions(&self) -> Result<Vec<u64>> {
-        let listed = self.storage.listed(&format!("uploads/{}", self.id)).await?;
+        let listed = self.shared.storage.listed(&format!("uploads/{}", self.id)).await?;
         Ok(listed.iter().filter_map(|meta| meta.location.filename()?.parse().ok()).collect())
     }
 
@@ -249,12 +259,16 @@ impl RemoteUpload {
             writer: hex::encode(rand::random::<[u8; 8]>()),
         };
         let json = serde_json::to_vec(&state).map_err(|e| Error::damaged(&key, e))?;
-        self.storage.create(&key, json.into()).await
+        self.shared.storage.create(&key, json.into()).await
     }
 
     async fn read_segment(&self, segment: &Segment) -> Result<Bytes> {
         let key = Path::from(segment.key.as_str());
-        self.storage.read(&key).await?.ok_or_else(|| Error::damaged(&key, "gone, though an upload has it"))
+        self.shared
+            .storage
+            .read(&key)
+            .await?
+            .ok_or_else(|| Error::damaged(&key, "gone, though an upload has it"))
     }
 
     fn state_key(&self, revision: u64) -> Path {
@@ -268,7 +282,7 @@ impl Drop for RemoteUpload {
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
         // Nobody can go on with it, and no content points to it.
         if self.revision.is_none() && !segments.is_empty() {
-            let storage = self.storage.clone();
+            let storage = self.shared.storage.clone();
             runtime.spawn(async move {
                 for segment in segments {
                     storage.drop_object(&Path::from(segment.key)).await;
@@ -294,9 +308,7 @@ type PartSent = std::pin::Pin<Box<dyn Future<Output = object_store::Result<(usiz
 
 /// One object on its way.
 struct Sending {
-    storage: Storage,
-    parts: Arc<dyn MultipartStore>,
-    memory: Arc<Semaphore>,
+    shared: Arc<Shared>,
     key: Path,
     buffer: Vec<Bytes>,
     buffered: usize,
@@ -313,9 +325,7 @@ impl Sending {
     fn new(upload: &RemoteUpload, first: Vec<Bytes>) -> Sending {
         let random = hex::encode(rand::random::<[u8; 8]>());
         Sending {
-            storage: upload.storage.clone(),
-            parts: upload.parts.clone(),
-            memory: upload.memory.clone(),
+            shared: upload.shared.clone(),
             key: Path::from(format!("data/{}/{random}", upload.id)),
             buffered: first.iter().map(Bytes::len).sum(),
             buffer: first,
@@ -335,10 +345,10 @@ impl Sending {
                 if self.permit.is_none() {
                     self.permit = Some(self.wait_for_memory().await?);
                 }
-                let fits = chunk.split_to(chunk.len().min(PART_BYTES - self.buffered));
+                let fits = chunk.split_to(chunk.len().min(self.shared.part_bytes() - self.buffered));
                 self.buffered += fits.len();
                 self.buffer.push(fits);
-                if self.buffered == PART_BYTES {
+                if self.buffered == self.shared.part_bytes() {
                     self.send().await?;
                 }
             }
@@ -348,10 +358,11 @@ impl Sending {
 
     /// A permit for a part. Parts that are done meanwhile give theirs back.
     async fn wait_for_memory(&mut self) -> Result<OwnedSemaphorePermit> {
-        let memory = self.memory.clone();
+        let memory = self.shared.memory.clone();
         let mut permit = std::pin::pin!(memory.acquire_owned());
         loop {
-            let failed = |e: object_store::Error| self.storage.failed_at("write", self.key.as_ref(), e);
+            let failed =
+                |e: object_store::Error| self.shared.storage.failed_at("write", self.key.as_ref(), e);
             tokio::select! {
                 permit = &mut permit => return permit.map_err(|e| Error::damaged("the memory's bound", e)),
                 Some(sent) = self.sending.next() => self.done.push(sent.map_err(failed)?),
@@ -360,12 +371,12 @@ impl Sending {
     }
 
     async fn send(&mut self) -> Result<()> {
-        let failed = |e| self.storage.failed_at("write", self.key.as_ref(), e);
+        let failed = |e| self.shared.storage.failed_at("write", self.key.as_ref(), e);
         let id = match &self.begun {
             Some((id, _)) => id.clone(),
             None => {
-                let id = self.parts.create_multipart(&self.key).await.map_err(failed)?;
-                let remembered = self.storage.remember_parts(&self.key, &id).await?;
+                let id = self.shared.parts.create_multipart(&self.key).await.map_err(failed)?;
+                let remembered = self.shared.storage.remember_parts(&self.key, &id).await?;
                 self.begun = Some((id.clone(), remembered));
                 id
             }
@@ -377,7 +388,7 @@ impl Sending {
         }
         let payload: PutPayload = std::mem::take(&mut self.buffer).into_iter().collect();
         let (parts, key, number, permit) =
-            (self.parts.clone(), self.key.clone(), self.count, self.permit.take());
+            (self.shared.parts.clone(), self.key.clone(), self.count, self.permit.take());
         self.count += 1;
         self.len += self.buffered as u64;
         self.buffered = 0;
@@ -400,13 +411,13 @@ impl Sending {
             }
             let (key, len) = (self.key.to_string(), self.buffered as u64);
             let payload: PutPayload = std::mem::take(&mut self.buffer).into_iter().collect();
-            self.storage.put_payload(&self.key, payload).await?;
+            self.shared.storage.put_payload(&self.key, payload).await?;
             return Ok(Sent::Object(Segment { key, len }));
         }
         if self.buffered > 0 {
             self.send().await?;
         }
-        let failed = |e| self.storage.failed_at("write", self.key.as_ref(), e);
+        let failed = |e| self.shared.storage.failed_at("write", self.key.as_ref(), e);
         while let Some(sent) = self.sending.next().await {
             self.done.push(sent.map_err(failed)?);
         }
@@ -415,15 +426,15 @@ impl Sending {
         let done = done.into_iter().map(|(_, part)| part).collect();
         let Some((id, remembered)) = self.begun.take() else { return Ok(Sent::Nothing) };
         let segment = Segment { key: self.key.to_string(), len: self.len };
-        if let Err(error) = self.parts.complete_multipart(&self.key, &id, done).await {
+        if let Err(error) = self.shared.parts.complete_multipart(&self.key, &id, done).await {
             // It may be done all the same, and only the answer lost.
-            let there = self.storage.head(&self.key).await;
+            let there = self.shared.storage.head(&self.key).await;
             if !matches!(there, Ok(Some(meta)) if meta.size == segment.len) {
                 self.begun = Some((id, remembered));
                 return Err(failed(error));
             }
         }
-        self.storage.drop_object(&remembered).await;
+        self.shared.storage.drop_object(&remembered).await;
         Ok(Sent::Object(segment))
     }
 }
@@ -433,7 +444,8 @@ impl Drop for Sending {
         let Some((id, remembered)) = self.begun.take() else { return };
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
         // What fails here is left to a sweep, which finds it remembered.
-        let (parts, storage, key) = (self.parts.clone(), self.storage.clone(), self.key.clone());
+        let (parts, storage, key) =
+            (self.shared.parts.clone(), self.shared.storage.clone(), self.key.clone());
         runtime.spawn(async move {
             match parts.abort_multipart(&key, &id).await {
                 Ok(()) => storage.drop_object(&remembered).await,

@@ -15,7 +15,7 @@ use futures_util::{Stream, StreamExt as _};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use super::local::{self, LocalUpload, Opened};
-use super::remote::{self, Appended, RemoteUpload};
+use super::remote::{Appended, RemoteUpload, Shared, Sizes};
 use crate::errors::{Answer, Refusal, internal};
 use crate::storage::{Linked, Place, Storage, Swept};
 
@@ -54,26 +54,41 @@ impl Session {
 pub(crate) struct Uploads {
     storage: Storage,
     writers: Arc<Semaphore>,
-    memory: Arc<Semaphore>,
+    kept: Arc<KeptIn>,
+}
+
+/// Where uploads are kept.
+enum KeptIn {
+    Folder(PathBuf),
+    Bucket(Arc<Shared>),
 }
 
 impl Uploads {
     /// Opens the uploads, and removes what was abandoned in a folder.
     pub(crate) fn open(storage: Storage) -> anyhow::Result<Uploads> {
-        if let Place::Folder(folder) = storage.place() {
-            let dir = folder.join("uploads");
-            std::fs::create_dir_all(&dir)
-                .and_then(|()| local::sweep(&dir, ABANDONED_AFTER))
-                .with_context(|| format!("can't use {}; check data_dir", dir.display()))?;
-        }
-        Ok(Uploads { storage, writers: Arc::new(Semaphore::new(WRITERS_MAX)), memory: remote::memory() })
+        Uploads::with_sizes(storage, Sizes::default())
+    }
+
+    pub(crate) fn with_sizes(storage: Storage, sizes: Sizes) -> anyhow::Result<Uploads> {
+        let kept = match storage.place() {
+            Place::Folder(folder) => {
+                let dir = folder.join("uploads");
+                std::fs::create_dir_all(&dir)
+                    .and_then(|()| local::sweep(&dir, ABANDONED_AFTER))
+                    .with_context(|| format!("can't use {}; check data_dir", dir.display()))?;
+                KeptIn::Folder(dir)
+            }
+            Place::Bucket(parts) => KeptIn::Bucket(Shared::new(storage.clone(), parts.clone(), sizes)),
+        };
+        let writers = Arc::new(Semaphore::new(WRITERS_MAX));
+        Ok(Uploads { storage, writers, kept: Arc::new(kept) })
     }
 
     /// The shortest part that makes sense here, except for the last.
     pub(crate) fn part_min_bytes(&self) -> u64 {
-        match self.storage.place() {
-            Place::Folder(_) => 1,
-            Place::Bucket(_) => remote::PART_BYTES as u64,
+        match &*self.kept {
+            KeptIn::Folder(_) => 1,
+            KeptIn::Bucket(shared) => shared.part_bytes() as u64,
         }
     }
 
@@ -90,16 +105,14 @@ impl Uploads {
     }
 
     async fn create(&self, id: String, algorithm: Algorithm, resumable: bool) -> Answer<Session> {
-        let kept = match self.storage.place() {
-            Place::Folder(folder) => {
-                let path = folder.join("uploads").join(&id);
+        let kept = match &*self.kept {
+            KeptIn::Folder(dir) => {
+                let path = dir.join(&id);
                 let create = move || LocalUpload::create(path, algorithm, resumable);
                 Kept::File(self.blocking("start", &id, create).await?)
             }
-            Place::Bucket(parts) => {
-                let (storage, memory) = (&self.storage, &self.memory);
-                let created = RemoteUpload::create(storage, parts, memory, &id, algorithm, resumable);
-                Kept::Objects(created.await?)
+            KeptIn::Bucket(shared) => {
+                Kept::Objects(RemoteUpload::create(shared, &id, algorithm, resumable).await?)
             }
         };
         Ok(Session { id, size: 0, hasher: algorithm.hasher(), kept })
@@ -116,17 +129,17 @@ impl Uploads {
             return Err(unknown());
         }
         let session = |size, hasher, kept| Session { id: id.to_owned(), size, hasher, kept };
-        match self.storage.place() {
-            Place::Folder(folder) => {
-                let path = folder.join("uploads").join(id);
+        match &*self.kept {
+            KeptIn::Folder(dir) => {
+                let path = dir.join(id);
                 match self.blocking("open", id, move || LocalUpload::open(path)).await? {
                     Opened::Upload(upload, size, hasher) => Ok(session(size, hasher, Kept::File(upload))),
                     Opened::Absent => Err(unknown()),
                     Opened::Busy => Err(conflict(id)),
                 }
             }
-            Place::Bucket(parts) => {
-                let opened = RemoteUpload::open(&self.storage, parts, &self.memory, id).await?;
+            KeptIn::Bucket(shared) => {
+                let opened = RemoteUpload::open(shared, id).await?;
                 let (upload, size, hasher) = opened.ok_or_else(unknown)?;
                 Ok(session(size, hasher, Kept::Objects(upload)))
             }
@@ -157,7 +170,7 @@ impl Uploads {
     }
 
     fn clone_for_task(&self) -> Uploads {
-        Uploads { storage: self.storage.clone(), writers: self.writers.clone(), memory: self.memory.clone() }
+        Uploads { storage: self.storage.clone(), writers: self.writers.clone(), kept: self.kept.clone() }
     }
 
     async fn write(
@@ -255,8 +268,8 @@ impl Uploads {
     /// must be longer than any one request takes.
     pub(crate) async fn sweep(&self, unused_after: Duration) -> Answer<Swept> {
         let mut swept = self.storage.sweep(ABANDONED_AFTER, unused_after).await?;
-        if let Place::Folder(folder) = self.storage.place() {
-            let dir: PathBuf = folder.join("uploads");
+        if let KeptIn::Folder(dir) = &*self.kept {
+            let dir = dir.clone();
             swept.uploads += self.blocking("sweep", "", move || local::sweep(&dir, ABANDONED_AFTER)).await?;
         }
         Ok(swept)

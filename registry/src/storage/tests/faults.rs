@@ -1,0 +1,134 @@
+//! Uploads on a store that fails: acknowledged bytes survive, uploads go on, nothing leads nowhere.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anyplace_images::{Algorithm, Digest};
+use futures_util::TryStreamExt as _;
+
+use super::super::{ManifestEntry, NewManifest};
+use super::faulty::Seed;
+use super::{Bed, Opener, Process, noise};
+
+/// Uploads in all; each has some tens of operations on the store.
+const UPLOADS: u64 = 300;
+/// One operation in so many fails, half of them after they were done.
+const ONE_IN: u64 = 12;
+/// Tries of one step. With one operation in twelve failing, a step of ten operations fails more often than not.
+const TRIES: usize = 500;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn uploads_go_on_after_any_fault() {
+    for conditional in [true, false] {
+        let bed = Bed::memory(conditional);
+        let mut seed = Seed::from_env();
+        let Opener::Memory(store) = &bed.opener else { panic!("no memory") };
+        store.seed(seed.below(u64::MAX));
+        let mut process = bed.open().await;
+        store.one_in.store(ONE_IN, Ordering::SeqCst);
+        let mut kept = Vec::new();
+        for upload in 0..UPLOADS / 2 {
+            let bytes = noise(seed.below(u64::MAX), seed.below(bed.large() as u64) as usize);
+            let digest = Digest::of(&bytes);
+            push(&bed, &mut process, &mut seed, &bytes, &digest).await;
+            if upload % 10 == 0 {
+                let manifest = format!("{{\"blob\":\"{digest}\"}}").into_bytes();
+                kept.push((put_manifest(&process, &manifest, &digest).await, digest, bytes));
+            }
+        }
+        store.one_in.store(0, Ordering::SeqCst);
+        assert!(store.faults.load(Ordering::SeqCst) > UPLOADS, "hardly any faults");
+        // Every link leads to content that is whole, after a sweep of all that nothing leads to.
+        process.storage.sweep(Duration::ZERO, Duration::ZERO).await.unwrap();
+        let mut links = process.storage.links();
+        while let Some(link) = links.try_next().await.unwrap() {
+            let bytes = process.read(&link.digest, None).await;
+            assert_eq!(Digest::of(&bytes), link.digest);
+        }
+        for (manifest, blob, bytes) in kept {
+            assert!(process.storage.manifest("a/b", &manifest).await.unwrap().is_some());
+            assert_eq!(process.read(&blob, None).await, bytes);
+        }
+        for prefix in ["uploads", "parts", "gc/deleting"] {
+            assert_eq!(process.storage.listed(prefix).await.unwrap().len(), 0, "{prefix}");
+        }
+    }
+}
+
+/// Pushes as a client does that goes on where the registry says it is, with a new process now and then.
+async fn push(bed: &Bed, process: &mut Process, seed: &mut Seed, bytes: &[u8], digest: &Digest) {
+    let mut acknowledged = 0;
+    let id = tries(async || process.uploads.start("a/b", Algorithm::Sha256).await.ok()).await;
+    while acknowledged < bytes.len() as u64 {
+        if seed.below(5) == 0 {
+            *process = tries(async || bed.try_open().await.ok()).await;
+        }
+        let at = tries(async || Some(process.uploads.resume("a/b", &id).await.ok()?.size())).await;
+        assert!(at >= acknowledged, "{acknowledged} bytes were acknowledged, {at} are there");
+        let left = bytes.len() as u64 - at;
+        if left == 0 {
+            break;
+        }
+        let len = 1 + seed.below(left);
+        if let Ok(now) = process.append(&id, &bytes[at as usize..(at + len) as usize]).await {
+            assert_eq!(now, at + len);
+            acknowledged = now;
+        }
+    }
+    for _ in 0..TRIES {
+        match process.finish(&id, digest).await {
+            Ok(()) => return,
+            // A finish whose answer was lost: the upload is over, and the content there.
+            Err(_) => {
+                if let Ok(Some(size)) = process.storage.blob_size("a/b", digest).await {
+                    assert_eq!(size, bytes.len() as u64);
+                    return;
+                }
+            }
+        }
+    }
+    panic!("an upload can't be finished");
+}
+
+async fn put_manifest(process: &Process, bytes: &[u8], blob: &Digest) -> Digest {
+    let digest = Digest::of(bytes);
+    let entry = ManifestEntry {
+        media_type: "a/b".to_owned(),
+        size: bytes.len() as u64,
+        subject: None,
+        artifact_type: None,
+        annotations: Default::default(),
+    };
+    let new =
+        NewManifest { entry, bytes: bytes.to_vec().into(), blobs: vec![blob.clone()], manifests: Vec::new() };
+    let missing = tries(async || process.storage.put_manifest("a/b", &digest, new.clone()).await.ok()).await;
+    assert!(missing.is_empty(), "{missing:?}");
+    digest
+}
+
+async fn tries<T>(step: impl AsyncFn() -> Option<T>) -> T {
+    for _ in 0..TRIES {
+        if let Some(done) = step().await {
+            return done;
+        }
+    }
+    panic!("{TRIES} tries failed")
+}
+
+#[tokio::test]
+async fn a_store_that_is_down_is_an_error_and_loses_nothing() {
+    let bed = Bed::memory(true);
+    let Opener::Memory(store) = &bed.opener else { panic!("no memory") };
+    let process = bed.open().await;
+    let bytes = noise(9, bed.large());
+    let id = process.uploads.start("a/b", Algorithm::Sha256).await.unwrap();
+    process.append(&id, &bytes[..1000]).await.unwrap();
+    store.down.store(true, Ordering::SeqCst);
+    let refusal = process.append(&id, &bytes[1000..]).await.unwrap_err();
+    assert!(format!("{refusal:?}").contains("the registry's storage can't"), "{refusal:?}");
+    assert!(bed.try_open().await.is_err());
+    store.down.store(false, Ordering::SeqCst);
+    process.append(&id, &bytes[1000..]).await.unwrap();
+    process.finish(&id, &Digest::of(&bytes)).await.unwrap();
+    assert_eq!(process.read(&Digest::of(&bytes), None).await, bytes);
+}
