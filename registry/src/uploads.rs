@@ -27,6 +27,7 @@ use crate::errors::{Answer, Refusal};
 use crate::routes::parse_digest;
 use crate::server::App;
 use crate::storage::Linked;
+pub(crate) use local::sweep as sweep_folder;
 #[cfg(test)]
 pub(crate) use remote::Sizes;
 pub(crate) use session::{Session, Uploads};

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::bucket::HeadBody;
 use super::{Error, Place, Result, Storage, keys};
+use crate::uploads::sweep_folder;
 
 /// What a sweep removed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -35,10 +36,19 @@ struct Begun {
 
 impl Storage {
     /// Removes uploads that nobody went on with for `abandoned_after`, and data that has been nobody's for
-    /// `unused_after`, which must be longer than any one request takes. Nothing to do where content is files.
+    /// `unused_after`, which must be longer than any one request takes.
     pub(crate) async fn sweep(&self, abandoned_after: Duration, unused_after: Duration) -> Result<Swept> {
         let mut swept = Swept::default();
-        let Place::Bucket(parts) = &self.inner.place else { return Ok(swept) };
+        let parts = match &self.inner.place {
+            Place::Bucket(parts) => parts,
+            Place::Folder(folder) => {
+                let dir = folder.join("uploads");
+                let sweeping = tokio::task::spawn_blocking(move || sweep_folder(&dir, abandoned_after)).await;
+                let swept = sweeping.unwrap_or_else(|e| Err(std::io::Error::other(e)));
+                let uploads = swept.map_err(|e| self.failed_io("sweep", "uploads", e))?;
+                return Ok(Swept { uploads, ..Swept::default() });
+            }
+        };
         let now = self.now().await?;
         let age = |put: SystemTime| now.duration_since(put).unwrap_or_default();
         let mut in_progress = HashSet::new();

@@ -17,7 +17,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use super::local::{self, LocalUpload, Opened};
 use super::remote::{Appended, RemoteUpload, Shared, Sizes};
 use crate::errors::{Answer, Refusal, internal};
-use crate::storage::{Linked, Place, Storage, Swept};
+use crate::storage::{Linked, Place, Storage};
 
 /// Uploads that write at once; more wait for their turn.
 const WRITERS_MAX: usize = 128;
@@ -262,17 +262,6 @@ impl Uploads {
         if let Err(refusal) = removed {
             tracing::warn!(id, ?refusal, "an upload can't be removed");
         }
-    }
-
-    /// Removes uploads that nobody went on with, and in a bucket, data that has been nobody's for `unused_after`, which
-    /// must be longer than any one request takes.
-    pub(crate) async fn sweep(&self, unused_after: Duration) -> Answer<Swept> {
-        let mut swept = self.storage.sweep(ABANDONED_AFTER, unused_after).await?;
-        if let KeptIn::Folder(dir) = &*self.kept {
-            let dir = dir.clone();
-            swept.uploads += self.blocking("sweep", "", move || local::sweep(&dir, ABANDONED_AFTER)).await?;
-        }
-        Ok(swept)
     }
 
     async fn blocking<T: Send + 'static>(
