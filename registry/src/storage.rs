@@ -69,7 +69,6 @@ pub(crate) use manifests::{ManifestEntry, NewManifest};
 use settings::Remote;
 pub use settings::{Bucket, Container, StorageConfig};
 pub(crate) use stamps::Stamp;
-pub(crate) use sweep::Swept;
 pub(crate) use tags::TagInfo;
 pub(crate) use tags::TagOf;
 

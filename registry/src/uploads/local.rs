@@ -233,7 +233,7 @@ impl Drop for LocalUpload {
 }
 
 /// Blocking: removes uploads that nobody went on with, and says how many.
-pub(super) fn sweep(folder: &Path, abandoned_after: Duration) -> io::Result<u64> {
+pub(crate) fn sweep(folder: &Path, abandoned_after: Duration) -> io::Result<u64> {
     let mut swept = 0;
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
