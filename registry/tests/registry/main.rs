@@ -9,5 +9,6 @@ mod connections;
 mod images;
 mod skopeo;
 mod spec;
+mod storage_kill;
 mod support;
 mod uploads;

@@ -1,0 +1,390 @@
+//! Kills a registry with SIGKILL, again and again, while clients push to it and pull from it.
+//!
+//! Clients know what was acknowledged to them, and nothing else counts: an upload must be at its last acknowledged chunk,
+//! or the one after it whose answer was lost; what a 201 was answered for must be there, whole.
+//!
+//! SIGKILL shows what survives the loss of the process, not of power.
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use anyplace_images::{Credentials, Digest};
+use anyplace_registry::{Bucket, Config, StorageConfig};
+use hyper_util::rt::TokioIo;
+use reqwest::{Method, StatusCode};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::support::{OCI_MANIFEST, header, manifest, noise};
+
+/// Kills of a registry on a folder; `ANYPLACE_KILLS` for more. 1,000 take a few minutes.
+const KILLS: u64 = 300;
+/// One on a bucket for so many on a folder: S3 in this process is slower than a disk.
+const FOLDER_TO_BUCKET: u64 = 6;
+const CLIENTS: u64 = 3;
+/// The child's data folder, and where its bucket is, if it has one.
+const CHILD_DIR: &str = "ANYPLACE_KILL_TEST_REGISTRY";
+const CHILD_S3: &str = "ANYPLACE_KILL_TEST_S3";
+const BUCKET: &str = "images";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_folder_acknowledged_survives_kills() {
+    campaign(kills(), None).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_bucket_acknowledged_survives_kills() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir_all(dir.path().join(BUCKET)).unwrap();
+    let mut builder = s3s::service::S3ServiceBuilder::new(s3s_fs::FileSystem::new(dir.path()).unwrap());
+    builder.set_auth(s3s::auth::SimpleAuth::from_single("test", "secret"));
+    let service = builder.build();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let server = tokio::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            let service = service.clone();
+            tokio::spawn(async move {
+                let http = hyper::server::conn::http1::Builder::new();
+                let _ = http.serve_connection(TokioIo::new(socket), service).await;
+            });
+        }
+    });
+    campaign(kills() / FOLDER_TO_BUCKET, Some(format!("http://{address}"))).await;
+    server.abort();
+}
+
+fn kills() -> u64 {
+    std::env::var("ANYPLACE_KILLS").map_or(KILLS, |text| text.parse().expect("ANYPLACE_KILLS is a number"))
+}
+
+async fn campaign(kills: u64, s3: Option<String>) {
+    anyplace_service::install_crypto_provider();
+    let mut seed = Seed::from_env();
+    let home = tempfile::tempdir().unwrap();
+    let mut child = Killable::start(home.path(), s3.as_deref()).await;
+    let credentials = Credentials::from_file(&home.path().join("credentials")).unwrap();
+    let (urls, url) = watch::channel(child.url.clone());
+    let done = Arc::new(Mutex::new(Vec::new()));
+    let stop = CancellationToken::new();
+    let clients: Vec<_> = (0..CLIENTS)
+        .map(|number| {
+            let http =
+                reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(60)).build().unwrap();
+            let client = Client {
+                http,
+                url: url.clone(),
+                credentials: credentials.clone(),
+                seed: Seed(seed.next()),
+                number,
+                done: done.clone(),
+                stop: stop.clone(),
+                resumed: 0,
+            };
+            tokio::spawn(client.run())
+        })
+        .collect();
+    for _ in 0..kills {
+        tokio::time::sleep(Duration::from_millis(seed.below(120))).await;
+        child.kill();
+        child = Killable::start(home.path(), s3.as_deref()).await;
+        urls.send(child.url.clone()).unwrap();
+        assert!(clients.iter().all(|client| !client.is_finished()), "a client found something wrong");
+    }
+    stop.cancel();
+    let mut resumed = 0;
+    for client in clients {
+        resumed += client.await.unwrap();
+    }
+    child.kill();
+    child = Killable::start(home.path(), s3.as_deref()).await;
+    let pushed = done.lock().unwrap().clone();
+    eprintln!("{kills} kills, {} images pushed, {resumed} uploads went on after one", pushed.len());
+    assert!(!pushed.is_empty() && (resumed > 0 || kills < 50), "the clients hardly did anything");
+    let http = reqwest::Client::builder().no_proxy().build().unwrap();
+    for image in &pushed {
+        for (path, expected) in [
+            (format!("/v2/a/blobs/{}", image.blob), &image.bytes),
+            (format!("/v2/a/manifests/{}", image.tag), &image.manifest),
+        ] {
+            let get = http.get(format!("{}{path}", child.url));
+            let answer = get.basic_auth(&credentials.user, Some(&credentials.password)).send().await.unwrap();
+            assert_eq!(answer.status(), 200, "{path} was acknowledged");
+            assert_eq!(answer.bytes().await.unwrap(), **expected, "{path}");
+        }
+    }
+    child.kill();
+    if s3.is_none() {
+        // What the kills left in the folder for files that are being written is not content.
+        let left = std::fs::read_dir(home.path().join("tmp")).unwrap().count();
+        assert!(left as u64 <= kills * CLIENTS * 2, "{left} files");
+    }
+}
+
+#[derive(Clone)]
+struct Image {
+    bytes: Arc<Vec<u8>>,
+    blob: Digest,
+    manifest: Arc<Vec<u8>>,
+    tag: String,
+}
+
+struct Client {
+    http: reqwest::Client,
+    url: watch::Receiver<String>,
+    credentials: Credentials,
+    seed: Seed,
+    number: u64,
+    done: Arc<Mutex<Vec<Image>>>,
+    stop: CancellationToken,
+    /// Uploads that a kill interrupted.
+    resumed: u64,
+}
+
+impl Client {
+    async fn run(mut self) -> u64 {
+        for round in 0.. {
+            let bytes = noise(self.seed.next(), 2 + self.seed.below(1_500_000) as usize);
+            let blob = Digest::of(&bytes);
+            self.push_blob(&bytes, &blob).await;
+            let size = bytes.len();
+            let manifest = manifest(&blob, size, &[(&blob, size)]);
+            let tag = format!("c{}-{round}", self.number);
+            self.push_manifest(&manifest, &tag).await;
+            let image = Image { bytes: Arc::new(bytes), blob, manifest: Arc::new(manifest), tag };
+            self.done.lock().unwrap().push(image);
+            self.pull_one().await;
+            if self.stop.is_cancelled() {
+                break;
+            }
+        }
+        self.resumed
+    }
+
+    /// Sends until there is an answer; the registry may be killed in between.
+    async fn send(&mut self, method: &Method, path: &str, headers: &[(&str, String)], body: &[u8]) -> Answer {
+        for _ in 0..100_000 {
+            match self.send_once(method, path, headers, body).await {
+                Some(answer) => return answer,
+                None => tokio::time::sleep(Duration::from_millis(3)).await,
+            }
+        }
+        panic!("no answer to {method} {path}")
+    }
+
+    /// None: no answer, so nobody knows what was done.
+    async fn send_once(
+        &mut self,
+        method: &Method,
+        path: &str,
+        headers: &[(&str, String)],
+        body: &[u8],
+    ) -> Option<Answer> {
+        let url = format!("{}{path}", self.url.borrow().as_str());
+        let mut request = self.http.request(method.clone(), url).body(body.to_vec());
+        request = request.basic_auth(&self.credentials.user, Some(&self.credentials.password));
+        for (name, value) in headers {
+            request = request.header(*name, value);
+        }
+        let answer = request.send().await.ok()?;
+        let (location, range) = (header(&answer, "location"), header(&answer, "range"));
+        let status = answer.status();
+        let body = answer.bytes().await.ok()?;
+        // Its bucket may be slow; it says so, and nothing was acknowledged.
+        (status != StatusCode::SERVICE_UNAVAILABLE).then(|| Answer {
+            status,
+            location,
+            range,
+            body: body.to_vec(),
+        })
+    }
+
+    async fn push_blob(&mut self, bytes: &[u8], blob: &Digest) {
+        let post = self.send(&Method::POST, "/v2/a/blobs/uploads/", &[], b"").await;
+        assert_eq!(post.status, 202, "{}", post.text());
+        let location = post.location;
+        let (mut acknowledged, mut unanswered) = (0, 0);
+        loop {
+            if unanswered > 0 {
+                let status = self.send(&Method::GET, &location, &[], b"").await;
+                assert_eq!(status.status, 204, "{acknowledged} bytes were acknowledged: {}", status.text());
+                let at = status.offset();
+                assert!(
+                    at == acknowledged || at == acknowledged + unanswered,
+                    "{acknowledged} bytes acknowledged and {unanswered} sent without an answer, but it is at {at}"
+                );
+                self.resumed += 1;
+                (acknowledged, unanswered) = (at, 0);
+            }
+            let left = bytes.len() as u64 - acknowledged;
+            if left == 0 {
+                break;
+            }
+            // At least two bytes: one byte and none look the same in a `Range`.
+            let len = if left < 4 { left } else { 2 + self.seed.below(left.min(400_000) - 1) };
+            let len = if left - len == 1 { left } else { len };
+            let range = [("content-range", format!("{acknowledged}-{}", acknowledged + len - 1))];
+            let part = &bytes[acknowledged as usize..(acknowledged + len) as usize];
+            match self.send_once(&Method::PATCH, &location, &range, part).await {
+                Some(answer) => {
+                    assert_eq!(answer.status, 202, "{}", answer.text());
+                    acknowledged += len;
+                }
+                None => {
+                    unanswered = len;
+                    tokio::time::sleep(Duration::from_millis(3)).await;
+                }
+            }
+        }
+        for attempt in 0.. {
+            let Some(put) =
+                self.send_once(&Method::PUT, &format!("{location}?digest={blob}"), &[], b"").await
+            else {
+                tokio::time::sleep(Duration::from_millis(3)).await;
+                continue;
+            };
+            if put.status == 201 {
+                return;
+            }
+            // One before was done, and its answer lost.
+            assert!(attempt > 0 && put.status == 404, "{}", put.text());
+            let head = self.send(&Method::HEAD, &format!("/v2/a/blobs/{blob}"), &[], b"").await;
+            assert_eq!(head.status, 200, "the upload is over, and its content isn't there");
+            return;
+        }
+    }
+
+    async fn push_manifest(&mut self, manifest: &[u8], tag: &str) {
+        let headers = [("content-type", OCI_MANIFEST.to_owned())];
+        let put = self.send(&Method::PUT, &format!("/v2/a/manifests/{tag}"), &headers, manifest).await;
+        assert_eq!(put.status, 201, "{}", put.text());
+    }
+
+    /// Pulls something that was pushed: whatever comes must be right.
+    async fn pull_one(&mut self) {
+        let image = {
+            let done = self.done.lock().unwrap();
+            done[self.seed.below(done.len() as u64) as usize].clone()
+        };
+        let get = self.send(&Method::GET, &format!("/v2/a/blobs/{}", image.blob), &[], b"").await;
+        assert_eq!(get.status, 200);
+        assert!(get.body == *image.bytes, "other bytes than {}", image.blob);
+    }
+}
+
+struct Answer {
+    status: StatusCode,
+    location: String,
+    range: String,
+    body: Vec<u8>,
+}
+
+impl Answer {
+    fn text(&self) -> String {
+        format!("{} {}", self.status, String::from_utf8_lossy(&self.body))
+    }
+
+    fn offset(&self) -> u64 {
+        let last: u64 = self.range.strip_prefix("0-").unwrap().parse().unwrap();
+        if last == 0 { 0 } else { last + 1 }
+    }
+}
+
+/// Not a test by itself: the process that is started and killed.
+#[tokio::test]
+async fn a_registry_to_be_killed() {
+    let Some(dir) = std::env::var_os(CHILD_DIR) else { return };
+    let dir = Path::new(&dir);
+    let mut config = Config { listen: "127.0.0.1:0".parse().unwrap(), ..Config::new(dir) };
+    if let Ok(endpoint) = std::env::var(CHILD_S3) {
+        let credentials = dir.join("s3.credentials");
+        std::fs::write(&credentials, "AWS_ACCESS_KEY_ID=test\nAWS_SECRET_ACCESS_KEY=secret\n").unwrap();
+        config.storage = StorageConfig::S3(Bucket {
+            bucket: BUCKET.to_owned(),
+            prefix: String::new(),
+            endpoint: Some(endpoint),
+            region: Some("us-east-1".to_owned()),
+            credentials_file: Some(credentials),
+            allow_http: true,
+        });
+    }
+    let server = anyplace_registry::Server::bind(config).await.unwrap();
+    std::fs::write(dir.join("address.new"), server.local_addr().unwrap().to_string()).unwrap();
+    std::fs::rename(dir.join("address.new"), dir.join("address")).unwrap();
+    server.serve(CancellationToken::new()).await.unwrap();
+}
+
+struct Killable {
+    child: Child,
+    url: String,
+}
+
+impl Killable {
+    async fn start(dir: &Path, s3: Option<&str>) -> Killable {
+        let _ = std::fs::remove_file(dir.join("address"));
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "storage_kill::a_registry_to_be_killed"]).env(CHILD_DIR, dir);
+        if let Some(endpoint) = s3 {
+            command.env(CHILD_S3, endpoint);
+        }
+        #[allow(clippy::zombie_processes, reason = "kill and drop wait for it")]
+        let mut child = command.stdout(Stdio::null()).spawn().unwrap();
+        let begun = Instant::now();
+        loop {
+            if let Ok(address) = std::fs::read_to_string(dir.join("address")) {
+                return Killable { child, url: format!("http://{address}") };
+            }
+            if let Some(status) = child.try_wait().unwrap() {
+                panic!("the registry ended by itself: {status}");
+            }
+            if begun.elapsed() > Duration::from_secs(120) {
+                let _ = child.kill();
+                let _ = child.wait();
+                panic!("the registry didn't start");
+            }
+            tokio::time::sleep(Duration::from_millis(3)).await;
+        }
+    }
+
+    fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Killable {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// splitmix64: the same numbers for a seed.
+struct Seed(u64);
+
+impl Seed {
+    /// The seed of `ANYPLACE_SEED`, else of the clock.
+    fn from_env() -> Seed {
+        let clock = || {
+            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+            now.unwrap_or_default().as_nanos() as u64
+        };
+        let given = std::env::var("ANYPLACE_SEED").ok();
+        let seed = given.map_or_else(clock, |seed| seed.parse().expect("ANYPLACE_SEED is a number"));
+        eprintln!("replay with ANYPLACE_SEED={seed}");
+        Seed(seed)
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound
+    }
+}
