@@ -248,8 +248,8 @@ pub(crate) struct SendArgs {
 #[derive(Debug, Args)]
 pub(crate) struct BuildArgs {
     /// Folder that the Dockerfile copies from
-    #[arg(value_hint = ValueHint::DirPath)]
-    pub(crate) context: PathBuf,
+    #[arg(value_name = "CONTEXT", value_hint = ValueHint::DirPath)]
+    pub(crate) folder: PathBuf,
     /// Dockerfile [default: Dockerfile or Containerfile in the folder]
     #[arg(short = 'f', long = "file", value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) file: Option<PathBuf>,

@@ -10,6 +10,6 @@ pub(super) async fn run(session: &Session, args: BuildArgs) -> anyhow::Result<Ex
     let reference: Reference = args.reference.parse()?;
     // The builder's own name for it: a digest is none that can be set.
     let name = Reference { digest: None, ..reference.canonical() }.to_string();
-    let source = Source::Build(Build { context: args.context, dockerfile: args.file, name });
+    let source = Source::Build(Build { context: args.folder, dockerfile: args.file, name });
     push::send(session, source, &reference, &args.send).await
 }

@@ -1,5 +1,7 @@
 //! `push`: from a folder, an image on disk, in a daemon or in another registry to the registry.
 
+mod work;
+
 use std::{
     io::IsTerminal as _,
     path::{Path, PathBuf},
@@ -20,6 +22,7 @@ use crate::{
     output::{self, Format},
     progress,
 };
+use work::Work;
 
 /// What a shell says of a program that SIGINT ended.
 const INTERRUPTED: u8 = 130;
@@ -48,10 +51,7 @@ pub(super) async fn send(
     args: &SendArgs,
 ) -> anyhow::Result<ExitCode> {
     // The folder goes when this function returns, also where Ctrl-C ends it half-way.
-    let work = tempfile::Builder::new()
-        .prefix("anyplace-push-")
-        .tempdir()
-        .context("no folder for temporary files; set TMPDIR to a place with room")?;
+    let work = Work::new()?;
     tokio::select! {
         result = push(session, &source, reference, args, work.path()) => result.map(|()| ExitCode::SUCCESS),
         _ = tokio::signal::ctrl_c() => {

@@ -40,7 +40,8 @@ impl Home {
         for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("ANYPLACE_")) {
             command.env_remove(name);
         }
-        command.args(args).env("XDG_CONFIG_HOME", self.path()).stdin(Stdio::null());
+        command.args(args).env("XDG_CONFIG_HOME", self.path()).env("XDG_STATE_HOME", self.path());
+        command.stdin(Stdio::null());
         command
     }
 

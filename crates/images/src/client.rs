@@ -260,7 +260,17 @@ impl Client {
             Ok(request.body(manifest.bytes.clone()))
         };
         let response = self.send(&target, Grant::Push, request).await?;
-        check(&target, response).await.map(drop)
+        let response = check(&target, response).await?;
+        // Nothing in the request says what its body must be, where the reference is a tag.
+        let took =
+            header(response.headers(), "docker-content-digest").and_then(|text| text.parse::<Digest>().ok());
+        match took.filter(|took| *took != took.same_of(&manifest.bytes)) {
+            None => Ok(()),
+            Some(found) => {
+                let what = format!("the manifest of `{reference}`, as the registry took it,");
+                Err(Error::DigestMismatch { what, expected: manifest.digest.clone(), found })
+            }
+        }
     }
 
     /// All tags of the reference's repository.

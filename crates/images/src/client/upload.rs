@@ -128,11 +128,17 @@ impl Client {
         }
         let journal = options.journal.filter(|_| content.size() > SMALL_MAX_BYTES);
         let entry = journal.and_then(|j| j.entry(&target.name(), &target.repository, content.digest()));
+        let mut mount_from = Vec::new();
+        if let Content::Remote(remote) = content {
+            let from = remote.client.target(&remote.reference)?;
+            mount_from.extend((from.base == target.base).then_some(from.repository));
+        }
+        mount_from.extend_from_slice(options.mount_from);
         let mut upload = Upload {
             client: self,
             target: &target,
             content,
-            mount_from: options.mount_from,
+            mount_from: &mount_from,
             item,
             progress,
             entry,

@@ -80,7 +80,7 @@ pub(super) async fn build(build: &Build, dir: &Path, progress: &SharedProgress) 
             watched(builder, &words(&args), &item, progress).await?;
             let id = std::fs::read_to_string(&id_file).map_err(Error::io("reading", &id_file))?;
             let to = dir.join("built");
-            let place = format!("oci:{}", to.display());
+            let place = format!("dir:{}", to.display());
             let args = ["push", "--quiet", "--disable-compression", id.trim(), &place];
             run("buildah", &words(&args), "check that `buildah images` lists the image").await?;
             to

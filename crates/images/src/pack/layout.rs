@@ -44,6 +44,9 @@ impl Layout {
 
     /// The image with this name, or the only one.
     pub(super) fn find(&self, name: Option<&str>) -> Result<Found> {
+        if self.is_flat() {
+            return self.find_flat();
+        }
         let is_docker = self
             .archive
             .as_ref()
@@ -67,6 +70,26 @@ impl Layout {
         let mut collector = Collector { layout: self, found: Found::default() };
         collector.manifest(descriptor, 0)?;
         Ok(collector.found)
+    }
+
+    /// Whether this is a folder as builders write it with `dir:`, the only form that they leave uncompressed: the
+    /// manifest as `manifest.json`, blobs beside it by their hexadecimal digits.
+    fn is_flat(&self) -> bool {
+        self.archive.is_none() && self.has("version") && self.has("manifest.json") && !self.has("index.json")
+    }
+
+    fn find_flat(&self) -> Result<Found> {
+        let bytes = self.read("manifest.json")?;
+        let parsed: Manifest = manifest::parse("the manifest", &bytes)?;
+        let mut found = Found::default();
+        for descriptor in parsed.layers.iter().chain([&parsed.config]) {
+            if found.blob(&descriptor.digest).is_none() {
+                found.blobs.push(Blob::File(self.blob_at(descriptor.digest.hex(), descriptor)?));
+            }
+        }
+        let media_type = parsed.media_type.unwrap_or_else(|| manifest::OCI_MANIFEST.to_owned());
+        found.manifests.push(RawManifest { digest: Digest::of(&bytes), media_type, bytes: bytes.into() });
+        Ok(found)
     }
 
     pub(super) fn read(&self, name: &str) -> Result<Vec<u8>> {
@@ -105,8 +128,12 @@ impl Layout {
     }
 
     fn blob(&self, descriptor: &Descriptor) -> Result<BlobFile> {
+        self.blob_at(&blob_name(&descriptor.digest), descriptor)
+    }
+
+    fn blob_at(&self, name: &str, descriptor: &Descriptor) -> Result<BlobFile> {
         let digest = &descriptor.digest;
-        let (path, offset, size) = self.locate(&blob_name(digest))?;
+        let (path, offset, size) = self.locate(name)?;
         if size != descriptor.size {
             let what = format!("blob {digest} of {}", self.path.display());
             return Err(Error::SizeMismatch { what, expected: descriptor.size, found: size });

@@ -1,0 +1,13 @@
+//! `push` and `build` against the real registry: over a network that fails, killed in the middle, and from and to other
+//! tools.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test's helpers may fail the test")]
+
+mod bed;
+mod faults;
+mod interop;
+mod kills;
+mod proxy;
+#[path = "../cli/runner.rs"]
+mod runner;
+mod sources;
