@@ -152,7 +152,10 @@ async fn apply(
                 refusals: vec![],
             }];
             (view.phase, view.ready) = (DeploymentPhase::Ready, view.wanted);
-            state.deployments.set(view.name.as_str(), view.clone());
+            // Deleted in the meantime, it stays so.
+            if state.deployments.entries().contains_key(view.name.as_str()) {
+                state.deployments.set(view.name.as_str(), view.clone());
+            }
         });
     }
     Ok(Json(outcome))
