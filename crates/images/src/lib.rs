@@ -35,4 +35,7 @@ pub use pieces::{PIECES_ANNOTATION, Pieces};
 pub use progress::{Item, NoProgress, Progress, SharedProgress, Stage};
 pub use push::{Journal, PushOptions, PushSummary, push, push_with};
 pub use reference::{Reference, check_repository, check_tag};
-pub use store::{Options, PullClass, PullOptions, PullStats, PulledImage, Store, StoredImage, Usage};
+pub use store::{
+    Diff, Inspected, InspectedLayer, Options, PullClass, PullOptions, PullStats, PulledImage, Store,
+    StoredImage, Usage, Verified,
+};

@@ -24,6 +24,7 @@ mod gc;
 mod governor;
 mod image;
 mod import;
+mod inspect;
 mod known;
 mod objects;
 mod plan;
@@ -32,6 +33,7 @@ mod pull;
 mod recover;
 mod stream;
 mod table;
+mod verify;
 mod work;
 
 use std::collections::{BTreeMap, HashMap};
@@ -56,12 +58,14 @@ pub use gc::Usage;
 use governor::Governor;
 pub use image::PulledImage;
 use image::Uses;
+pub use inspect::{Diff, Inspected, InspectedLayer};
 use known::Known;
 use objects::{Objects, lock};
 use pool::Pools;
 pub use pool::PullClass;
 pub use pull::{PullOptions, PullStats};
 use table::Table;
+pub use verify::Verified;
 
 /// A name that starts with this deletes the rest of the name from the layers below.
 pub(crate) const WHITEOUT_PREFIX: &str = ".wh.";
@@ -104,7 +108,7 @@ struct Inner {
     /// Read by pulls that end, written by removals: what a pull counts on is pinned until its image is listed.
     gc: RwLock<()>,
     /// Images that are listed, but not on the disk yet.
-    settling: tokio::sync::watch::Sender<usize>,
+    settling: Arc<tokio::sync::watch::Sender<usize>>,
     evicting: AtomicBool,
     _lock: Flock<File>,
 }
@@ -173,7 +177,7 @@ impl Store {
             tables: Mutex::new(HashMap::new()),
             known: Mutex::default(),
             gc: RwLock::new(()),
-            settling: tokio::sync::watch::Sender::new(0),
+            settling: Arc::new(tokio::sync::watch::Sender::new(0)),
             evicting: AtomicBool::new(false),
             dir: dir.to_owned(),
             _lock: lock,

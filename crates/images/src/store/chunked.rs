@@ -20,6 +20,7 @@ use tokio::sync::mpsc;
 use zstd_chunked::{Annotations, Limits, TarSplit, Toc, read_tar_split, read_toc};
 
 use super::assemble::{Step, assemble};
+use super::dirty::Writing;
 use super::import::Written;
 use super::plan::{self, Plan, Work};
 use super::pull::{Pull, Turn, blocking, on_thread};
@@ -166,14 +167,15 @@ impl Pull {
         let (sender, arriving) = mpsc::channel(1);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let (steps, in_order) = sync_channel(2 * cores);
-        let (inner, class) = (self.inner.clone(), self.class);
-        let dispatching =
-            on_thread(class, "images-dispatch", move || dispatch(&inner, class, work, arriving, &steps))?;
+        let (inner, class, writing) = (self.inner.clone(), self.class, self.writing.clone());
+        let dispatching = on_thread(class, "images-dispatch", move || {
+            dispatch(&inner, class, &writing, work, arriving, &steps)
+        })?;
         let (inner, of, id) = (self.inner.clone(), tables.clone(), diff_id.clone());
         // The turn goes along: when this pull is given up, the next one waits until its threads have noticed.
-        let turn = turn.clone();
+        let held = (turn.clone(), self.writing.clone());
         let assembling = on_thread(class, "images-assemble", move || {
-            let _turn = turn;
+            let _held = held;
             assemble(&inner.objects, class, &of.tar_split, entries, files, in_order, &id)
         })?;
         let downloaded = async {
@@ -212,6 +214,7 @@ impl Pull {
 fn dispatch(
     inner: &Inner,
     class: super::PullClass,
+    writing: &Arc<Writing>,
     work: Vec<Work>,
     mut arriving: mpsc::Receiver<Bytes>,
     steps: &SyncSender<Step>,
@@ -245,8 +248,9 @@ fn dispatch(
         if steps.send(Step { result, large: file }).is_err() {
             return Ok(());
         }
-        let (objects, out) = (inner.objects.clone(), large.clone());
+        let (objects, out, writing) = (inner.objects.clone(), large.clone(), writing.clone());
         pool.run(move |worker| {
+            let _writing = writing;
             // Nobody listens where the pull failed already.
             let _ = sender.send(work::run(worker, &objects, ready, out.as_deref()));
         })?;

@@ -7,9 +7,13 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use super::objects::lock;
 use crate::error::{Error, Result};
+
+/// How often it is looked whether the last thread of a pull has ended: they have nothing left to do but that.
+const HELD_POLL: Duration = Duration::from_millis(1);
 
 /// Knows who writes.
 pub(super) struct Writers {
@@ -17,7 +21,7 @@ pub(super) struct Writers {
     count: Mutex<u32>,
 }
 
-/// Held while a pull writes.
+/// Held while a pull writes, also by each of its threads and jobs.
 pub(super) struct Writing {
     writers: Arc<Writers>,
     done: bool,
@@ -38,7 +42,7 @@ impl Writers {
     }
 
     /// To be called before anything is written. Blocks for a sync of one small file.
-    pub(super) fn begin(self: &Arc<Self>) -> Result<Writing> {
+    pub(super) fn begin(self: &Arc<Self>) -> Result<Arc<Writing>> {
         let mut count = lock(&self.count);
         if *count == 0 && !self.is_dirty() {
             let marker = self.marker();
@@ -48,7 +52,7 @@ impl Writers {
             sync_dir(&self.dir)?;
         }
         *count += 1;
-        Ok(Writing { writers: self.clone(), done: false })
+        Ok(Arc::new(Writing { writers: self.clone(), done: false }))
     }
 
     /// Whether nobody writes.
@@ -74,13 +78,23 @@ impl Writers {
 }
 
 impl Writing {
-    /// Ends the writing, after a sync; the last one takes the marker away. Blocks.
-    pub(super) fn finish(mut self) -> Result<()> {
-        let mut count = lock(&self.writers.count);
+    /// Ends the writing, after a sync; the last one takes the marker away. Blocks until every thread of the pull has
+    /// let go of it: one that still writes may be killed in the middle of that.
+    pub(super) fn finish(mut writing: Arc<Writing>) -> Result<()> {
+        let mut writing = loop {
+            match Arc::try_unwrap(writing) {
+                Ok(writing) => break writing,
+                Err(shared) => writing = shared,
+            }
+            std::thread::sleep(HELD_POLL);
+        };
+        writing.done = true;
+        let writers = writing.writers.clone();
+        drop(writing);
+        let mut count = lock(&writers.count);
         *count -= 1;
-        self.done = true;
         // Under the lock: nobody begins between the sync and the removal.
-        if *count == 0 { self.writers.clean() } else { Ok(()) }
+        if *count == 0 { writers.clean() } else { Ok(()) }
     }
 }
 

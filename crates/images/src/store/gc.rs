@@ -89,7 +89,7 @@ impl Inner {
     }
 
     /// Removes a record, first on the disk.
-    fn forget(&self, key: &str) -> Result<()> {
+    pub(super) fn forget(&self, key: &str) -> Result<()> {
         remove(&self.record_path(key))?;
         sync_dir(&self.dir.join("images"))?;
         lock(&self.images).remove(key);

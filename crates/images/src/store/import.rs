@@ -11,6 +11,7 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use sha2::{Digest as _, Sha256};
 
 use super::archive::Archive;
+use super::dirty::Writing;
 use super::entry::{self, Shape, Usage};
 use super::objects::{ObjectId, Objects, Pins, write_with_holes};
 use super::pool::{Pool, PullClass, spawn};
@@ -40,6 +41,8 @@ pub(super) struct Target<'a> {
     pub(super) pins: &'a Arc<Pins>,
     pub(super) pool: &'a Pool,
     pub(super) class: PullClass,
+    /// Held by whatever writes.
+    pub(super) writing: &'a Arc<Writing>,
 }
 
 /// What an import did.
@@ -148,8 +151,9 @@ impl Files<'_> {
             return Ok(());
         }
         let (objects, pins) = (self.target.objects.clone(), self.target.pins.clone());
-        let finished = self.finished.clone();
+        let (finished, writing) = (self.finished.clone(), self.target.writing.clone());
         self.target.pool.run(move |_| {
+            let _writing = writing;
             for (index, bytes) in batch {
                 let done = store_small(&objects, &pins, ObjectId::of(&bytes), bytes, Vec::new());
                 // Nobody listens where the import has failed already.
@@ -162,8 +166,9 @@ impl Files<'_> {
         let file = self.target.objects.temporary()?;
         let (blocks, waiting) = sync_channel::<Vec<u8>>(BLOCKS_WAITING);
         let (objects, pins) = (self.target.objects.clone(), self.target.pins.clone());
-        let finished = self.finished.clone();
+        let (finished, writing) = (self.finished.clone(), self.target.writing.clone());
         let writer = spawn(self.target.class, "images-large", move || {
+            let _writing = writing;
             let done = write_large(&objects, &pins, file, size, &waiting);
             let _ = finished.send(done.map(|(file, written)| (index, file, written)));
         })?;

@@ -53,7 +53,7 @@ impl ObjectId {
     }
 
     /// `<2 hex>/<62 hex>`, with a closing zero byte left to the callee.
-    fn path(&self) -> String {
+    pub(super) fn path(&self) -> String {
         let mut path = hex::encode(self.0);
         path.insert(2, '/');
         path
@@ -244,6 +244,17 @@ impl Objects {
     pub(super) fn discard(&self, id: &ObjectId) -> Result<()> {
         let _state = lock(&self.shard(id).state);
         self.unlink(id)
+    }
+
+    /// Removes an object unless its bytes are what its name says; says whether it did. Who writes it is waited for.
+    pub(super) fn discard_if_wrong(&self, id: &ObjectId) -> Result<bool> {
+        self.while_pending(id, || {
+            if self.stat(id).is_err() || self.is_right(id).unwrap_or(false) {
+                return Ok(false);
+            }
+            self.unlink(id)?;
+            Ok(true)
+        })
     }
 
     /// Every object's name and size, in no order. A name that is no object's is given to `stray`.

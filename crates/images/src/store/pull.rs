@@ -87,6 +87,8 @@ pub(super) struct Pull {
     pub(super) progress: SharedProgress,
     pub(super) class: PullClass,
     pub(super) pins: Arc<Pins>,
+    /// Held by whatever writes.
+    pub(super) writing: Arc<Writing>,
     pub(super) counters: Counters,
     /// The image's own.
     lane: Arc<Lane>,
@@ -145,7 +147,14 @@ impl Inner {
             self.list(reference, &image, None).await?;
             return Ok(image);
         }
+        let inner = self.clone();
+        let writing = blocking(move || {
+            // A removal that is under way must not take what this pull is about to write.
+            let _gc = inner.gc.read().unwrap_or_else(PoisonError::into_inner);
+            inner.writers.begin()
+        });
         let pull = Pull {
+            writing: writing.await?,
             inner: self.clone(),
             client: client.clone(),
             reference: reference.clone(),
@@ -155,7 +164,19 @@ impl Inner {
             counters: Counters::default(),
             lane: lane.clone(),
         };
-        pull.run(digest, raw).await
+        match pull.run(digest, raw).await {
+            Ok(image) => {
+                self.list(reference, &image, Some((pull.writing, pull.pins))).await?;
+                Ok(image)
+            }
+            Err(error) => {
+                // What is here is whole, only not listed: the next pull goes on with it.
+                if let Err(error) = blocking(move || Writing::finish(pull.writing)).await {
+                    tracing::warn!(%error, "can't sync the image store");
+                }
+                Err(error)
+            }
+        }
     }
 
     /// An image that is listed under any name.
@@ -172,7 +193,7 @@ impl Inner {
         self: &Arc<Self>,
         reference: &Reference,
         image: &PulledImage,
-        written: Option<(Writing, Arc<Pins>)>,
+        written: Option<(Arc<Writing>, Arc<Pins>)>,
     ) -> Result<()> {
         let record = StoredImage {
             reference: reference.canonical(),
@@ -205,18 +226,21 @@ impl Inner {
             if let Err(error) = inner.evict() {
                 tracing::error!(%error, "can't make room in the image store");
             }
-            inner.settling.send_modify(|count| *count -= 1);
+            // Last of all: whoever waits may want to open the store again.
+            let settling = inner.settling.clone();
+            drop(inner);
+            settling.send_modify(|count| *count -= 1);
         });
         Ok(())
     }
 
-    fn settle(&self, key: &str, record: &[u8], written: Option<(Writing, Arc<Pins>)>) -> Result<()> {
+    fn settle(&self, key: &str, record: &[u8], written: Option<(Arc<Writing>, Arc<Pins>)>) -> Result<()> {
         // Also where nothing was written: the image that this name means now may be waiting for its sync.
         self.writers.sync()?;
         self.write_durably(&self.record_path(key), record)?;
         match written {
             Some((writing, pins)) => {
-                writing.finish()?;
+                Writing::finish(writing)?;
                 // A removal that is under way hasn't seen the record.
                 let _gc = self.gc.read().unwrap_or_else(PoisonError::into_inner);
                 drop(pins);
@@ -238,7 +262,7 @@ impl Lane {
 }
 
 impl Pull {
-    async fn run(self, digest: Digest, raw: RawManifest) -> Result<PulledImage> {
+    async fn run(&self, digest: Digest, raw: RawManifest) -> Result<PulledImage> {
         let reference = &self.reference;
         let manifest: Manifest = manifest::parse(&format!("the manifest of `{reference}`"), &raw.bytes)?;
         let config_digest = &manifest.config.digest;
@@ -259,28 +283,7 @@ impl Pull {
                 reason: format!("{} diff_ids for {} layers", diff_ids.len(), manifest.layers.len()),
             });
         }
-        let inner = self.inner.clone();
-        let writing = blocking(move || {
-            // A removal that is under way must not take what this pull is about to write.
-            let _gc = inner.gc.read().unwrap_or_else(PoisonError::into_inner);
-            inner.writers.begin()
-        });
-        let writing = writing.await?;
-        let result = self.write(digest, &raw, &manifest, config_bytes, &config).await;
-        match result {
-            Ok(image) => {
-                let written = Some((writing, self.pins.clone()));
-                self.inner.list(&self.reference, &image, written).await?;
-                Ok(image)
-            }
-            Err(error) => {
-                // What is here is whole, only not listed: the next pull goes on with it.
-                if let Err(error) = blocking(move || writing.finish()).await {
-                    tracing::warn!(%error, "can't sync the image store");
-                }
-                Err(error)
-            }
-        }
+        self.write(digest, &raw, &manifest, config_bytes, &config).await
     }
 
     async fn write(
@@ -371,11 +374,11 @@ impl Pull {
         let (inner, pins, class) = (self.inner.clone(), self.pins.clone(), self.class);
         let (diff_id, size) = (diff_id.clone(), layer.size);
         // The turn goes along: when this pull is given up, the next one waits until the import has noticed.
-        let turn = turn.clone();
+        let (turn, writing) = (turn.clone(), self.writing.clone());
         let importing = on_thread(class, "images-import", move || {
             let _turn = turn;
             let pool = inner.pools.of(class);
-            let target = Target { objects: &inner.objects, pins: &pins, pool, class };
+            let target = Target { objects: &inner.objects, pins: &pins, pool, class, writing: &writing };
             import::import(reader, size, &diff_id, &target)
         })?;
         let downloaded = async {

@@ -337,6 +337,10 @@ impl Server {
         lock(&self.shared.contents).insert(path.to_owned(), (media_type.to_owned(), bytes));
     }
 
+    pub(crate) fn get(&self, path: &str) -> Vec<u8> {
+        lock(&self.shared.contents)[path].1.clone()
+    }
+
     /// Stores an image `app:TAG`; returns the layers' descriptors.
     pub(crate) fn put_image(&self, tag: &str, layers: &[(Vec<u8>, Format)]) -> Vec<Descriptor> {
         let described: Vec<Descriptor> =
@@ -462,6 +466,11 @@ impl Bed {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         Bed { dir: tempfile::tempdir().unwrap(), server: Server::start(), runtime }
+    }
+
+    /// With a store on tmpfs, for what syncs thousands of times.
+    pub(crate) fn in_memory() -> Bed {
+        Bed { dir: tempfile::tempdir_in("/dev/shm").unwrap(), ..Bed::new() }
     }
 
     pub(crate) fn store_dir(&self) -> PathBuf {

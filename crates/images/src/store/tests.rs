@@ -1,7 +1,14 @@
 //! Pulls from a small registry into a store, mounted and compared with what GNU tar makes of the layers.
 
+mod flips;
+mod hostile;
+mod keep;
+mod kills;
+mod reuse;
+
 use super::testing::{Bed, Format, Member, Seed, archive, random_layer, unpack_by_tar};
 use super::*;
+use crate::client::Client;
 use crate::tree::testing::seen;
 
 /// Random images; each is pulled three ways.

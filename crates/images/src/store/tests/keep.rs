@@ -1,0 +1,118 @@
+//! What stays and what goes: budget, use, removal, a full disk.
+
+use nix::mount::{MsFlags, mount};
+
+use super::super::testing::{Bed, Format, Member, Seed, archive};
+use super::*;
+
+fn image(bed: &Bed, seed: &mut Seed, tag: &str, shared: &[u8]) {
+    let layer = [Member::file("own", &seed.bytes(300_000)), Member::file("shared", shared)];
+    bed.server.put_image(tag, &[(archive(&layer), Format::Chunked)]);
+}
+
+#[test]
+fn the_budget_takes_what_was_used_longest_ago_and_never_what_is_in_use() {
+    let (bed, mut seed) = (Bed::new(), Seed::new());
+    let options = Options { budget_bytes: Some(1_200_000), ..Options::default() };
+    let shared = seed.bytes(100_000);
+    let store = Store::open(&bed.store_dir(), options).unwrap();
+    for tag in ["a", "b", "c", "d"] {
+        image(&bed, &mut seed, tag, &shared);
+    }
+    let has = |store: &Store| -> Vec<&str> {
+        ["a", "b", "c", "d"]
+            .into_iter()
+            .filter(|tag| store.has(&format!("app:{tag}").parse().unwrap()))
+            .collect()
+    };
+    let a = bed.pull(&store, "a").unwrap();
+    for tag in ["b", "c"] {
+        drop(bed.pull(&store, tag).unwrap());
+    }
+    assert_eq!(has(&store), ["a", "b", "c"], "nothing goes before instances are known");
+    store.start_evicting();
+    drop(bed.pull(&store, "b").unwrap());
+    drop(bed.pull(&store, "d").unwrap());
+    // `a` is the oldest, but in use.
+    assert_eq!(has(&store), ["a", "b", "d"]);
+    let usage = store.du().unwrap();
+    assert!(usage[0].in_use && !usage[1].in_use);
+    for line in &usage {
+        assert!(line.unique_bytes >= 300_000 && line.shared_bytes >= 100_000, "{line:?}");
+        assert_eq!(line.bytes, line.unique_bytes + line.shared_bytes);
+    }
+    assert_eq!(store.verify().unwrap().damaged, Vec::<String>::new());
+    // An agent that starts again holds what its instances use by its manifest, also where the name is gone.
+    let manifest = a.manifest.clone();
+    drop((a, store));
+    let store = Store::open(&bed.store_dir(), options).unwrap();
+    let held = store.hold(&manifest).unwrap().unwrap();
+    store.start_evicting();
+    for tag in ["c", "b", "d"] {
+        drop(bed.pull(&store, tag).unwrap());
+    }
+    assert!(store.has(&"app:a".parse().unwrap()));
+    assert!(matches!(store.remove(&"app:a".parse().unwrap()), Err(Error::ImageInUse { .. })));
+    // The name moves on: what is held stays, unlisted.
+    image(&bed, &mut seed, "a", &shared);
+    drop(bed.pull(&store, "a").unwrap());
+    assert_eq!(bed.mounted(&held, |at| std::fs::read(at.join("shared")).unwrap()), shared);
+    store.collect().unwrap();
+    assert_eq!(bed.mounted(&held, |at| std::fs::read(at.join("shared")).unwrap()), shared);
+    drop(held);
+    assert!(store.collect().unwrap() > 300_000);
+    assert!(store.hold(&manifest).unwrap().is_none());
+}
+
+#[test]
+fn a_removed_image_takes_only_what_is_its_own() {
+    let (bed, mut seed) = (Bed::new(), Seed::new());
+    let store = bed.open();
+    let shared = seed.bytes(100_000);
+    for tag in ["a", "b"] {
+        image(&bed, &mut seed, tag, &shared);
+        bed.pull(&store, tag).unwrap();
+    }
+    let freed = store.remove(&"app:a".parse().unwrap()).unwrap();
+    assert!((300_000..400_000).contains(&freed), "{freed}");
+    assert!(matches!(store.remove(&"app:a".parse().unwrap()), Err(Error::NotInStore { .. })));
+    let b = store.find(&"app:b".parse().unwrap()).unwrap().unwrap();
+    assert_eq!(bed.mounted(&b, |at| std::fs::read(at.join("shared")).unwrap()), shared);
+    drop(b);
+    let inspected = store.inspect(&"app:b".parse().unwrap()).unwrap();
+    assert_eq!((inspected.files, inspected.bytes, inspected.layers.len()), (2, 400_000, 1));
+    bed.assert_tidy(&store);
+    store.remove(&"app:b".parse().unwrap()).unwrap();
+    assert_eq!(store.inner.total().unwrap(), 0);
+}
+
+#[test]
+fn a_full_disk_is_said_and_leaves_what_was_there() {
+    let (bed, mut seed) = (Bed::new(), Seed::new());
+    std::fs::create_dir(bed.store_dir()).unwrap();
+    let tmpfs = |options: &str, flags| {
+        mount(Some("tmpfs"), &bed.store_dir(), Some("tmpfs"), flags, Some(options)).unwrap();
+    };
+    tmpfs("size=4m", MsFlags::empty());
+    let store = bed.open();
+    let shared = seed.bytes(100_000);
+    image(&bed, &mut seed, "small", &shared);
+    bed.pull(&store, "small").unwrap();
+    for format in [Format::Plain, Format::Gzip, Format::Chunked] {
+        for large in [6 << 20, 12 << 20] {
+            let layer = [Member::file("large", &seed.bytes(large)), Member::file("x", &seed.bytes(2_000))];
+            bed.server.put_image("large", &[(archive(&layer), format)]);
+            let error = bed.pull(&store, "large").unwrap_err();
+            assert!(matches!(error, Error::DiskFull { .. }), "{format:?}: {error:?}");
+            assert!(error.to_string().contains("no space left"), "{error}");
+            store.collect().unwrap();
+            assert_eq!(store.list().unwrap().len(), 1);
+            assert_eq!(store.verify().unwrap().damaged, Vec::<String>::new());
+            bed.assert_tidy(&store);
+        }
+    }
+    tmpfs("size=64m", MsFlags::MS_REMOUNT);
+    bed.pull(&store, "large").unwrap();
+    drop(store);
+    nix::mount::umount(&bed.store_dir()).unwrap();
+}
