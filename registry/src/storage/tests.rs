@@ -8,6 +8,7 @@ mod upload_cases;
 
 use std::path::Path as FilePath;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyplace_images::Digest;
@@ -193,6 +194,20 @@ async fn everything_in_moto() {
             _ => upload_cases::sweeps_take_only_what_is_nobodys(&bed).await,
         }
     }
+}
+
+/// A store that answers 500, 503 and 429 now and then: nobody notices.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn errors_of_a_store_that_pass_are_not_seen() {
+    let failures = Arc::new(AtomicU64::new(0));
+    let (server, dir) = servers::s3s_that_fails(4, failures.clone()).await;
+    let config = Box::new(servers::config(dir.path(), server.address));
+    let held: Vec<Box<dyn std::any::Any + Send>> = vec![Box::new(server), Box::new(dir)];
+    let bed = Bed { opener: Opener::Config(config), part_bytes: PART_BYTES, long_keys: false, _held: held };
+    cases::manifests(&bed).await;
+    upload_cases::wrong_and_cancelled_uploads(&bed).await;
+    upload_cases::clients_that_go_away(&bed).await;
+    assert!(failures.load(Ordering::SeqCst) > 20);
 }
 
 #[tokio::test]

@@ -27,6 +27,8 @@ const BATCH_BYTES: usize = 256 << 10;
 const WAITING_MAX: usize = 8;
 /// How long a client may send nothing.
 const IDLE_MAX: Duration = Duration::from_secs(60);
+/// How long what follows on a failure is read, so that the client gets to see the answer.
+const REFUSED_READ_MAX: Duration = Duration::from_secs(1);
 /// An upload that nobody went on with for so long is removed.
 pub(crate) const ABANDONED_AFTER: Duration = Duration::from_secs(7 * 24 * 3600);
 
@@ -303,7 +305,9 @@ async fn feed<E: std::fmt::Display>(
         if batched >= BATCH_BYTES {
             batched = 0;
             if sender.send(std::mem::take(&mut batch)).await.is_err() {
-                // The writer failed, and says why.
+                // The writer failed, and says why. Without reading on, the client would only see a broken connection.
+                let rest = async { while let Some(Ok(_)) = body.next().await {} };
+                let _ = tokio::time::timeout(REFUSED_READ_MAX, rest).await;
                 return (received, Ok(()));
             }
         }

@@ -9,6 +9,7 @@ mod connections;
 mod images;
 mod skopeo;
 mod spec;
+mod storage_full;
 mod storage_kill;
 mod support;
 mod uploads;

@@ -3,6 +3,8 @@
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use hyper_util::rt::TokioIo;
@@ -50,18 +52,40 @@ pub(super) fn config(dir: &Path, address: SocketAddr) -> Config {
 }
 
 pub(super) async fn s3s() -> (Server, TempDir) {
+    s3s_that_fails(0, Arc::default()).await
+}
+
+/// Answers one request in `one_in` with an error that should be tried again, and late; counts them.
+pub(super) async fn s3s_that_fails(one_in: u64, failures: Arc<AtomicU64>) -> (Server, TempDir) {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().join("s3");
     std::fs::create_dir_all(root.join(BUCKET)).unwrap();
     let mut builder = s3s::service::S3ServiceBuilder::new(s3s_fs::FileSystem::new(root).unwrap());
     builder.set_auth(s3s::auth::SimpleAuth::from_single("test", "secret"));
     let service = builder.build();
+    let count = Arc::new(AtomicU64::new(0));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let task = tokio::spawn(async move {
         loop {
             let Ok((socket, _)) = listener.accept().await else { return };
-            let service = service.clone();
+            let (service, count, failures) = (service.clone(), count.clone(), failures.clone());
+            let service = hyper::service::service_fn(move |request| {
+                let number = count.fetch_add(1, Ordering::SeqCst) + 1;
+                let fails = one_in > 0 && number.is_multiple_of(one_in);
+                let (service, failures) = (service.clone(), failures.clone());
+                async move {
+                    if !fails {
+                        return hyper::service::Service::call(&service, request).await;
+                    }
+                    failures.fetch_add(1, Ordering::SeqCst);
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                    let mut answer = hyper::Response::new(s3s::Body::empty());
+                    let status = [500, 503, 429][(number / one_in) as usize % 3];
+                    *answer.status_mut() = hyper::StatusCode::from_u16(status).unwrap();
+                    Ok(answer)
+                }
+            });
             tokio::spawn(async move {
                 let http = hyper::server::conn::http1::Builder::new();
                 let _ = http.serve_connection(TokioIo::new(socket), service).await;
