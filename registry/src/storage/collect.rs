@@ -151,7 +151,7 @@ impl Storage {
     /// Whether anything but blobs was ever pushed to, or cached in, this repository.
     pub(crate) async fn has_repository(&self, repository: &str) -> Result<bool> {
         let prefix = Path::from(format!("repositories/{repository}"));
-        Ok(self.folders(&prefix).await?.iter().any(|folder| is_inner(folder)))
+        Ok(self.folders(&prefix).await?.iter().any(is_inner))
     }
 
     /// The names of all repositories that have, or had, manifests or tags, in no order.

@@ -57,7 +57,7 @@ async fn what_a_bucket_acknowledged_survives_kills() {
 }
 
 fn kills() -> u64 {
-    std::env::var("ANYPLACE_KILLS").map_or(KILLS, |text| text.parse().expect("ANYPLACE_KILLS is a number"))
+    std::env::var("ANYPLACE_KILLS").map_or(KILLS, |text| text.parse().unwrap())
 }
 
 async fn campaign(kills: u64, s3: Option<String>) {
@@ -371,7 +371,7 @@ impl Seed {
             now.unwrap_or_default().as_nanos() as u64
         };
         let given = std::env::var("ANYPLACE_SEED").ok();
-        let seed = given.map_or_else(clock, |seed| seed.parse().expect("ANYPLACE_SEED is a number"));
+        let seed = given.map_or_else(clock, |seed| seed.parse().unwrap());
         eprintln!("replay with ANYPLACE_SEED={seed}");
         Seed(seed)
     }

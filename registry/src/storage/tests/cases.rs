@@ -89,7 +89,7 @@ pub(super) async fn manifests(bed: &Bed) {
     storage.put_link("a/b", &one).await.unwrap();
     let (digest, new) = manifest(b"{} ", &[&one, &two], None);
     // The other's content is there, but not in this repository.
-    assert_eq!(storage.put_manifest("a/b", &digest, new.clone()).await.unwrap(), [two.clone()]);
+    assert_eq!(storage.put_manifest("a/b", &digest, new.clone()).await.unwrap(), std::slice::from_ref(&two));
     assert_eq!(storage.manifest("a/b", &digest).await.unwrap(), None);
     assert!(storage.manifests("a/b").await.unwrap().is_empty());
     assert!(!storage.has_repository("a/b").await.unwrap() || bed.is_folder());
@@ -105,7 +105,7 @@ pub(super) async fn manifests(bed: &Bed) {
     }
     let (about, new) = manifest(b"about", &[], Some(&digest));
     assert!(storage.put_manifest("a/b", &about, new.clone()).await.unwrap().is_empty());
-    assert_eq!(storage.referrers("a/b", &digest).await.unwrap(), [about.clone()]);
+    assert_eq!(storage.referrers("a/b", &digest).await.unwrap(), std::slice::from_ref(&about));
     assert!(storage.referrers("a", &digest).await.unwrap().is_empty());
     storage.put_manifest("a", &about, new).await.unwrap();
     let infos = storage.manifests("a/b").await.unwrap();
