@@ -58,7 +58,7 @@ fn done((): ()) -> ExitCode {
 
 async fn dispatch(session: &Session, command: ClientCommand) -> anyhow::Result<ExitCode> {
     match command {
-        ClientCommand::Push(args) => return push::run(session, args).await,
+        ClientCommand::Push(args) => return push::run(session, *args).await,
         ClientCommand::Build(args) => return build::run(session, args).await,
         ClientCommand::Prewarm(command) => return prewarm::run(session, command).await,
         ClientCommand::Apply(args) => return apply::run(session, args).await,

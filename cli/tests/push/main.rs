@@ -8,6 +8,8 @@ mod faults;
 mod interop;
 mod kills;
 mod proxy;
+#[allow(dead_code, reason = "the other test target uses the rest")]
 #[path = "../cli/runner.rs"]
 mod runner;
 mod sources;
+mod tokens;

@@ -27,11 +27,14 @@ pub(super) fn apply(
     };
     // No proxy but those below.
     builder = builder.no_proxy();
-    let kinds: [(&str, fn(String) -> reqwest::Result<Proxy>); 3] =
-        [("HTTP_PROXY", Proxy::http), ("HTTPS_PROXY", Proxy::https), ("ALL_PROXY", Proxy::all)];
-    for (name, make) in kinds {
+    for name in ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"] {
         let Some(url) = read(name) else { continue };
-        let proxy = make(url.clone()).map_err(|_| Error::InvalidRegistry {
+        let proxy = match name {
+            "HTTP_PROXY" => Proxy::http(&url),
+            "HTTPS_PROXY" => Proxy::https(&url),
+            _ => Proxy::all(&url),
+        };
+        let proxy = proxy.map_err(|_| Error::InvalidRegistry {
             what: format!("the variable {name}"),
             reason: format!("`{url}` is no proxy; expected a URL such as http://10.0.0.1:3128"),
         })?;

@@ -1,0 +1,385 @@
+//! One blob's upload, from the first question to the closed session.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use reqwest::header::{CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LOCATION, RANGE};
+use reqwest::{Response, StatusCode, Url};
+
+use super::body::Part;
+use super::{Content, PutOutcome};
+use crate::client::auth::Grant;
+use crate::client::retry::{Backoff, is_passing, retry_after};
+use crate::client::{Client, Target, check, header};
+use crate::error::{Error, Result};
+use crate::progress::{Item, SharedProgress};
+use crate::push::journal::Entry;
+
+/// Largest part of an upload: proxies in front of registries commonly stop at 500 MB.
+const PART_MAX_BYTES: u64 = 500_000_000;
+/// Up to this size a blob goes in one request, which costs a round trip less and little when it is repeated.
+pub(super) const SMALL_MAX_BYTES: u64 = 1 << 20;
+/// How often a session that the registry forgot is begun again.
+const RESTARTS_MAX: u32 = 5;
+/// Most repositories that are tried as the source of a mount: each costs a round trip.
+const MOUNTS_MAX: usize = 4;
+
+/// An upload at the registry.
+struct Session {
+    location: Url,
+    /// Bytes that the registry acknowledged.
+    offset: u64,
+    part_max: u64,
+    /// Whether some of its bytes were sent by an earlier process.
+    inherited: bool,
+}
+
+enum Begun {
+    Session(Session),
+    Mounted,
+}
+
+enum End {
+    Done,
+    /// The registry doesn't know the session any more.
+    Lost,
+}
+
+pub(super) struct Upload<'a> {
+    pub(super) client: &'a Client,
+    pub(super) target: &'a Target,
+    pub(super) content: Content<'a>,
+    pub(super) mount_from: &'a [String],
+    pub(super) item: &'a Item,
+    pub(super) progress: &'a SharedProgress,
+    pub(super) entry: Option<Entry>,
+    pub(super) sent: Arc<AtomicU64>,
+    pub(super) backoff: Backoff,
+}
+
+impl Upload<'_> {
+    /// Brings the blob into the repository.
+    pub(super) async fn run(&mut self) -> Result<PutOutcome> {
+        let mut session = self.inherited().await?;
+        let mut started = false;
+        for _ in 0..=RESTARTS_MAX {
+            let mut current = match session.take() {
+                Some(session) => session,
+                None => match self.begin().await? {
+                    Begun::Session(session) => session,
+                    Begun::Mounted => {
+                        self.progress.skipped(self.item, self.content.size());
+                        return Ok(PutOutcome::Skipped);
+                    }
+                },
+            };
+            if !started {
+                self.progress.started(self.item, self.content.size());
+                started = true;
+            }
+            self.remember(&current);
+            match self.drive(&mut current).await? {
+                End::Done => {
+                    self.progress.finished(self.item);
+                    return Ok(PutOutcome::Sent(self.sent.load(Ordering::Relaxed)));
+                }
+                End::Lost => {
+                    tracing::debug!(digest = %self.content.digest(), "upload forgotten: beginning again")
+                }
+            }
+        }
+        Err(self.protocol(format!("it forgot the upload of {} {RESTARTS_MAX} times", self.content.digest())))
+    }
+
+    /// The session that an earlier process left, if the registry still knows it.
+    async fn inherited(&mut self) -> Result<Option<Session>> {
+        let Some(location) = self.entry.as_ref().and_then(Entry::location) else { return Ok(None) };
+        let Ok(location) = Url::parse(&location) else { return Ok(None) };
+        if location.host_str() != self.target.base.host_str() {
+            return Ok(None);
+        }
+        let session = Session {
+            location,
+            offset: 0,
+            part_max: self.entry.as_ref().map_or(PART_MAX_BYTES, Entry::part_max),
+            inherited: true,
+        };
+        let session = self.status(session).await?;
+        if session.as_ref().is_some_and(|session| session.offset > 0) {
+            self.client.inner.counters.resumed.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(session)
+    }
+
+    /// Starts a session, unless the registry mounts the blob from elsewhere.
+    async fn begin(&mut self) -> Result<Begun> {
+        let sources: Vec<&str> = self
+            .mount_from
+            .iter()
+            .map(String::as_str)
+            .filter(|from| *from != self.target.repository)
+            .take(MOUNTS_MAX)
+            .collect();
+        let mut begun = None;
+        for from in sources {
+            // A source that is absent or forbidden is no failure of the upload.
+            let Ok(response) = self.post(Some(from)).await else { continue };
+            if !response.status().is_success() {
+                continue;
+            }
+            if let Some(earlier) = begun.take() {
+                self.cancel(earlier).await;
+            }
+            if response.status() == StatusCode::CREATED {
+                return Ok(Begun::Mounted);
+            }
+            begun = Some(self.session(&response)?);
+        }
+        if let Some(session) = begun {
+            return Ok(Begun::Session(session));
+        }
+        let response = check(self.target, self.post(None).await?).await?;
+        if response.status() == StatusCode::CREATED {
+            return Ok(Begun::Mounted);
+        }
+        self.session(&response).map(Begun::Session)
+    }
+
+    /// Frees a session that isn't needed; the registry would do it some day.
+    async fn cancel(&self, session: Session) {
+        let http = &self.client.inner.http;
+        let request = || Ok(http.delete(session.location.clone()));
+        let _ = self.client.send_once(self.target, Grant::Push, request).await;
+    }
+
+    async fn post(&self, from: Option<&str>) -> Result<Response> {
+        let mut url = self.target.url("blobs/uploads/")?;
+        url.query_pairs_mut().append_pair("mount", self.content.digest().as_str());
+        if let Some(from) = from {
+            url.query_pairs_mut().append_pair("from", from);
+        }
+        let grant = from.map_or(Grant::Push, Grant::Mount);
+        let http = &self.client.inner.http;
+        self.client.send(self.target, grant, || Ok(http.post(url.clone()).header(CONTENT_LENGTH, 0))).await
+    }
+
+    fn session(&self, response: &Response) -> Result<Session> {
+        let limit = |name| header(response.headers(), name).and_then(|text| text.parse::<u64>().ok());
+        let least = limit("oci-chunk-min-length").unwrap_or(0);
+        let most = limit("oci-chunk-max-length").unwrap_or(PART_MAX_BYTES);
+        if least > PART_MAX_BYTES {
+            let reason =
+                format!("it takes no parts below {least} bytes; at most {PART_MAX_BYTES} are sent at once");
+            return Err(self.protocol(reason));
+        }
+        let part_max = most.clamp(least.max(1), PART_MAX_BYTES);
+        let location = self.location(&self.target.base, response)?;
+        Ok(Session { location, offset: 0, part_max, inherited: false })
+    }
+
+    /// Sends what is missing, and closes the session.
+    async fn drive(&mut self, session: &mut Session) -> Result<End> {
+        let size = self.content.size();
+        self.progress.moved(self.item, session.offset);
+        loop {
+            let closing = session.offset == size || size <= SMALL_MAX_BYTES.min(session.part_max);
+            let len = if closing { size - session.offset } else { session.next_part(size) };
+            let outcome = self.part(session, len, closing).await;
+            let refused = match outcome {
+                Ok(response) if response.status().is_success() && closing => return Ok(End::Done),
+                Ok(response) if response.status().is_success() => {
+                    self.acknowledged(session, len, &response)?;
+                    continue;
+                }
+                Ok(response) if is_passing(response.status().as_u16()) => {
+                    let asked = retry_after(response.headers());
+                    if !self.client.pause(&mut self.backoff, asked).await {
+                        return check(self.target, response).await.map(|_| End::Lost);
+                    }
+                    None
+                }
+                Ok(response) => match response.status() {
+                    status @ (StatusCode::NOT_FOUND | StatusCode::RANGE_NOT_SATISFIABLE) => Some(status),
+                    // The halves don't belong together: what another process sent is dropped.
+                    StatusCode::BAD_REQUEST if closing && session.inherited => return Ok(End::Lost),
+                    _ => return check(self.target, response).await.map(|_| End::Lost),
+                },
+                Err(error) if error.is_passing() => {
+                    if !self.client.pause(&mut self.backoff, None).await {
+                        return Err(error);
+                    }
+                    None
+                }
+                Err(error) => return Err(error),
+            };
+            // The answer to a closing request may be what got lost.
+            if closing
+                && self.client.head_blob_at(self.target, self.content.digest(), Grant::Push).await?.is_some()
+            {
+                return Ok(End::Done);
+            }
+            if refused == Some(StatusCode::NOT_FOUND) {
+                return Ok(End::Lost);
+            }
+            let before = session.offset;
+            match self.status(session.copy()).await? {
+                // Refused, and yet nothing new: going on would be refused for ever.
+                Some(now) if refused.is_some() && now.offset == before => return Ok(End::Lost),
+                Some(now) => *session = now,
+                None => return Ok(End::Lost),
+            }
+            if session.offset != before {
+                self.backoff.reset();
+            }
+            if session.offset > 0 {
+                self.client.inner.counters.resumed.fetch_add(1, Ordering::Relaxed);
+            }
+            self.progress.moved(self.item, session.offset);
+            self.remember(session);
+        }
+    }
+
+    /// Sends `len` bytes from the session's offset, with or without closing it.
+    async fn part(&self, session: &Session, len: u64, closing: bool) -> Result<Response> {
+        let http = &self.client.inner.http;
+        let part = Part {
+            content: self.content,
+            skip: session.offset,
+            len,
+            item: self.item,
+            progress: self.progress,
+            sent: &self.sent,
+            failure: Arc::default(),
+        };
+        let request = || {
+            let request = if closing {
+                let mut location = session.location.clone();
+                location.query_pairs_mut().append_pair("digest", self.content.digest().as_str());
+                http.put(location)
+            } else {
+                let last = session.offset + len - 1;
+                http.patch(session.location.clone())
+                    .header(CONTENT_RANGE, format!("{}-{last}", session.offset))
+            };
+            let request = request.header(CONTENT_LENGTH, len);
+            if len == 0 {
+                return Ok(request);
+            }
+            Ok(request.header(CONTENT_TYPE, "application/octet-stream").body(part.body()?))
+        };
+        let outcome = self.client.send_once(self.target, Grant::Push, request).await;
+        // Where the content itself couldn't be read, that is the error, not the request that broke off.
+        match part.take_failure() {
+            Some(failure) if outcome.is_err() => Err(failure),
+            _ => outcome,
+        }
+    }
+
+    /// Takes over what the answer to a part says.
+    fn acknowledged(&mut self, session: &mut Session, len: u64, response: &Response) -> Result<()> {
+        let now = match header(response.headers(), RANGE.as_str()) {
+            Some(range) => parse_range(&range).ok_or_else(|| {
+                self.protocol(format!("its answer to a part has the Range `{range}`; expected 0-N"))
+            })?,
+            None => session.offset + len,
+        };
+        if now <= session.offset || now > self.content.size() {
+            let (before, size) = (session.offset, self.content.size());
+            return Err(self.protocol(format!("after {before} of {size} bytes and {len} more, it has {now}")));
+        }
+        session.location = self.location(&session.location, response)?;
+        session.offset = now;
+        self.backoff.reset();
+        if now < self.content.size() {
+            self.remember(session);
+        }
+        Ok(())
+    }
+
+    /// Asks the registry how much it has; none if it doesn't know the session.
+    async fn status(&self, session: Session) -> Result<Option<Session>> {
+        let http = &self.client.inner.http;
+        let request = || Ok(http.get(session.location.clone()));
+        let response = self.client.send(self.target, Grant::Push, request).await?;
+        if response.status().is_client_error() && response.status() != StatusCode::TOO_MANY_REQUESTS {
+            return match response.status() {
+                StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
+                    check(self.target, response).await.map(|_| None)
+                }
+                _ => Ok(None),
+            };
+        }
+        let response = check(self.target, response).await?;
+        let range = header(response.headers(), RANGE.as_str());
+        let offset = range.as_deref().and_then(parse_range).unwrap_or(0);
+        if offset > self.content.size() {
+            return Ok(None);
+        }
+        let location = match header(response.headers(), LOCATION.as_str()) {
+            Some(_) => self.location(&session.location, &response)?,
+            None => session.location,
+        };
+        Ok(Some(Session { location, offset, ..session }))
+    }
+
+    fn remember(&mut self, session: &Session) {
+        if let Some(entry) = &mut self.entry {
+            entry.remember(session.location.as_str(), session.part_max);
+        }
+    }
+
+    /// Where the upload goes on; never another host, since the authorization would go there.
+    fn location(&self, from: &Url, response: &Response) -> Result<Url> {
+        let location = header(response.headers(), LOCATION.as_str())
+            .ok_or_else(|| self.protocol("its answer to an upload has no Location".to_owned()))?;
+        let url = from
+            .join(&location)
+            .map_err(|e| self.protocol(format!("its upload Location `{location}` is no URL ({e})")))?;
+        if url.host_str() != self.target.base.host_str() {
+            return Err(self.protocol(format!("its upload Location `{location}` is on another host")));
+        }
+        Ok(url)
+    }
+
+    fn protocol(&self, reason: String) -> Error {
+        Error::InvalidRegistry { what: format!("registry {}", self.target.name()), reason }
+    }
+}
+
+impl Session {
+    /// Length of the next part: as much as may be. That is never less than the registry's minimum, which the last
+    /// part may fall short of.
+    fn next_part(&self, size: u64) -> u64 {
+        self.part_max.min(size - self.offset)
+    }
+
+    fn copy(&self) -> Session {
+        Session { location: self.location.clone(), ..*self }
+    }
+}
+
+/// Bytes that `0-N` acknowledges. Registries write `0-0` for none at all, and would for one: that one is sent again.
+fn parse_range(text: &str) -> Option<u64> {
+    let (first, last) = text.trim().trim_start_matches("bytes=").split_once('-')?;
+    let last: u64 = last.trim().parse().ok()?;
+    (first.trim() == "0").then_some(if last == 0 { 0 } else { last + 1 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn acknowledged_ranges_are_parsed() {
+        for (text, expected) in [
+            ("0-0", Some(0)),
+            ("0-9", Some(10)),
+            ("bytes=0-9", Some(10)),
+            ("1-9", None),
+            ("", None),
+            ("0-x", None),
+        ] {
+            assert_eq!(parse_range(text), expected, "{text}");
+        }
+    }
+}
