@@ -7,6 +7,7 @@
 //! In the cache's folder:
 //! - `data/<algorithm>/<2 digits>/<digest>`: a blob's pieces, in a sparse file of the blob's size
 //! - `incoming/`: blobs that are being fetched and can't be verified yet; emptied at the start
+//! - `lock`: locked by the process that uses the folder
 //! - `records/`: small sealed files, see [`records`]
 //!
 //! From the bottom up: [`records`] and [`pieces`] on disk, [`memory`] above them. `upstream` fills them.

@@ -57,7 +57,7 @@ impl Server {
             Access::open(config.access.clone(), &config.credentials_path(), &config.data_dir, &storage)
                 .await?;
         let uploads = Arc::new(Uploads::open(storage.clone())?);
-        let cache = Cache::open(&config)?;
+        let cache = Cache::open(&config).await?;
         let listener = TcpListener::bind(config.listen).await.with_context(|| {
             format!("can't listen on {}; check `listen`, and that nothing else listens there", config.listen)
         })?;

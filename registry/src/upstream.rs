@@ -19,6 +19,7 @@ mod remote;
 mod tags;
 mod whole;
 
+use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -51,6 +52,9 @@ const ROUNDS: u32 = 3;
 /// The wait before the second round; doubled before the third.
 const PAUSE: Duration = Duration::from_millis(200);
 
+/// How long to wait for the cache's folder at the start.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// A cache. Clones are the same one.
 #[derive(Clone)]
 pub(crate) struct Cache {
@@ -77,7 +81,7 @@ struct Inner {
 
 impl Cache {
     /// A cache of the configured upstreams, if there are any.
-    pub(crate) fn open(config: &Config) -> anyhow::Result<Option<Cache>> {
+    pub(crate) async fn open(config: &Config) -> anyhow::Result<Option<Cache>> {
         if config.upstreams.is_empty() {
             return Ok(None);
         }
@@ -100,9 +104,20 @@ impl Cache {
             Some(bytes) => bytes.0,
             None => half_of_disk(&root).with_context(doing)?,
         };
+        let mut waited = Duration::ZERO;
+        let pieces = loop {
+            match Pieces::open(&root, budget, counters.clone()) {
+                // The one before may still be ending what it was fetching.
+                Err(error) if error.kind() == ErrorKind::ResourceBusy && waited < LOCK_TIMEOUT => {
+                    tokio::time::sleep(PAUSE).await;
+                    waited += PAUSE;
+                }
+                result => break result.with_context(doing)?,
+            }
+        };
         let inner = Inner {
             remotes: remotes.collect::<anyhow::Result<_>>()?,
-            pieces: Pieces::open(&root, budget, counters.clone()).with_context(doing)?,
+            pieces,
             memory: Memory::new(memory),
             members: Members::default(),
             recent: Recent::default(),

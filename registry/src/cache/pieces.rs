@@ -64,6 +64,8 @@ impl Blob {
 /// The blobs on disk.
 pub(crate) struct Pieces {
     root: PathBuf,
+    /// Held as long as the process uses the folder.
+    _lock: File,
     budget: u64,
     used: AtomicU64,
     /// Part of what is used: blobs that are being fetched whole, which can't be evicted.
@@ -94,6 +96,13 @@ pub(crate) struct TooLarge {
 impl Pieces {
     /// Opens the folder, and forgets what was being fetched when the process ended.
     pub(crate) fn open(root: &Path, budget: u64, counters: Arc<CacheCounters>) -> io::Result<Arc<Pieces>> {
+        let lock = File::create(root.join("lock"))?;
+        lock.try_lock().map_err(|error| match error {
+            std::fs::TryLockError::Error(error) => error,
+            std::fs::TryLockError::WouldBlock => {
+                io::Error::new(ErrorKind::ResourceBusy, "another process uses it; stop that first")
+            }
+        })?;
         let incoming = root.join("incoming");
         match std::fs::remove_dir_all(&incoming) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
@@ -104,6 +113,7 @@ impl Pieces {
         let records = Records::open(root.join("records"), incoming, budget / RECORDS_PART, counters.clone())?;
         let pieces = Pieces {
             root: root.to_owned(),
+            _lock: lock,
             budget: budget - budget / RECORDS_PART,
             used: AtomicU64::default(),
             incoming: AtomicU64::default(),

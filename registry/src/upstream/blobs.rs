@@ -1,6 +1,6 @@
 //! Blobs from upstream, piece by piece.
 
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,12 +17,14 @@ use crate::errors::Answer;
 use crate::server::App;
 
 /// Pieces that are got ready while one is sent: enough to hide the time to the upstream, few enough for memory.
-const READ_AHEAD: u32 = 3;
-/// How long an upstream may take to begin with a piece: another cache may have to fetch all of the blob first.
-pub(super) const BEGIN_TIMEOUT: Duration = Duration::from_secs(300);
+const READ_AHEAD: usize = 3;
+/// How long an upstream may take to begin with a piece: another cache may have to fetch that piece first.
+const BEGIN_TIMEOUT: Duration = Duration::from_secs(20);
+/// The same for a blob whose pieces nobody says: another cache may have to fetch all of it first.
+pub(super) const BEGIN_WHOLE_TIMEOUT: Duration = Duration::from_secs(300);
 /// How long it may take for the rest, and the slowest rate.
-const REST_TIMEOUT: Duration = Duration::from_secs(30);
-const RATE_MIN: u64 = 32 << 10;
+const REST_TIMEOUT: Duration = Duration::from_secs(15);
+const RATE_MIN: u64 = 128 << 10;
 
 impl Cache {
     /// The size of a blob, if it is here or upstream.
@@ -52,6 +54,8 @@ impl Cache {
         let inner = &self.inner;
         let mut blob = inner.blob(repository, digest).await?;
         let index = blob.layout.index_of(range.start);
+        let last = blob.layout.index_of(range.end - 1);
+        inner.begin_pieces(repository, &blob, index + 1..=last);
         let mut first = inner.piece(repository, &blob, index).await;
         if let Err(Failure::Corrupt(_) | Failure::NoRanges(_)) = &first {
             // Either the upstream sends nothing right, or the manifest's list is wrong, or there are no ranges: the
@@ -90,9 +94,7 @@ impl Reading {
         let layout = &self.blob.layout;
         let index = layout.index_of(self.rest.start);
         let last = layout.index_of(self.rest.end - 1);
-        for ahead in (index + 1..=last).take(READ_AHEAD as usize) {
-            self.inner.begin_piece(&self.repository, &self.blob, ahead);
-        }
+        self.inner.begin_pieces(&self.repository, &self.blob, index + 1..=last);
         let piece = match self.first.take() {
             Some(piece) => piece,
             None => self.inner.piece(&self.repository, &self.blob, index).await.inspect_err(|failure| {
@@ -149,10 +151,13 @@ impl Inner {
         self.piece_flights.join(format!("{} {index}", blob.digest), loading).await
     }
 
-    fn begin_piece(self: &Arc<Inner>, repository: &str, blob: &Arc<Blob>, index: u32) {
-        if !self.memory.has(&(blob.digest.clone(), index)) {
-            let loading = load(self.clone(), repository.to_owned(), blob.clone(), index);
-            drop(self.piece_flights.begin(format!("{} {index}", blob.digest), loading));
+    /// Gets the first few of these pieces ready.
+    fn begin_pieces(self: &Arc<Inner>, repository: &str, blob: &Arc<Blob>, indexes: RangeInclusive<u32>) {
+        for index in indexes.take(READ_AHEAD) {
+            if !self.memory.has(&(blob.digest.clone(), index)) {
+                let loading = load(self.clone(), repository.to_owned(), blob.clone(), index);
+                drop(self.piece_flights.begin(format!("{} {index}", blob.digest), loading));
+            }
         }
     }
 
@@ -164,10 +169,11 @@ impl Inner {
         digest: &Digest,
         size: u64,
         range: Range<u64>,
+        begin: Duration,
     ) -> Result<Vec<u8>, Failure> {
         let len = range.end - range.start;
         let begun = remote.client.get_blob_range(reference, digest, range.clone());
-        let mut blob = remote.ask(BEGIN_TIMEOUT, begun).await?;
+        let mut blob = remote.ask(begin, begun).await?;
         if blob.ignores_range() {
             return Err(remote.without_ranges());
         }
@@ -190,7 +196,7 @@ impl Inner {
         };
         match tokio::time::timeout(limit, reading).await {
             Ok(Ok(())) => Ok(bytes),
-            Ok(Err(error)) => Err(failed(Failure::of(error))),
+            Ok(Err(error)) => Err(remote.failed(error)),
             Err(_) => {
                 let text = format!("{} took more than {} s for {len} bytes", remote.name(), limit.as_secs());
                 Err(failed(Failure::Unreachable(text)))
@@ -243,7 +249,8 @@ async fn fetch(
     index: u32,
 ) -> Result<Vec<u8>, Failure> {
     let layout = &blob.layout;
-    let fetched = inner.range_from(&remote, &reference, &blob.digest, layout.size, layout.range(index));
+    let (size, range) = (layout.size, layout.range(index));
+    let fetched = inner.range_from(&remote, &reference, &blob.digest, size, range, BEGIN_TIMEOUT);
     let bytes = fetched.await?;
     let (inner, kept) = (inner.clone(), blob.clone());
     let checking = tokio::task::spawn_blocking(move || {

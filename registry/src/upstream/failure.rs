@@ -30,8 +30,12 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
-    pub(super) fn of(error: Error) -> Failure {
+    /// What an upstream's error comes to.
+    pub(super) fn of(upstream: &str, error: Error) -> Failure {
         let mut text = error.to_string();
+        if !text.contains(upstream) {
+            text = format!("{upstream}: {text}");
+        }
         let mut source = std::error::Error::source(&error);
         while let Some(cause) = source {
             text = format!("{text}: {cause}");

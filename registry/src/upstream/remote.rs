@@ -97,8 +97,8 @@ impl Remote {
         let (failure, silent) = match tokio::time::timeout(limit, question).await {
             Ok(Ok(answer)) => return Ok(answer),
             Ok(Err(error)) => {
-                let silent = matches!(error, Error::RegistryUnreachable { .. });
-                (Failure::of(error), silent)
+                let silent = matches!(&error, Error::RegistryUnreachable { source, .. } if source.is_connect() || source.is_timeout());
+                (Failure::of(url, error), silent)
             }
             Err(_) => {
                 (Failure::Unreachable(format!("no answer from {url} within {} s", limit.as_secs())), true)
@@ -110,6 +110,13 @@ impl Remote {
         }
         self.note(&failure);
         Err(failure)
+    }
+
+    /// What an error in the middle of an answer comes to.
+    pub(crate) fn failed(&self, error: Error) -> Failure {
+        let failure = Failure::of(&self.name, error);
+        self.note(&failure);
+        failure
     }
 
     /// Counts a failure, and tells the log.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyplace_images::{Digest, Hasher};
 use futures_util::{StreamExt as _, stream};
 
-use super::blobs::BEGIN_TIMEOUT;
+use super::blobs::BEGIN_WHOLE_TIMEOUT;
 use super::remote::Remote;
 use super::{Failure, Inner};
 use crate::cache::counters::CacheCounters;
@@ -175,7 +175,9 @@ async fn side_by_side(
         async move {
             let fetched = inner.from_any(&remotes, &repository, |remote, reference| {
                 let (inner, digest, range) = (inner.clone(), digest.clone(), range.clone());
-                async move { inner.range_from(&remote, &reference, &digest, size, range).await }
+                async move {
+                    inner.range_from(&remote, &reference, &digest, size, range, BEGIN_WHOLE_TIMEOUT).await
+                }
             });
             fetched.await.map(|bytes| (bytes, lease))
         }
@@ -198,7 +200,7 @@ async fn one_by_one(
 ) -> Result<Arrived, Failure> {
     let reference = remote.reference(repository).ok_or(Failure::Absent)?;
     let begun = remote.client.get_blob(&reference, digest, Some(arrived.size));
-    let mut blob = remote.ask(BEGIN_TIMEOUT, begun).await?;
+    let mut blob = remote.ask(BEGIN_WHOLE_TIMEOUT, begun).await?;
     let mut piece: Vec<u8> = Vec::new();
     for range in arrived.ranges() {
         let lease = inner.memory.reserve(len(&range)).await;
@@ -211,7 +213,7 @@ async fn one_by_one(
                 let text = format!("{} sent nothing for {} s", remote.name(), IDLE_TIMEOUT.as_secs());
                 failed(Failure::Unreachable(text))
             })?;
-            let chunk = chunk.map_err(|error| failed(Failure::of(error)))?;
+            let chunk = chunk.map_err(|error| remote.failed(error))?;
             let chunk = chunk
                 .ok_or_else(|| failed(Failure::Corrupt(format!("{} sent too few bytes", remote.name()))))?;
             CacheCounters::add(&inner.counters.upstream_bytes, chunk.len() as u64);

@@ -5,7 +5,11 @@
 mod access;
 mod api;
 mod cache;
+mod cache_campaigns;
+mod cache_faults;
+mod cache_pieces;
 mod connections;
+mod fake;
 mod images;
 mod skopeo;
 mod spec;

@@ -1,0 +1,333 @@
+//! Upstreams that are gone, wrong, slow or refuse; several of them; a disk without room.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anyplace_images::Digest;
+use axum::body::Bytes;
+use reqwest::Method;
+
+use crate::fake::{Fake, Fault};
+use crate::support::{LOOPBACK, Registry, cache_config, code, header, is_root, noise};
+
+const MIB: usize = 1 << 20;
+
+async fn get(cache: &Registry, path: &str) -> reqwest::Response {
+    cache.request(Method::GET, path).send().await.unwrap()
+}
+
+fn blob(digest: &Digest) -> String {
+    format!("/v2/app/blobs/{digest}")
+}
+
+/// Sizes of a small blob (one piece), and of one that is fetched whole.
+const SIZES: [usize; 2] = [100_000, 9 * MIB];
+
+#[tokio::test]
+async fn what_an_upstream_sends_wrong_is_neither_served_nor_kept_and_heals() {
+    let dir = tempfile::tempdir().unwrap();
+    let fake = Fake::start().await;
+    let cache = Registry::start_with(cache_config(dir.path(), &[(&fake.url, dir.path())])).await;
+    let always = [
+        (Fault::Flip(4_000_037), 502),
+        (Fault::Short, 502),
+        (Fault::WrongTotal, 502),
+        (Fault::Broken, 503),
+        (Fault::Status(500), 503),
+        (Fault::Status(429), 503),
+        (Fault::Status(403), 503),
+    ];
+    for (seed, (fault, status)) in (100..).zip(always) {
+        for size in SIZES {
+            let bytes = noise(seed * 10 + size as u64, size);
+            let digest = fake.put_blob(bytes.clone());
+            fake.always(fault);
+            let answer = get(&cache, &blob(&digest)).await;
+            let found = answer.status();
+            let text = answer.text().await.unwrap();
+            assert_eq!(found, status, "{fault:?} {size}: {text}");
+            assert!(text.contains(&fake.url), "{fault:?} {size}: {text}");
+            fake.always(Fault::None);
+            let answer = get(&cache, &blob(&digest)).await;
+            assert!(answer.bytes().await.unwrap() == bytes, "{fault:?} {size}");
+        }
+    }
+    // One that goes wrong now and then is asked again.
+    for (seed, fault) in (200..).zip([Fault::Flip(77), Fault::Short, Fault::Broken, Fault::Status(503)]) {
+        for size in SIZES {
+            let bytes = noise(seed * 10 + size as u64, size);
+            let digest = fake.put_blob(bytes.clone());
+            fake.next([fault]);
+            assert!(get(&cache, &blob(&digest)).await.bytes().await.unwrap() == bytes, "{fault:?} {size}");
+        }
+    }
+    let counters = cache.counters.clone().unwrap();
+    assert!(counters.upstream_corrupt.load(Ordering::Relaxed) >= 10);
+    cache.stop().await;
+}
+
+#[tokio::test]
+async fn manifests_that_arrive_wrong_are_refused_by_tag_and_by_digest() {
+    let dir = tempfile::tempdir().unwrap();
+    let fake = Fake::start().await;
+    let cache = Registry::start_with(cache_config(dir.path(), &[(&fake.url, dir.path())])).await;
+    let digest = fake.put_image("v1", &[Bytes::from_static(b"layer")], None);
+    fake.always(Fault::Flip(333));
+    for key in ["v1".to_owned(), digest.to_string()] {
+        let answer = get(&cache, &format!("/v2/app/manifests/{key}")).await;
+        assert_eq!(code(answer).await, (502, "DIGEST_INVALID".into()), "{key}");
+    }
+    fake.always(Fault::None);
+    let answer = get(&cache, "/v2/app/manifests/v1").await;
+    assert_eq!(Digest::of(&answer.bytes().await.unwrap()), digest);
+    cache.stop().await;
+}
+
+#[tokio::test]
+async fn the_next_upstream_has_what_the_first_lacks_or_spoils() {
+    let dir = tempfile::tempdir().unwrap();
+    let (first, second) = (Fake::start().await, Fake::start().await);
+    let gone = "http://127.0.0.1:9";
+    let order = [(gone, dir.path()), (first.url.as_str(), dir.path()), (second.url.as_str(), dir.path())];
+    let cache = Registry::start_with(cache_config(dir.path(), &order)).await;
+    let faults =
+        [Fault::None, Fault::Flip(9), Fault::Short, Fault::Broken, Fault::Status(500), Fault::Status(401)];
+    for (seed, fault) in (300..).zip(faults) {
+        for size in SIZES {
+            let bytes = noise(seed * 10 + size as u64, size);
+            let digest = second.put_blob(bytes.clone());
+            if fault != Fault::None {
+                first.put_blob(bytes.clone());
+            }
+            first.always(fault);
+            assert!(get(&cache, &blob(&digest)).await.bytes().await.unwrap() == bytes, "{fault:?} {size}");
+        }
+    }
+    // One that takes the question and says nothing costs a while.
+    let bytes = noise(390, 1_000);
+    let digest = second.put_blob(bytes.clone());
+    first.put_blob(bytes.clone());
+    first.always(Fault::Silent);
+    assert!(get(&cache, &blob(&digest)).await.bytes().await.unwrap() == bytes);
+    // Tags too; where both have one, the first's counts, unless it is still being left alone.
+    first.always(Fault::None);
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    let theirs = second.put_image("only-second", &[Bytes::from_static(b"2")], None);
+    second.put_image("both", &[Bytes::from_static(b"3")], None);
+    let ours = first.put_image("both", &[Bytes::from_static(b"4")], None);
+    for (tag, expected) in [("only-second", theirs), ("both", ours)] {
+        let answer = get(&cache, &format!("/v2/app/manifests/{tag}")).await;
+        assert_eq!(header(&answer, "docker-content-digest"), expected.to_string());
+    }
+    cache.stop().await;
+}
+
+#[tokio::test]
+async fn upstreams_that_know_no_ranges_are_read_from_the_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let fake = Fake::start().await;
+    fake.always(Fault::NoRanges);
+    let cache = Registry::start_with(cache_config(dir.path(), &[(&fake.url, dir.path())])).await;
+    let plain = Bytes::from(noise(81, 13 * MIB));
+    let listed = Bytes::from(noise(82, 13 * MIB));
+    fake.put_image("v1", &[listed.clone()], Some(4 * MIB));
+    fake.put_blob(plain.clone());
+    get(&cache, "/v2/app/manifests/v1").await;
+    for bytes in [&plain, &listed] {
+        let request = cache.request(Method::GET, &blob(&Digest::of(bytes)));
+        let answer = request.header("range", "bytes=9000000-9000099").send().await.unwrap();
+        assert_eq!(answer.bytes().await.unwrap(), bytes[9_000_000..9_000_100]);
+        assert!(get(&cache, &blob(&Digest::of(bytes))).await.bytes().await.unwrap() == *bytes);
+    }
+    cache.stop().await;
+}
+
+#[tokio::test]
+async fn what_is_here_is_served_without_the_upstream_and_the_rest_is_a_clear_503() {
+    let dir = tempfile::tempdir().unwrap();
+    let fake = Fake::start().await;
+    let layer = Bytes::from(noise(91, 9 * MIB));
+    fake.put_image("v1", &[layer.clone()], Some(MIB));
+    let cache = Registry::start_with(cache_config(dir.path(), &[(&fake.url, dir.path())])).await;
+    let manifest = get(&cache, "/v2/app/manifests/v1").await.bytes().await.unwrap();
+    let range = |first: usize, last: usize| {
+        let request = cache.request(Method::GET, &blob(&Digest::of(&layer)));
+        request.header("range", format!("bytes={first}-{last}")).send()
+    };
+    assert_eq!(range(MIB, 2 * MIB - 1).await.unwrap().status(), 206);
+    let (url, content) = (fake.url.clone(), fake.content.clone());
+    drop(fake);
+    let again = get(&cache, "/v2/app/manifests/v1").await;
+    assert!(header(&again, "warning").contains("upstream"));
+    assert_eq!(again.bytes().await.unwrap(), manifest);
+    assert_eq!(
+        range(MIB + 5, 2 * MIB - 7).await.unwrap().bytes().await.unwrap(),
+        layer[MIB + 5..2 * MIB - 6]
+    );
+    for answer in [range(0, 10).await.unwrap(), get(&cache, "/v2/app/manifests/v2").await] {
+        assert_eq!(answer.status(), 503);
+        let text = answer.text().await.unwrap();
+        assert!(text.contains("can't be asked") && text.contains(&url), "{text}");
+    }
+    // Pushes go on, and what is pushed is pulled.
+    let (own, _) = cache.put_image("app", "own", "seed").await;
+    let answer = get(&cache, "/v2/app/manifests/own").await;
+    assert_eq!(header(&answer, "docker-content-digest"), own.to_string());
+    let tags: serde_json::Value = get(&cache, "/v2/app/tags/list").await.json().await.unwrap();
+    assert_eq!(tags["tags"], serde_json::json!(["own", "v1"]));
+    // When it is back, so is the rest.
+    let _back = Fake::start_at(url.strip_prefix("http://").unwrap().parse().unwrap(), content).await;
+    let mut tries = 0;
+    loop {
+        let answer = range(0, 10).await.unwrap();
+        if answer.status() == 206 {
+            assert_eq!(answer.bytes().await.unwrap(), layer[..11]);
+            break;
+        }
+        tries += 1;
+        assert!(tries < 300, "{}", answer.text().await.unwrap());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    cache.stop().await;
+}
+
+#[tokio::test]
+async fn mirrors_are_asked_by_namespace() {
+    let dir = tempfile::tempdir().unwrap();
+    let (hub, plain) = (Fake::start().await, Fake::start().await);
+    let mut settings = cache_config(dir.path(), &[(&hub.url, dir.path()), (&plain.url, dir.path())]);
+    settings.upstreams[0].namespace = Some("docker.io".to_owned());
+    let cache = Registry::start_with(settings).await;
+    let theirs = hub.put_image("v1", &[Bytes::from_static(b"hub")], None);
+    let ours = plain.put_image("v1", &[Bytes::from_static(b"ours")], None);
+    for (path, expected) in [
+        ("/v2/docker.io/library/busybox/manifests/v1", &theirs),
+        ("/v2/library/busybox/manifests/v1?ns=docker.io", &theirs),
+        ("/v2/library/busybox/manifests/v1?ns=other.io", &ours),
+        ("/v2/library/busybox/manifests/v1", &ours),
+    ] {
+        let answer = get(&cache, path).await;
+        assert_eq!(header(&answer, "docker-content-digest"), expected.to_string(), "{path}");
+    }
+    let request = cache.request(Method::GET, "/v2/library/busybox/manifests/v1");
+    let answer = request.header("OCI-Namespace", "docker.io").send().await.unwrap();
+    assert_eq!(header(&answer, "docker-content-digest"), theirs.to_string());
+    cache.stop().await;
+}
+
+#[tokio::test]
+async fn a_full_disk_is_told_and_pieces_are_served_all_the_same() {
+    if !is_root() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let disk = Tmpfs::mount(&dir.path().join("cache"), 24);
+    let fake = Fake::start().await;
+    let layers: Vec<_> = (0..5).map(|seed| Bytes::from(noise(400 + seed, 8 * MIB + 1))).collect();
+    fake.put_image("v1", &layers, Some(MIB));
+    // The budget is larger than the disk.
+    let cache = Registry::start_with(cache_config(dir.path(), &[(&fake.url, dir.path())])).await;
+    get(&cache, "/v2/app/manifests/v1").await;
+    for layer in layers.iter().chain(&layers) {
+        assert!(get(&cache, &blob(&Digest::of(layer))).await.bytes().await.unwrap() == *layer);
+    }
+    let counters = cache.counters.clone().unwrap();
+    assert!(counters.disk_full.load(Ordering::Relaxed) > 0);
+    assert!(counters.evicted_pieces.load(Ordering::Relaxed) > 0);
+    // What has to be whole says what is wrong, and leaves nothing.
+    let large = fake.put_blob(noise(410, 30 * MIB));
+    let answer = get(&cache, &blob(&large)).await;
+    let (status, text) = (answer.status(), answer.text().await.unwrap());
+    assert!(status == 503 && text.contains("No space left"), "{status} {text}");
+    assert_eq!(std::fs::read_dir(dir.path().join("cache/incoming")).unwrap().count(), 0);
+    assert!(get(&cache, &blob(&Digest::of(&layers[0]))).await.bytes().await.unwrap() == layers[0]);
+    cache.stop().await;
+    drop(disk);
+}
+
+struct Tmpfs(std::path::PathBuf);
+
+impl Tmpfs {
+    fn mount(folder: &std::path::Path, mib: usize) -> Tmpfs {
+        std::fs::create_dir_all(folder).unwrap();
+        let options = format!("size={mib}m");
+        let flags = nix::mount::MsFlags::empty();
+        nix::mount::mount(Some("tmpfs"), folder, Some("tmpfs"), flags, Some(options.as_str())).unwrap();
+        Tmpfs(folder.to_owned())
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+#[tokio::test]
+async fn debians_docker_registry_can_be_the_upstream() {
+    use std::process::{Command, Stdio};
+    let dir = tempfile::tempdir().unwrap();
+    let program = "docker-registry";
+    if Command::new(program).arg("--version").stdout(Stdio::null()).status().is_err() {
+        panic!("this test needs {program}; run `cargo xtask setup`");
+    }
+    let port = std::net::TcpListener::bind(LOOPBACK).unwrap().local_addr().unwrap().port();
+    let settings = dir.path().join("config.yml");
+    let text = format!(
+        "version: 0.1\nlog: {{level: error, accesslog: {{disabled: true}}}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\n\
+         http: {{addr: '127.0.0.1:{port}'}}\n",
+        dir.path().join("theirs").display()
+    );
+    std::fs::write(&settings, text).unwrap();
+    let mut command = Command::new(program);
+    command.arg("serve").arg(&settings).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = Child(command.spawn().unwrap());
+    let url = format!("http://127.0.0.1:{port}");
+    anyplace_service::install_crypto_provider();
+    let http = reqwest::Client::builder().no_proxy().build().unwrap();
+    for attempt in 0.. {
+        if http.get(format!("{url}/v2/")).send().await.is_ok() {
+            break;
+        }
+        assert!(attempt < 300 && child.0.try_wait().unwrap().is_none(), "docker-registry didn't start");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let layer = Bytes::from(noise(500, 20 * MIB));
+    let config = Bytes::from_static(b"{}");
+    for bytes in [&layer, &config] {
+        let start = http.post(format!("{url}/v2/team/app/blobs/uploads/")).send().await.unwrap();
+        let location = header(&start, "location");
+        let and = if location.contains('?') { '&' } else { '?' };
+        let put = http.put(format!("{location}{and}digest={}", Digest::of(bytes))).body(bytes.clone());
+        assert_eq!(put.send().await.unwrap().status(), 201);
+    }
+    let manifest =
+        crate::support::manifest(&Digest::of(&config), config.len(), &[(&Digest::of(&layer), layer.len())]);
+    let put = http.put(format!("{url}/v2/team/app/manifests/v1")).body(manifest.clone());
+    let put = put.header("content-type", crate::support::OCI_MANIFEST).send().await.unwrap();
+    assert_eq!(put.status(), 201);
+    let cache_dir = dir.path().join("ours");
+    let cache = Registry::start_with(cache_config(&cache_dir, &[(&url, dir.path())])).await;
+    assert_eq!(get(&cache, "/v2/team/app/manifests/v1").await.bytes().await.unwrap(), manifest);
+    let path = format!("/v2/team/app/blobs/{}", Digest::of(&layer));
+    let part =
+        cache.request(Method::GET, &path).header("range", "bytes=9999999-12345678").send().await.unwrap();
+    assert_eq!(part.bytes().await.unwrap(), layer[9_999_999..12_345_679]);
+    assert!(get(&cache, &path).await.bytes().await.unwrap() == layer);
+    let counters = cache.counters.clone().unwrap();
+    assert_eq!(counters.upstream_bytes.load(Ordering::Relaxed), (layer.len() + manifest.len()) as u64);
+    let tags: serde_json::Value = get(&cache, "/v2/team/app/tags/list").await.json().await.unwrap();
+    assert_eq!(tags["tags"], serde_json::json!(["v1"]));
+    drop(child);
+    assert!(get(&cache, &path).await.bytes().await.unwrap() == layer);
+    cache.stop().await;
+}
+
+struct Child(std::process::Child);
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
