@@ -150,7 +150,7 @@ impl Cache {
 
 impl Inner {
     /// Asks the upstreams in turn, and all again where that may help.
-    async fn from_any<T, F>(
+    async fn ask_any<T, F>(
         &self,
         remotes: &[Arc<Remote>],
         repository: &str,

@@ -28,6 +28,11 @@ const PACKAGES: &[(&str, Sign, &str)] = &[
     ("buildah", Program("buildah"), "a foreign reader of packed layers"),
     ("podman", Program("podman"), "a foreign reader of packed layers"),
     ("zstd", Program("zstd"), "a foreign reader of packed layers"),
+    (
+        "docker-registry",
+        Program("docker-registry"),
+        "an upstream for the registry's tests, and a peer in its benches",
+    ),
     ("skopeo", Program("skopeo"), "the registry's tests with a foreign client"),
     ("podman", Program("podman"), "images out of and into another engine"),
     ("containerd", Program("ctr"), "the same with containerd"),

@@ -220,7 +220,7 @@ async fn load(inner: Arc<Inner>, repository: String, blob: Arc<Blob>, index: u32
         }
         None => {
             CacheCounters::one(&inner.counters.misses);
-            let fetched = inner.from_any(&inner.remotes, &repository, |remote, reference| {
+            let fetched = inner.ask_any(&inner.remotes, &repository, |remote, reference| {
                 fetch(inner.clone(), remote, reference, blob.clone(), index)
             });
             fetched.await?

@@ -85,7 +85,7 @@ impl Inner {
         }
         let (inner, name, wanted) = (self.clone(), repository.to_owned(), digest.clone());
         let fetching = async move {
-            let fetched = inner.from_any(&inner.remotes, &name, |remote, reference| {
+            let fetched = inner.ask_any(&inner.remotes, &name, |remote, reference| {
                 let reference = reference.at(&wanted);
                 async move { remote.ask(ONLY_ANSWER_TIMEOUT, remote.client.get_manifest(&reference)).await }
             });

@@ -122,7 +122,7 @@ impl Inner {
         }
         let (inner, name, wanted) = (self.clone(), repository.to_owned(), digest.clone());
         let asking = async move {
-            let found = inner.from_any(&inner.remotes, &name, |remote, reference| {
+            let found = inner.ask_any(&inner.remotes, &name, |remote, reference| {
                 let digest = wanted.clone();
                 async move {
                     let question = async {

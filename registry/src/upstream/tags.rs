@@ -74,7 +74,7 @@ impl Cache {
     pub(crate) async fn tags(&self, repository: &str) -> BTreeSet<String> {
         let (inner, name) = (self.inner.clone(), repository.to_owned());
         let asking = async move {
-            let listed = inner.from_any(&inner.remotes, &name, |remote, reference| async move {
+            let listed = inner.ask_any(&inner.remotes, &name, |remote, reference| async move {
                 remote.ask(ONLY_ANSWER_TIMEOUT, remote.client.list_tags(&reference)).await
             });
             listed.await.map(Arc::new)

@@ -173,7 +173,7 @@ async fn side_by_side(
         let (inner, remotes) = (inner.clone(), remotes.to_vec());
         let (repository, digest) = (repository.to_owned(), digest.clone());
         async move {
-            let fetched = inner.from_any(&remotes, &repository, |remote, reference| {
+            let fetched = inner.ask_any(&remotes, &repository, |remote, reference| {
                 let (inner, digest, range) = (inner.clone(), digest.clone(), range.clone());
                 async move {
                     inner.range_from(&remote, &reference, &digest, size, range, BEGIN_WHOLE_TIMEOUT).await

@@ -53,7 +53,8 @@ fn fill(fake: &Fake, blobs: usize) -> Vec<(String, Bytes)> {
     for index in 0..4 {
         let bytes = Bytes::from(noise(9_000 + index, (8 << 20) + 1_000_003));
         let tag = format!("v{index}");
-        let digest = fake.put_image(&tag, &[bytes.clone()], Some(1 << 20).filter(|_| index % 2 == 0));
+        let digest =
+            fake.put_image(&tag, std::slice::from_ref(&bytes), Some(1 << 20).filter(|_| index % 2 == 0));
         let manifest = fake.manifest(&tag);
         expected.push((format!("/v2/app/manifests/{tag}"), manifest.clone()));
         expected.push((format!("/v2/app/manifests/{digest}"), manifest));

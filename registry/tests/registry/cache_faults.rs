@@ -130,7 +130,7 @@ async fn upstreams_that_know_no_ranges_are_read_from_the_start() {
     let cache = Registry::start_with(cache_config(dir.path(), &[(&fake.url, dir.path())])).await;
     let plain = Bytes::from(noise(81, 13 * MIB));
     let listed = Bytes::from(noise(82, 13 * MIB));
-    fake.put_image("v1", &[listed.clone()], Some(4 * MIB));
+    fake.put_image("v1", std::slice::from_ref(&listed), Some(4 * MIB));
     fake.put_blob(plain.clone());
     get(&cache, "/v2/app/manifests/v1").await;
     for bytes in [&plain, &listed] {
@@ -147,7 +147,7 @@ async fn what_is_here_is_served_without_the_upstream_and_the_rest_is_a_clear_503
     let dir = tempfile::tempdir().unwrap();
     let fake = Fake::start().await;
     let layer = Bytes::from(noise(91, 9 * MIB));
-    fake.put_image("v1", &[layer.clone()], Some(MIB));
+    fake.put_image("v1", std::slice::from_ref(&layer), Some(MIB));
     let cache = Registry::start_with(cache_config(dir.path(), &[(&fake.url, dir.path())])).await;
     let manifest = get(&cache, "/v2/app/manifests/v1").await.bytes().await.unwrap();
     let range = |first: usize, last: usize| {

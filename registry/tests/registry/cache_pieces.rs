@@ -54,7 +54,7 @@ async fn a_range_costs_its_pieces_only() {
     let dir = tempfile::tempdir().unwrap();
     let fake = Fake::start().await;
     let layer = Bytes::from(noise(21, 20 * MIB + 77));
-    fake.put_image("v1", &[layer.clone()], Some(MIB));
+    fake.put_image("v1", std::slice::from_ref(&layer), Some(MIB));
     let cache = Registry::start_with(config(dir.path(), &[&fake.url])).await;
     fetch(&cache, "/v2/app/manifests/v1", None).await;
     let path = blob("app", &Digest::of(&layer));
@@ -181,14 +181,14 @@ async fn a_wrong_list_costs_time_and_not_content() {
     let layer = Bytes::from(noise(41, 10 * MIB));
     let other = noise(42, 10 * MIB);
     // Another repository's manifest says wrong pieces of the same blob; a third one a wrong size.
-    fake.put_image_with("evil", &[layer.clone()], &[Some(list(&other, MIB))]);
+    fake.put_image_with("evil", std::slice::from_ref(&layer), &[Some(list(&other, MIB))]);
     let digest = Digest::of(&layer);
     let cache = Registry::start_with(config(dir.path(), &[&fake.url])).await;
     fetch(&cache, "/v2/evil/manifests/evil", None).await;
     assert_eq!(fetch(&cache, &blob("evil", &digest), Some((100, 200))).await, layer[100..=200]);
     let counters = cache.counters.clone().unwrap();
     assert_eq!(counters.whole_fetches.load(Ordering::Relaxed), 1);
-    fake.put_image("good", &[layer.clone()], Some(MIB));
+    fake.put_image("good", std::slice::from_ref(&layer), Some(MIB));
     fetch(&cache, "/v2/good/manifests/good", None).await;
     let sent = fake.sent();
     assert_eq!(fetch(&cache, &blob("good", &digest), None).await, layer);
