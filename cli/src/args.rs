@@ -129,6 +129,9 @@ pub(crate) enum ClientCommand {
     /// Keep images on machines before anything asks for them
     #[command(subcommand)]
     Prewarm(PrewarmCommand),
+    /// Images on this machine: pull, pack, and look after the store
+    #[command(subcommand)]
+    Image(ImageCommand),
     /// Show what each location has and could take
     Capacity {
         #[command(flatten)]
@@ -336,6 +339,41 @@ pub(crate) enum JobsCommand {
         /// The job
         name: JobName,
     },
+}
+
+/// Images on this machine.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ImageCommand {
+    /// Pull an image into a store of its own, and mount it where asked
+    ///
+    /// For looking into images, and for machines without an agent; the agent pulls what it needs by itself.
+    Pull(ImagePullArgs),
+    /// Pack an image into a new OCI layout folder, without a registry
+    Pack {
+        /// As for `push`
+        #[arg(value_hint = ValueHint::AnyPath)]
+        source: String,
+        /// New folder
+        #[arg(value_hint = ValueHint::DirPath)]
+        layout: PathBuf,
+        #[command(flatten)]
+        output: OutputArg,
+    },
+}
+
+/// A pull into a store.
+#[derive(Debug, Args)]
+pub(crate) struct ImagePullArgs {
+    /// Image reference
+    pub(crate) image: String,
+    /// Folder of the store
+    #[arg(long, value_name = "FOLDER", value_hint = ValueHint::DirPath)]
+    pub(crate) store: PathBuf,
+    /// Mount the image there for reading; `umount` ends it
+    #[arg(long, value_name = "FOLDER", value_hint = ValueHint::DirPath)]
+    pub(crate) mount: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) output: OutputArg,
 }
 
 /// Warm images.

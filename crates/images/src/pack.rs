@@ -14,6 +14,7 @@ mod layout;
 mod mirror;
 mod pipe;
 mod repack;
+mod save;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -8,7 +8,7 @@ use super::objects::lock;
 use super::pull::PullStats;
 use super::{Documents, Inner};
 use crate::digest::Digest;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::manifest::ImageConfig;
 use crate::mount::{self, Mounter};
 
@@ -80,6 +80,17 @@ impl PulledImage {
         match &self.mounter {
             Mounter::Erofs => mount::mount_image(&self.mount, &self.objects, upper, work, target),
             Mounter::Folders { .. } => mount::mount_tree(&self.mount, upper, work, target),
+        }
+    }
+
+    /// Mounts the image at `target` for reading only. One umount ends it.
+    pub fn mount_read_only(&self, target: &Path) -> Result<()> {
+        match &self.mounter {
+            Mounter::Erofs => mount::mount_read_only(&self.mount, &self.objects, target),
+            Mounter::Folders { reason } => Err(Error::Unsupported {
+                what: format!("mounting an image for reading only on this kernel ({reason})"),
+                help: "use a kernel from 6.15 on".to_owned(),
+            }),
         }
     }
 }
