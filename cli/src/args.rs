@@ -130,8 +130,12 @@ pub(crate) enum ClientCommand {
     #[command(subcommand)]
     Prewarm(PrewarmCommand),
     /// Images on this machine: pull, pack, and look after the store
-    #[command(subcommand)]
-    Image(ImageCommand),
+    Image {
+        #[command(flatten)]
+        of: ImageStoreArgs,
+        #[command(subcommand)]
+        command: ImageCommand,
+    },
     /// Show what each location has and could take
     Capacity {
         #[command(flatten)]
@@ -359,6 +363,67 @@ pub(crate) enum ImageCommand {
         #[command(flatten)]
         output: OutputArg,
     },
+    #[command(flatten)]
+    Store(ImageStoreCommand),
+}
+
+/// Which store.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Store")]
+pub(crate) struct ImageStoreArgs {
+    /// Configuration of the machine agent, which is asked
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        default_value = "/etc/anyplace/machine-agent.toml",
+        value_hint = ValueHint::FilePath
+    )]
+    pub(crate) config: PathBuf,
+    /// Folder of a store that no agent has open
+    #[arg(long, global = true, value_name = "FOLDER", conflicts_with = "config", value_hint = ValueHint::DirPath)]
+    pub(crate) store: Option<PathBuf>,
+}
+
+/// Looking after a store.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ImageStoreCommand {
+    /// List images
+    Ls {
+        #[command(flatten)]
+        output: OutputArg,
+    },
+    /// Show what images take on disk, and what they share
+    Du {
+        #[command(flatten)]
+        output: OutputArg,
+    },
+    /// Show an image's layers and how it runs
+    Inspect {
+        /// Image reference
+        image: String,
+        #[command(flatten)]
+        output: OutputArg,
+    },
+    /// Show which files differ between two images, and what they share
+    Diff {
+        /// Image reference
+        first: String,
+        /// Image reference
+        second: String,
+        #[command(flatten)]
+        output: OutputArg,
+    },
+    /// Remove an image that nothing uses
+    Rm {
+        /// Image reference
+        image: String,
+    },
+    /// Hash everything again, and drop what is damaged
+    Verify {
+        #[command(flatten)]
+        output: OutputArg,
+    },
 }
 
 /// A pull into a store.
@@ -366,9 +431,6 @@ pub(crate) enum ImageCommand {
 pub(crate) struct ImagePullArgs {
     /// Image reference
     pub(crate) image: String,
-    /// Folder of the store
-    #[arg(long, value_name = "FOLDER", value_hint = ValueHint::DirPath)]
-    pub(crate) store: PathBuf,
     /// Mount the image there for reading; `umount` ends it
     #[arg(long, value_name = "FOLDER", value_hint = ValueHint::DirPath)]
     pub(crate) mount: Option<PathBuf>,

@@ -61,6 +61,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         prewarm_bytes_per_s: config.prewarm_rate.map(|rate| rate.0),
     };
     let store = open_store(&paths.images(), options).await?;
+    let images = store.clone();
 
     let mut conditions = Vec::new();
     let cgroups = Cgroups::detect(Path::new(cgroup::MOUNT))
@@ -104,7 +105,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         }
     }
 
-    let api = Api { board: board.clone(), paths, token: TokenHash::of(&token), shutdown: shutdown.clone() };
+    let (token, shutdown_api) = (TokenHash::of(&token), shutdown.clone());
+    let api = Api { board: board.clone(), paths, store: images, token, shutdown: shutdown_api };
     let mut services = JoinSet::new();
     services.spawn(serve(ctx.config.listen, api::router(api), shutdown.clone()));
     let reporter = report::run(client.clone(), board, frame(&ctx), settled);

@@ -1,8 +1,11 @@
-//! The agent's own API, for its location scheduler: the instances and their logs.
+//! The agent's own API: instances and their logs, for its location scheduler; images, for `anyplace image`.
+
+mod images;
 
 use std::sync::Arc;
 
 use anyplace_api::{ErrorCode, LogQuery, Problem};
+use anyplace_images::Store;
 use anyplace_model::{InstanceId, InstanceStatus};
 use anyplace_service::{Failure, Json, Query, TokenHash, bearer, healthz, not_found, text_stream};
 use axum::{
@@ -20,6 +23,7 @@ use crate::{board::Board, logs, paths::Paths};
 pub(crate) struct Api {
     pub(crate) board: Arc<Board>,
     pub(crate) paths: Paths,
+    pub(crate) store: Store,
     pub(crate) token: TokenHash,
     pub(crate) shutdown: CancellationToken,
 }
@@ -28,6 +32,7 @@ pub(crate) fn router(api: Api) -> Router {
     Router::new()
         .route("/v1/instances", get(instances))
         .route("/v1/instances/{instance}/logs", get(instance_logs))
+        .merge(images::routes())
         .route("/healthz", get(healthz))
         .fallback(not_found)
         .with_state(Arc::new(api))

@@ -1,5 +1,7 @@
 //! `image ...`: images on this machine.
 
+mod store;
+
 use std::{
     path::Path,
     time::{Duration, Instant},
@@ -13,16 +15,21 @@ use anyplace_model::Bytes;
 use serde::Serialize;
 
 use crate::{
-    args::{ImageCommand, ImagePullArgs},
+    args::{ImageCommand, ImagePullArgs, ImageStoreArgs},
     context::Session,
     output::{self, Format, size},
     progress,
 };
 
-pub(super) async fn run(session: &Session, command: ImageCommand) -> anyhow::Result<()> {
+pub(super) async fn run(session: &Session, of: &ImageStoreArgs, command: ImageCommand) -> anyhow::Result<()> {
     match command {
-        ImageCommand::Pull(args) => pull(session, args).await,
+        ImageCommand::Pull(args) => {
+            let folder =
+                of.store.as_deref().context("--store: expected the folder of a store to pull into")?;
+            pull(session, folder, args).await
+        }
         ImageCommand::Pack { source, layout, output } => pack(session, &source, &layout, output.format).await,
+        ImageCommand::Store(command) => store::run(command, of).await,
     }
 }
 
@@ -39,10 +46,10 @@ struct Pulled {
     mount_ms: Option<f64>,
 }
 
-async fn pull(session: &Session, args: ImagePullArgs) -> anyhow::Result<()> {
+async fn pull(session: &Session, folder: &Path, args: ImagePullArgs) -> anyhow::Result<()> {
     let reference: Reference = args.image.parse()?;
     let client = session.registry()?;
-    let store = Store::open(&args.store, Options::default())?;
+    let store = Store::open(folder, Options::default())?;
     let options = PullOptions { progress: progress::for_stderr(), class: PullClass::Live };
     let begun = Instant::now();
     let image = store.pull(&reference, &client, &options).await?;

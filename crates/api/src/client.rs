@@ -137,6 +137,20 @@ impl Client {
         response.json().await.map_err(|error| self.broken(path, error.to_string()))
     }
 
+    /// Asks something that may take its time, and reads a JSON answer.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn slow<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        query: &[(&str, &str)],
+    ) -> Result<T, ClientError> {
+        let response = self.send(self.request(method, path).query(query), path).await?;
+        response.json().await.map_err(|error| self.broken(path, error.to_string()))
+    }
+
     async fn no_content<B: Serialize>(
         &self,
         method: Method,

@@ -15,6 +15,7 @@ pub use global::{
     LocationShare, LogQuery, NewToken, PrewarmQuery, PrewarmShare, PrewarmView, Role, TokenRequest,
     TokenScope,
 };
+pub use reqwest::Method;
 pub use watch::{WatchEvent, WatchQuery, Watcher};
 
 /// Prefix of all paths of this version.

@@ -11,6 +11,7 @@ mod cache_pieces;
 mod connections;
 mod fake;
 mod images;
+mod interop;
 mod skopeo;
 mod spec;
 mod storage_full;

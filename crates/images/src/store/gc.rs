@@ -20,7 +20,7 @@ use crate::reference::Reference;
 const TOUCH_EVERY: Duration = Duration::from_secs(60);
 
 /// What an image takes on disk.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Usage {
     /// Which image.
     pub image: StoredImage,

@@ -13,7 +13,7 @@ use crate::reference::Reference;
 use crate::tree::{Content, Kind, Node, NodeId, Tree};
 
 /// What is known of an image in the store.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Inspected {
     /// Its name and digests.
     pub image: StoredImage,
@@ -28,7 +28,7 @@ pub struct Inspected {
 }
 
 /// A layer of an image.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct InspectedLayer {
     /// Digest of the blob.
     pub digest: Digest,
@@ -43,7 +43,7 @@ pub struct InspectedLayer {
 }
 
 /// What differs between two images.
-#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Diff {
     /// Paths that only the second has.
     pub added: Vec<String>,

@@ -19,7 +19,7 @@ use crate::mount::Mounter;
 use crate::tree::{Content, Kind, Tree};
 
 /// What [`Store::verify`] found.
-#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Verified {
     /// Images that were looked at.
     pub images: u64,
