@@ -209,7 +209,7 @@ impl Control {
             };
             tracing::info!(%instance, "found an instance");
             self.ctx.claims.claim(assignment.address, &instance);
-            let image = image.and_then(|manifest| self.ctx.images.hold(&manifest));
+            let image = image.and_then(|manifest| self.ctx.images.hold(&manifest)).map(Box::new);
             self.spawn(assignment, Origin::Found { restarts, image, settled: settling.clone() });
         }
     }

@@ -107,7 +107,7 @@ pub(crate) enum Origin {
     /// An earlier agent left it. The sender is dropped once it is known what it is like now.
     Found {
         restarts: u32,
-        image: Option<PulledImage>,
+        image: Option<Box<PulledImage>>,
         settled: mpsc::Sender<()>,
     },
 }
@@ -130,7 +130,7 @@ pub(crate) async fn run(
     let paths = ctx.paths.instance(&assignment.instance);
     let (restarts, image, mut settled) = match origin {
         Origin::New => (0, None, None),
-        Origin::Found { restarts, image, settled } => (restarts, image, Some(settled)),
+        Origin::Found { restarts, image, settled } => (restarts, image.map(|image| *image), Some(settled)),
     };
     let has_readiness = assignment.health.readiness.is_some();
     let mut task = Task {

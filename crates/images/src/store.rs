@@ -31,6 +31,7 @@ mod plan;
 mod pool;
 mod pull;
 mod recover;
+mod resolve;
 mod stream;
 mod table;
 mod verify;

@@ -16,7 +16,7 @@ use zstd_chunked::TarSplit;
 use super::import::Written;
 use super::objects::{ObjectId, Objects};
 use super::plan::{Planned, Source};
-use super::pool::{PullClass, spawn};
+use super::pool::{Priority, spawn};
 use super::table::{self, Content, Entry, Kind, Table};
 use super::work::{Done, Run, mismatch};
 use crate::digest::{Digest, Hasher};
@@ -25,7 +25,7 @@ use crate::error::{Error, Result};
 /// Buffers that wait for the hash of a large file.
 const WAITING: usize = 2;
 /// Zeros that are hashed at a time.
-const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// Where the next piece of work's result comes from.
 pub(super) struct Step {
@@ -37,7 +37,7 @@ pub(super) struct Step {
 /// Takes all results in order. Blocks.
 pub(super) fn assemble(
     objects: &Arc<Objects>,
-    class: PullClass,
+    priority: Priority,
     tar_split: &TarSplit,
     entries: Vec<Entry>,
     files: Vec<Planned>,
@@ -46,7 +46,7 @@ pub(super) fn assemble(
 ) -> Result<(Table, Written)> {
     let state = Rc::new(RefCell::new(State {
         objects: objects.clone(),
-        class,
+        priority,
         steps,
         runs: VecDeque::new(),
         large: None,
@@ -91,7 +91,7 @@ impl io::Write for Archive {
 
 struct State {
     objects: Arc<Objects>,
-    class: PullClass,
+    priority: Priority,
     steps: Receiver<Step>,
     /// Contents that came and are still to be read.
     runs: VecDeque<(Run, usize)>,
@@ -205,6 +205,7 @@ impl State {
 
     /// Waits for the next piece of work.
     fn next(&mut self) -> Result<()> {
+        self.priority.keep_up();
         let step = self.steps.recv().map_err(|_| Error::Cancelled)?;
         if let (Some(file), Some(large)) = (step.large, &mut self.large) {
             large.file = Some(file);
@@ -243,7 +244,7 @@ impl State {
     ) -> Result<()> {
         let (runs, waiting) = sync_channel(WAITING);
         let (sender, hash) = sync_channel(1);
-        spawn(self.class, "images-hash", move || {
+        spawn(self.priority.now(), "images-hash", move || {
             let _ = sender.send(hash_runs(&waiting));
         })?;
         self.large = Some(Large { file: None, entry, id, size, chunks, runs, hash });

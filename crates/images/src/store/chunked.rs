@@ -23,11 +23,11 @@ use super::assemble::{Step, assemble};
 use super::dirty::Writing;
 use super::import::Written;
 use super::plan::{self, Plan, Work};
-use super::pull::{Pull, Turn, blocking, on_thread};
+use super::pool::Priority;
+use super::pull::{Fetch, Pull, blocking, on_thread};
 use super::table::Table;
 use super::work::{self, Ready};
 use super::{Inner, Lane};
-use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::manifest::Descriptor;
 use crate::progress::Item;
@@ -46,26 +46,24 @@ struct Tables {
 impl Pull {
     /// Fetches what is missing of a layer. None where it has to be fetched whole: it has no table of contents, the
     /// registry knows no ranges, or the table has more than is accepted.
-    pub(super) async fn fetch_missing(
-        &self,
-        layer: &Descriptor,
-        diff_id: &Digest,
-        item: &Item,
-        lane: &Arc<Lane>,
-        turn: &Turn,
-    ) -> Result<Option<(Table, Written)>> {
+    pub(super) async fn fetch_missing(&self, of: Fetch<'_>) -> Result<Option<(Table, Written)>> {
+        let Fetch { layer, item, lane, .. } = of;
         let Some(tables) = self.tables(layer, lane).await? else { return Ok(None) };
         let tables = Arc::new(tables);
+        // While the parts arrive: nothing is kept before it is done.
+        let of_check = tables.clone();
+        let mut checking = tokio::task::spawn_blocking(move || of_check.tar_split.check(&of_check.toc));
         // The second time without what turned out to be damaged.
         for last in [false, true] {
-            let (inner, pins, of) = (self.inner.clone(), self.pins.clone(), tables.clone());
+            let (inner, pins, tables_of) = (self.inner.clone(), self.pins.clone(), tables.clone());
             let layer_bytes = layer.size;
-            let plan = blocking(move || plan::plan(&inner, &pins, &of.toc, layer_bytes)).await?;
+            let plan = blocking(move || plan::plan(&inner, &pins, &tables_of.toc, layer_bytes)).await?;
             let Some(mut plan) = plan else { return Ok(None) };
             let (used, reused) = (std::mem::take(&mut plan.used), plan.reused);
             self.progress.started(item, plan.parts.iter().map(|part| part.end - part.start).sum());
-            match self.execute(layer, diff_id, item, lane, turn, plan, &tables).await {
+            match self.execute(of, plan, &tables).await {
                 Ok(done) => {
+                    (&mut checking).await.map_err(|_| Error::Cancelled)?.map_err(Error::Table)?;
                     self.counters.reuse(reused);
                     return Ok(Some(done));
                 }
@@ -84,7 +82,7 @@ impl Pull {
     }
 
     /// Table of contents and tar-split.
-    async fn tables(&self, layer: &Descriptor, lane: &Lane) -> Result<Option<Tables>> {
+    async fn tables(&self, layer: &Descriptor, lane: &Arc<Lane>) -> Result<Option<Tables>> {
         let annotations = layer.annotations.clone().unwrap_or_default();
         let Some(annotations) = Annotations::from_map(&annotations).map_err(Error::Table)? else {
             return Ok(None);
@@ -114,7 +112,6 @@ impl Pull {
             let toc = read_toc(&toc, &annotations, &limits).map_err(Error::Table)?;
             let tar_split = section(annotations.positions.tar_split).to_vec();
             let tar_split = read_tar_split(tar_split, &toc, &annotations, &limits).map_err(Error::Table)?;
-            tar_split.check(&toc).map_err(Error::Table)?;
             Ok(Tables { toc, tar_split })
         });
         match read.await {
@@ -133,7 +130,7 @@ impl Pull {
         layer: &Descriptor,
         range: std::ops::Range<u64>,
         item: Option<&Item>,
-        lane: &Lane,
+        lane: &Arc<Lane>,
     ) -> Result<Option<Bytes>> {
         let length = usize::try_from(range.end - range.start).map_err(|_| Error::Cancelled)?;
         let mut blob = self.client.get_blob_range(&self.reference, &layer.digest, range).await?;
@@ -151,32 +148,25 @@ impl Pull {
         Ok(Some(bytes.into()))
     }
 
-    #[allow(clippy::too_many_arguments)]
-    async fn execute(
-        &self,
-        layer: &Descriptor,
-        diff_id: &Digest,
-        item: &Item,
-        lane: &Arc<Lane>,
-        turn: &Turn,
-        plan: Plan,
-        tables: &Arc<Tables>,
-    ) -> Result<(Table, Written)> {
+    async fn execute(&self, of: Fetch<'_>, plan: Plan, tables: &Arc<Tables>) -> Result<(Table, Written)> {
+        let Fetch { layer, diff_id, item, lane, turn } = of;
         let Plan { entries, files, work, parts, .. } = plan;
         // Parts that wait here are in memory.
         let (sender, arriving) = mpsc::channel(1);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let (steps, in_order) = sync_channel(2 * cores);
-        let (inner, class, writing) = (self.inner.clone(), self.class, self.writing.clone());
+        let (inner, writing) = (self.inner.clone(), self.writing.clone());
+        let (priority, class) = (self.priority(lane), self.priority(lane).now());
+        let of_dispatch = priority.clone();
         let dispatching = on_thread(class, "images-dispatch", move || {
-            dispatch(&inner, class, &writing, work, arriving, &steps)
+            dispatch(&inner, &of_dispatch, &writing, work, arriving, &steps)
         })?;
         let (inner, of, id) = (self.inner.clone(), tables.clone(), diff_id.clone());
         // The turn goes along: when this pull is given up, the next one waits until its threads have noticed.
         let held = (turn.clone(), self.writing.clone());
         let assembling = on_thread(class, "images-assemble", move || {
             let _held = held;
-            assemble(&inner.objects, class, &of.tar_split, entries, files, in_order, &id)
+            assemble(&inner.objects, priority, &of.tar_split, entries, files, in_order, &id)
         })?;
         let downloaded = async {
             // A list, because the compiler can't see that a future made inside a closure may change threads.
@@ -213,13 +203,12 @@ impl Pull {
 /// Hands work to the pool as its parts arrive, and to the assembly where each result will come from. Blocks.
 fn dispatch(
     inner: &Inner,
-    class: super::PullClass,
+    priority: &Priority,
     writing: &Arc<Writing>,
     work: Vec<Work>,
     mut arriving: mpsc::Receiver<Bytes>,
     steps: &SyncSender<Step>,
 ) -> Result<()> {
-    let pool = inner.pools.of(class);
     let mut parts = VecDeque::new();
     // Number of the first part in `parts`.
     let mut first = 0;
@@ -249,7 +238,7 @@ fn dispatch(
             return Ok(());
         }
         let (objects, out, writing) = (inner.objects.clone(), large.clone(), writing.clone());
-        pool.run(move |worker| {
+        inner.pools.of(priority.now()).run(move |worker| {
             let _writing = writing;
             // Nobody listens where the pull failed already.
             let _ = sender.send(work::run(worker, &objects, ready, out.as_deref()));

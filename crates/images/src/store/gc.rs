@@ -130,7 +130,7 @@ impl Inner {
                 }
                 Ok(())
             },
-            |stray| remove(stray),
+            remove,
         )?;
         let mut freed = 0;
         for id in loose {

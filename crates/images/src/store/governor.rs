@@ -5,7 +5,7 @@
 //! to wait stops reading, and TCP slows the registry down.
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use super::objects::lock;
@@ -110,11 +110,6 @@ impl State {
             (self.bytes, self.since) = (0, now);
         }
     }
-}
-
-/// Whether something live waits for what is being prewarmed.
-pub(super) fn is_urgent(flags: &[&AtomicBool]) -> bool {
-    flags.iter().any(|flag| flag.load(Ordering::Relaxed))
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use super::archive::Archive;
 use super::dirty::Writing;
 use super::entry::{self, Shape, Usage};
 use super::objects::{ObjectId, Objects, Pins, write_with_holes};
-use super::pool::{Pool, PullClass, spawn};
+use super::pool::{Pools, Priority, spawn};
 use super::stream::ChannelReader;
 use super::table::{self, Content, Kind, Table};
 use crate::digest::{Digest, Hasher};
@@ -39,8 +39,8 @@ const WINDOW_LOG_MAX: u32 = 27;
 pub(super) struct Target<'a> {
     pub(super) objects: &'a Arc<Objects>,
     pub(super) pins: &'a Arc<Pins>,
-    pub(super) pool: &'a Pool,
-    pub(super) class: PullClass,
+    pub(super) pools: &'a Pools,
+    pub(super) priority: &'a Priority,
     /// Held by whatever writes.
     pub(super) writing: &'a Arc<Writing>,
 }
@@ -65,7 +65,8 @@ pub(super) fn import(
     target: &Target<'_>,
 ) -> Result<(Table, Written)> {
     let (blocks, decompressed) = sync_channel(BLOCKS_WAITING);
-    spawn(target.class, "images-decode", move || decompress(reader, &blocks))?;
+    let priority = target.priority.clone();
+    spawn(target.priority.now(), "images-decode", move || decompress(reader, &blocks, &priority))?;
     let input =
         Blocks { receiver: decompressed, current: Vec::new(), at: 0, hasher: diff_id.hasher(), end: false };
     let mut archive = Archive::new(input);
@@ -91,6 +92,7 @@ pub(super) fn import(
                 expected += 1;
             }
         }
+        target.priority.keep_up();
         // A write that failed ends the import at once.
         while let Ok(done) = results.try_recv() {
             settle(&mut table, done, &mut written)?;
@@ -152,7 +154,7 @@ impl Files<'_> {
         }
         let (objects, pins) = (self.target.objects.clone(), self.target.pins.clone());
         let (finished, writing) = (self.finished.clone(), self.target.writing.clone());
-        self.target.pool.run(move |_| {
+        self.target.pools.of(self.target.priority.now()).run(move |_| {
             let _writing = writing;
             for (index, bytes) in batch {
                 let done = store_small(&objects, &pins, ObjectId::of(&bytes), bytes, Vec::new());
@@ -167,7 +169,7 @@ impl Files<'_> {
         let (blocks, waiting) = sync_channel::<Vec<u8>>(BLOCKS_WAITING);
         let (objects, pins) = (self.target.objects.clone(), self.target.pins.clone());
         let (finished, writing) = (self.finished.clone(), self.target.writing.clone());
-        let writer = spawn(self.target.class, "images-large", move || {
+        let writer = spawn(self.target.priority.now(), "images-large", move || {
             let _writing = writing;
             let done = write_large(&objects, &pins, file, size, &waiting);
             let _ = finished.send(done.map(|(file, written)| (index, file, written)));
@@ -234,9 +236,10 @@ fn write_large(
 /// Decompressed blocks, or why there are no more; an empty block is the end.
 type Block = io::Result<Vec<u8>>;
 
-fn decompress(reader: ChannelReader, blocks: &SyncSender<Block>) {
+fn decompress(reader: ChannelReader, blocks: &SyncSender<Block>, priority: &Priority) {
     let result = decompressor(reader).and_then(|mut input| {
         loop {
+            priority.keep_up();
             let mut block = vec![0; BLOCK_BYTES];
             let mut filled = 0;
             while filled < block.len() {

@@ -10,11 +10,12 @@ use std::sync::Arc;
 
 use zstd_chunked::{EntryType, Toc};
 
+use super::Inner;
 use super::entry::{self, Usage};
 use super::import::INLINE_MAX_BYTES;
+use super::known::{Found, Lookup};
 use super::objects::{ObjectId, Pins};
 use super::table::{self, Content, Entry, Kind};
-use super::{Inner, known::Found};
 use crate::error::{Error, Result};
 
 /// Ranges with at most this much between them are fetched together: a request costs more than these bytes.
@@ -110,9 +111,15 @@ pub(super) struct Plan {
 
 /// Plans a layer. None where it can't be pulled in parts, for a reason that isn't hostile.
 pub(super) fn plan(inner: &Inner, pins: &Pins, toc: &Toc, layer_bytes: u64) -> Result<Option<Plan>> {
-    let mut planner =
-        Planner { plan: Plan::default(), batch: Vec::new(), batch_bytes: 0, coming: HashSet::new() };
-    let mut known = inner.known()?;
+    let mut planner = Planner {
+        inner,
+        pins,
+        known: inner.known()?,
+        plan: Plan::default(),
+        batch: Vec::new(),
+        batch_bytes: 0,
+        coming: HashSet::new(),
+    };
     let (mut usage, contents_max) = (Usage::default(), entry::contents_max(layer_bytes));
     let mut files = toc.files().peekable();
     for (at, found) in toc.entries.iter().enumerate() {
@@ -153,14 +160,14 @@ pub(super) fn plan(inner: &Inner, pins: &Pins, toc: &Toc, layer_bytes: u64) -> R
             1 => Vec::new(),
             _ => pieces.iter().map(|p| table::Chunk { size: p.size, id: p.digest.into() }).collect(),
         };
-        let source = planner.here(inner, pins, &mut known, id, size, &chunks, &mut entry);
+        let source = planner.here(id, size, &chunks, &mut entry);
         planner.plan.entries.push(entry);
         let source = match source {
             Some(source) => source,
             None => {
                 let mut missing = Missing { entry: index, id, size, chunks, pieces: Vec::new() };
                 for piece in pieces {
-                    missing.pieces.push(planner.piece(inner, pins, &mut known, piece)?);
+                    missing.pieces.push(planner.piece(piece)?);
                 }
                 planner.missing(missing)
             }
@@ -171,7 +178,10 @@ pub(super) fn plan(inner: &Inner, pins: &Pins, toc: &Toc, layer_bytes: u64) -> R
     Ok(Some(planner.plan))
 }
 
-struct Planner {
+struct Planner<'a> {
+    inner: &'a Inner,
+    pins: &'a Pins,
+    known: Lookup<'a>,
     plan: Plan,
     batch: Vec<Missing>,
     batch_bytes: u64,
@@ -179,27 +189,24 @@ struct Planner {
     coming: HashSet<ObjectId>,
 }
 
-impl Planner {
+impl Planner<'_> {
     /// A file that is here already.
     fn here(
         &mut self,
-        inner: &Inner,
-        pins: &Pins,
-        known: &mut super::known::Lookup<'_>,
         id: ObjectId,
         size: u64,
         chunks: &[table::Chunk],
         entry: &mut Entry,
     ) -> Option<Source> {
         let source = if size <= INLINE_MAX_BYTES {
-            match known.find(&id, size) {
+            match self.known.find(&id, size) {
                 Some(Found::Inline(bytes)) => Source::Inline(bytes),
                 _ => return None,
             }
         } else {
             if !self.coming.contains(&id) {
-                pins.add(&id);
-                if !inner.objects.has(&id, size) {
+                self.pins.add(&id);
+                if !self.inner.objects.has(&id, size) {
                     self.coming.insert(id);
                     return None;
                 }
@@ -216,19 +223,13 @@ impl Planner {
         Some(source)
     }
 
-    fn piece(
-        &mut self,
-        inner: &Inner,
-        pins: &Pins,
-        known: &mut super::known::Lookup<'_>,
-        chunk: zstd_chunked::Chunk,
-    ) -> Result<Piece> {
+    fn piece(&mut self, chunk: zstd_chunked::Chunk) -> Result<Piece> {
         let (id, size) = (ObjectId::from(chunk.digest), chunk.size);
-        let local = match known.find(&id, size).filter(|_| !chunk.zeros) {
+        let local = match self.known.find(&id, size).filter(|_| !chunk.zeros) {
             Some(Found::Inline(bytes)) => Some(From::Inline(bytes)),
             Some(Found::Object { object, object_size, offset }) => {
-                pins.add(&object);
-                inner.objects.has(&object, object_size).then(|| {
+                self.pins.add(&object);
+                self.inner.objects.has(&object, object_size).then(|| {
                     self.plan.used.push(object);
                     From::Object { object, offset }
                 })

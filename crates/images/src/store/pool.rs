@@ -2,10 +2,13 @@
 //!
 //! Jobs wait in a short queue; whoever hands one over waits when it is full, which is what bounds memory.
 
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, OnceLock};
 
+use super::Lane;
 use super::objects::lock;
 use crate::error::{Error, Result};
 
@@ -17,6 +20,34 @@ pub enum PullClass {
     Live,
     /// Nothing waits for it: it leaves network and CPU to live pulls.
     Prewarm,
+}
+
+/// The priority of a pull, which rises when something live waits for what was only prewarmed.
+#[derive(Clone)]
+pub(super) struct Priority {
+    pub(super) class: PullClass,
+    /// What the pull fetches: image and layer.
+    pub(super) lanes: [Arc<Lane>; 2],
+}
+
+impl Priority {
+    /// The class that the pull has now.
+    pub(super) fn now(&self) -> PullClass {
+        let hurry = self.lanes.iter().any(|lane| lane.urgent.load(Ordering::Relaxed));
+        if hurry { PullClass::Live } else { self.class }
+    }
+
+    /// Raises this thread's priority where the pull's has risen since it was started.
+    pub(super) fn keep_up(&self) {
+        if STEPPED_BACK.get() && self.now() == PullClass::Live {
+            step(NORMAL, NO_IO_CLASS);
+            STEPPED_BACK.set(false);
+        }
+    }
+}
+
+thread_local! {
+    static STEPPED_BACK: Cell<bool> = const { Cell::new(false) };
 }
 
 /// What a thread keeps from job to job.
@@ -84,22 +115,26 @@ pub(super) fn spawn(
 ) -> Result<std::thread::JoinHandle<()>> {
     let start = move || {
         if class == PullClass::Prewarm {
-            step_back();
+            step(LOWEST, IO_IDLE);
+            STEPPED_BACK.set(true);
         }
         body();
     };
     std::thread::Builder::new().name(name.to_owned()).spawn(start).map_err(Error::io("starting", name))
 }
 
-/// Gives this thread the lowest priority for CPU and disk. Where that fails, the work is done all the same.
-fn step_back() {
+/// Nice values, and classes of I/O in the upper bits of a priority (3 is idle, 0 follows the nice value).
+const LOWEST: libc::c_int = 19;
+const NORMAL: libc::c_int = 0;
+const IO_IDLE: libc::c_long = 3 << 13;
+const NO_IO_CLASS: libc::c_long = 0;
+
+/// Gives this thread a priority for CPU and disk. Where that fails, the work is done all the same.
+fn step(nice: libc::c_int, io: libc::c_long) {
     const IOPRIO_WHO_PROCESS: libc::c_long = 1;
-    /// Class 3 (idle) in the upper bits.
-    const IDLE: libc::c_long = 3 << 13;
-    const LOWEST: libc::c_int = 19;
     // SAFETY: both calls take numbers only; 0 is the calling thread.
     unsafe {
-        libc::setpriority(libc::PRIO_PROCESS, 0, LOWEST);
-        libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0 as libc::c_long, IDLE);
+        libc::setpriority(libc::PRIO_PROCESS, 0, nice);
+        libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0 as libc::c_long, io);
     }
 }

@@ -7,24 +7,22 @@ use std::time::SystemTime;
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 
 use super::dirty::Writing;
-use super::governor::is_urgent;
 use super::import::{self, Target, Written};
 use super::objects::{Pins, lock};
-use super::pool::{PullClass, spawn};
+use super::pool::{Priority, PullClass, spawn};
+use super::resolve::{check_layer_type, choose_platform};
 use super::stream::{Message, channel};
 use super::table::Table;
 use super::{Inner, Lane, Listed, PulledImage, Store, StoredImage};
 use crate::client::{Client, RawManifest};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
-use crate::manifest::{self, Descriptor, ImageConfig, Index, MANIFEST_MAX_BYTES, Manifest, Platform};
+use crate::manifest::{self, Descriptor, ImageConfig, MANIFEST_MAX_BYTES, Manifest};
 use crate::progress::{Item, NoProgress, SharedProgress, Stage};
 use crate::reference::Reference;
 
 /// Layers that are fetched at once.
 const PARALLEL: usize = 4;
-/// Deepest nesting of indexes that is followed.
-const INDEX_DEPTH_MAX: usize = 3;
 
 /// How to pull.
 #[derive(Clone)]
@@ -52,7 +50,7 @@ pub struct PullStats {
     pub layer_bytes: u64,
     /// Bytes of layers that came from the registry.
     pub bytes_fetched: u64,
-    /// Bytes of files and chunks (uncompressed) that were found here in place of fetching them.
+    /// Bytes of files and chunks (uncompressed) that were found here, or twice in a layer, in place of fetching them.
     pub bytes_reused: u64,
     /// Files of the layers that were fetched.
     pub files: u64,
@@ -78,6 +76,16 @@ impl Counters {
 
 /// The right to fetch a layer.
 pub(super) type Turn = Arc<tokio::sync::OwnedMutexGuard<()>>;
+
+/// A layer that is being fetched.
+#[derive(Clone, Copy)]
+pub(super) struct Fetch<'a> {
+    pub(super) layer: &'a Descriptor,
+    pub(super) diff_id: &'a Digest,
+    pub(super) item: &'a Item,
+    pub(super) lane: &'a Arc<Lane>,
+    pub(super) turn: &'a Turn,
+}
 
 /// What the parts of one pull share.
 pub(super) struct Pull {
@@ -339,11 +347,12 @@ impl Pull {
             self.progress.skipped(&item, layer.size);
             return Ok(table);
         }
-        let (table, written) = match self.fetch_missing(layer, diff_id, &item, &lane, &turn).await? {
+        let of = Fetch { layer, diff_id, item: &item, lane: &lane, turn: &turn };
+        let (table, written) = match self.fetch_missing(of).await? {
             Some(done) => done,
             None => {
                 self.progress.started(&item, layer.size);
-                self.fetch_whole(layer, diff_id, &item, &lane, &turn).await?
+                self.fetch_whole(of).await?
             }
         };
         self.counters.files.fetch_add(written.files, Ordering::Relaxed);
@@ -361,24 +370,18 @@ impl Pull {
     }
 
     /// Fetches a layer from its first to its last byte.
-    async fn fetch_whole(
-        &self,
-        layer: &Descriptor,
-        diff_id: &Digest,
-        item: &Item,
-        lane: &Arc<Lane>,
-        turn: &Turn,
-    ) -> Result<(Table, Written)> {
+    async fn fetch_whole(&self, of: Fetch<'_>) -> Result<(Table, Written)> {
+        let Fetch { layer, diff_id, item, lane, turn } = of;
         let mut blob = self.client.get_blob(&self.reference, &layer.digest, Some(layer.size)).await?;
         let (sender, reader) = channel();
-        let (inner, pins, class) = (self.inner.clone(), self.pins.clone(), self.class);
+        let (inner, pins, priority) = (self.inner.clone(), self.pins.clone(), self.priority(lane));
         let (diff_id, size) = (diff_id.clone(), layer.size);
         // The turn goes along: when this pull is given up, the next one waits until the import has noticed.
         let (turn, writing) = (turn.clone(), self.writing.clone());
-        let importing = on_thread(class, "images-import", move || {
+        let importing = on_thread(priority.now(), "images-import", move || {
             let _turn = turn;
-            let pool = inner.pools.of(class);
-            let target = Target { objects: &inner.objects, pins: &pins, pool, class, writing: &writing };
+            let (objects, pools) = (&inner.objects, &inner.pools);
+            let target = Target { objects, pins: &pins, pools, priority: &priority, writing: &writing };
             import::import(reader, size, &diff_id, &target)
         })?;
         let downloaded = async {
@@ -401,14 +404,18 @@ impl Pull {
         downloaded.and(imported)
     }
 
+    pub(super) fn priority(&self, lane: &Arc<Lane>) -> Priority {
+        Priority { class: self.class, lanes: [self.lane.clone(), lane.clone()] }
+    }
+
     /// Counts bytes that arrived; prewarming waits until it may take more.
-    pub(super) async fn pay(&self, bytes: u64, lane: &Lane) {
+    pub(super) async fn pay(&self, bytes: u64, lane: &Arc<Lane>) {
         self.counters.bytes_fetched.fetch_add(bytes, Ordering::Relaxed);
         match self.class {
             PullClass::Live => self.inner.governor.count(bytes),
             PullClass::Prewarm => {
-                let urgent = || is_urgent(&[&self.lane.urgent, &lane.urgent]);
-                self.inner.governor.pace(bytes, urgent).await;
+                let priority = self.priority(lane);
+                self.inner.governor.pace(bytes, || priority.now() == PullClass::Live).await;
             }
         }
     }
@@ -449,47 +456,4 @@ pub(super) fn on_thread<T: Send + 'static>(
 
 fn item(layer: &Descriptor) -> Item {
     Item { stage: Stage::Fetch, name: layer.digest.short().to_owned() }
-}
-
-async fn choose_platform(reference: &Reference, top: RawManifest, client: &Client) -> Result<RawManifest> {
-    let mut current = top;
-    for _ in 0..INDEX_DEPTH_MAX {
-        if !manifest::is_index(&current.media_type) {
-            return Ok(current);
-        }
-        let index: Index = manifest::parse(&format!("the index of `{reference}`"), &current.bytes)?;
-        let wanted = Platform::host();
-        let fits = |d: &&Descriptor| match &d.platform {
-            Some(platform) => *platform == wanted,
-            // An index with one image often leaves its platform out.
-            None => index.manifests.len() == 1,
-        };
-        let Some(chosen) = index.manifests.iter().find(fits) else {
-            let found: Vec<String> =
-                index.manifests.iter().filter_map(|d| d.platform.as_ref()).map(Platform::to_string).collect();
-            return Err(Error::NoPlatform {
-                reference: reference.to_string(),
-                wanted: wanted.to_string(),
-                found: found.join(", "),
-            });
-        };
-        current = client.get_manifest(&reference.at(&chosen.digest)).await?;
-    }
-    Err(Error::Unsupported {
-        what: format!("`{reference}`, indexes inside indexes,"),
-        help: "push it with one index".to_owned(),
-    })
-}
-
-fn check_layer_type(media_type: &str) -> Result<()> {
-    if [".tar", ".tar.gzip", ".tar+gzip", ".tar.zstd", ".tar+zstd"]
-        .iter()
-        .any(|end| media_type.ends_with(end))
-    {
-        return Ok(());
-    }
-    Err(Error::Unsupported {
-        what: format!("a layer of type `{media_type}`"),
-        help: "expected a tar archive: plain, gzip or zstd".to_owned(),
-    })
 }

@@ -61,7 +61,7 @@ impl Inner {
                 }
                 Ok(())
             },
-            |stray| remove(stray),
+            remove,
         )?;
         let wrong = self.check(&suspects)?;
         for id in &wrong {

@@ -109,6 +109,9 @@ fn bombs_are_refused_before_they_fill_anything() {
     }
 }
 
+/// Makes a table lie; the digest is of something else.
+type Change = fn(&mut Toc, zstd_chunked::Digest);
+
 /// Puts a chunked layer whose table was changed by `change`, with annotations that fit it.
 fn put_changed(bed: &Bed, tar: &[u8], change: impl FnOnce(&mut Toc)) {
     let layer = bed.server.put_layer(tar, Format::Chunked);
@@ -163,7 +166,7 @@ fn tables_that_lie_are_refused() {
     drop(image);
     store.remove(&"app:bad".parse().unwrap()).unwrap();
     let other = zstd_chunked::Digest::of(b"other");
-    let changes: [(&str, fn(&mut Toc, zstd_chunked::Digest)); 13] = [
+    let changes: [(&str, Change); 13] = [
         ("a file's size", |toc, _| toc.entries[1].size += 1),
         ("a file's digest", |toc, other| toc.entries[1].digest = Some(other)),
         ("digests exchanged", |toc, _| {

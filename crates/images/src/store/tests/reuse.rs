@@ -58,7 +58,8 @@ fn a_large_file_costs_the_chunks_that_changed() {
     let changed = layer(&large);
     bed.server.put_image("v2", &[(changed.clone(), Format::Chunked)]);
     let stats = bed.pull(&store, "v2").unwrap().stats;
-    assert!(stats.bytes_fetched * 100 <= stats.layer_bytes * NEXT_MAX_PERCENT, "{stats:?}");
+    // Each change costs a chunk or two, of a few 100 KB at times.
+    assert!(stats.bytes_fetched <= stats.layer_bytes / 8, "{stats:?}");
     // The same from an ordinary layer, in the objects already.
     bed.server.put_image("v3", &[(changed, Format::Gzip)]);
     let image = bed.pull(&store, "v3").unwrap();
