@@ -19,6 +19,10 @@ mod settings;
 mod sweep;
 mod trash;
 
+#[cfg(test)]
+mod campaign;
+
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -34,7 +38,7 @@ use crate::storage::{Note, Storage};
 pub use report::{GcPhase, GcReport, GcSeen, GcSpared, GcStatus};
 use run::Context;
 pub use settings::{GcConfig, RetentionConfig, RuleConfig};
-pub(crate) use trash::{Missing, delete_manifest, delete_tag, undelete};
+pub(crate) use trash::{Missing, Named, delete_manifest, delete_tag, undelete};
 
 /// How long a lease is good for without being renewed.
 const LEASE: Duration = Duration::from_secs(120);
@@ -71,13 +75,35 @@ pub(crate) struct Collector {
     one: Arc<tokio::sync::Mutex<()>>,
     running: Mutex<Option<GcReport>>,
     last_dry_run: Mutex<Option<GcReport>>,
+    totals: Totals,
     stop: CancellationToken,
+}
+
+/// Since the start.
+#[derive(Default)]
+struct Totals {
+    collections: AtomicU64,
+    failed: AtomicU64,
+    links: AtomicU64,
+    contents: AtomicU64,
+    bytes: AtomicU64,
+}
+
+impl Totals {
+    fn add(&self, report: &GcReport) {
+        let failed = report.phase == GcPhase::Failed;
+        let which = if failed { &self.failed } else { &self.collections };
+        which.fetch_add(1, Ordering::Relaxed);
+        self.links.fetch_add(report.plan.links.count, Ordering::Relaxed);
+        self.contents.fetch_add(report.plan.content.count, Ordering::Relaxed);
+        self.bytes.fetch_add(report.plan.bytes, Ordering::Relaxed);
+    }
 }
 
 /// A collection that may go on.
 struct Begun {
     report: GcReport,
-    _one: OwnedMutexGuard<()>,
+    one: OwnedMutexGuard<()>,
 }
 
 impl Collector {
@@ -96,8 +122,21 @@ impl Collector {
             one: Arc::default(),
             running: Mutex::default(),
             last_dry_run: Mutex::default(),
+            totals: Totals::default(),
             stop,
         })
+    }
+
+    /// For `/metrics`.
+    pub(crate) fn counters(&self) -> impl IntoIterator<Item = (&'static str, &'static str, &AtomicU64)> {
+        let Totals { collections, failed, links, contents, bytes } = &self.totals;
+        [
+            ("gc_collections", "Collections that came to their end", collections),
+            ("gc_failed", "Collections that failed", failed),
+            ("gc_links", "Links that collections removed", links),
+            ("gc_contents", "Contents that collections deleted", contents),
+            ("gc_bytes", "Bytes that collections deleted", bytes),
+        ]
     }
 
     /// How long deletions can be undone.
@@ -187,11 +226,11 @@ impl Collector {
         if let Ok(mut running) = self.running.lock() {
             *running = Some(report.clone());
         }
-        Ok(Begun { report, _one: one })
+        Ok(Begun { report, one })
     }
 
     async fn go_on(&self, begun: Begun) -> GcReport {
-        let Begun { report, _one } = begun;
+        let Begun { report, one } = begun;
         let (run, dry_run) = (report.run.clone(), report.dry_run);
         let renewing = async {
             loop {
@@ -204,6 +243,7 @@ impl Collector {
             }
         };
         let outcome = tokio::select! {
+            biased;
             outcome = self.work(&report) => outcome,
             () = renewing => Ok(()),
         };
@@ -216,6 +256,9 @@ impl Collector {
             Ok(()) => (GcPhase::Done, None),
             Err(error) => (GcPhase::Failed, Some(format!("{error:#}"))),
         };
+        if !dry_run {
+            self.totals.add(&finished);
+        }
         if dry_run {
             if let Ok(mut last) = self.last_dry_run.lock() {
                 *last = Some(finished.clone());
@@ -223,8 +266,10 @@ impl Collector {
             return finished;
         }
         let noted = async {
-            self.storage.put_note(Note::LastCollection, &finished).await?;
-            self.storage.remove_note(Note::Lease).await
+            self.storage.remove_note(Note::Lease).await?;
+            // Who sees that it ended may begin the next one.
+            drop(one);
+            self.storage.put_note(Note::LastCollection, &finished).await
         };
         if let Err(error) = noted.await {
             tracing::warn!(%error, "the collector's report can't be kept");

@@ -9,6 +9,7 @@
 //! This crate must not know about schedulers, machines or deployments.
 
 mod access;
+mod admin;
 mod blobs;
 mod cache;
 mod conditions;
@@ -30,9 +31,13 @@ mod uploads;
 mod upstream;
 
 pub use access::Config as AccessConfig;
+pub use admin::{
+    GcRequest, RepositoryPage, RepositoryUsage, RepositoryView, TagView, TrashView, Undelete, Undeleted,
+    UsageView,
+};
 pub use cache::counters::CacheCounters;
 pub use config::{CacheConfig, Config, Upstream};
 pub use gc::{GcConfig, GcPhase, GcReport, GcSeen, GcSpared, GcStatus, RetentionConfig, RuleConfig};
-pub use scrub::ScrubConfig;
+pub use scrub::{ScrubConfig, ScrubFinding, ScrubOutcome, ScrubPhase, ScrubReport, ScrubStatus};
 pub use server::{Server, run};
 pub use storage::{Bucket, Container, StorageConfig};

@@ -1,7 +1,7 @@
 //! Start and end of the registry.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -18,13 +18,14 @@ use crate::config::Config;
 use crate::counters::Counters;
 use crate::gc::Collector;
 use crate::remembered::Remembered;
+use crate::scrub::{Repair, Scrubber};
 use crate::storage::Storage;
 use crate::uploads::Uploads;
 use crate::upstream::Cache;
-use crate::{connections, routes};
+use crate::{admin, connections, routes};
 
-/// How long a collection may take to come to a stop.
-const COLLECTOR_STOPS_WITHIN: Duration = Duration::from_secs(10);
+/// How long a collection or a scrub may take to come to a stop.
+const BACKGROUND_STOPS_WITHIN: Duration = Duration::from_secs(10);
 
 /// What all endpoints share.
 pub(crate) struct App {
@@ -35,6 +36,7 @@ pub(crate) struct App {
     pub(crate) remembered: Remembered,
     pub(crate) counters: Arc<Counters>,
     pub(crate) collector: Arc<Collector>,
+    pub(crate) scrubber: Arc<Scrubber>,
     /// Cancelled when the shutdown begins: what runs ends, nothing new starts.
     pub(crate) draining: CancellationToken,
 }
@@ -64,15 +66,12 @@ impl Server {
         let (remembered, counters, draining) =
             (Remembered::default(), Arc::default(), CancellationToken::new());
         let collector = Arc::new(Collector::new(storage.clone(), &config, draining.clone())?);
-        let app = Arc::new(App {
-            access: Arc::new(access),
-            storage,
-            uploads,
-            cache,
-            remembered,
-            counters,
-            collector,
-            draining,
+        config.scrub.check()?;
+        let app = Arc::new_cyclic(|app: &Weak<App>| {
+            let repair = cache.is_some().then(|| repair(app.clone()));
+            let scrubber = Scrubber::new(storage.clone(), &config, repair, draining.clone());
+            let (access, scrubber) = (Arc::new(access), Arc::new(scrubber));
+            App { access, storage, uploads, cache, remembered, counters, collector, scrubber, draining }
         });
         Ok(Server { listener, app, drain: Duration::from_secs(config.drain_s) })
     }
@@ -99,18 +98,18 @@ impl Server {
         let draining = self.app.draining.clone();
         let counters = self.app.counters.clone();
         let (access, storage) = (self.app.access.clone(), self.app.storage.clone());
-        let collector = self.app.collector.clone();
+        let (collector, scrubber) = (self.app.collector.clone(), self.app.scrubber.clone());
         let router = Router::new()
             .route("/healthz", get(healthz))
             .route("/metrics", get(metrics))
             .merge(access::http::routes())
+            .merge(admin::routes())
             .fallback(routes::dispatch)
             .with_state(self.app);
         let serving = connections::serve(self.listener, router, counters, draining.clone(), self.drain);
         let keeping_up = access.run(storage, draining.clone());
-        let self_collector = collector.clone();
-        let collecting = async {
-            collector.run_by_itself().await;
+        let background = async {
+            tokio::join!(collector.run_by_itself(), scrubber.run_by_itself());
             std::future::pending::<()>().await;
         };
         let told = async {
@@ -122,10 +121,11 @@ impl Server {
             () = serving => {}
             () = told => {}
             ((), ()) = async { (keeping_up.await, std::future::pending().await) } => {}
-            () = collecting => {}
+            () = background => {}
         }
-        // It stops soon after the shutdown began; what it leaves in a hurry, the next one cleans.
-        let _ = tokio::time::timeout(COLLECTOR_STOPS_WITHIN, self_collector.ended()).await;
+        // They stop soon after the shutdown began; what they leave in a hurry, the next ones clean.
+        let ended = async { tokio::join!(collector.ended(), scrubber.ended()) };
+        let _ = tokio::time::timeout(BACKGROUND_STOPS_WITHIN, ended).await;
         Ok(())
     }
 }
@@ -139,7 +139,30 @@ async fn healthz(State(app): State<Arc<App>>) -> (StatusCode, &'static str) {
 
 async fn metrics(State(app): State<Arc<App>>) -> String {
     let cache = app.cache.as_ref().map(|cache| cache.counters().render()).unwrap_or_default();
-    app.counters.render(&app.access.counters()) + &cache
+    let mut more: Vec<_> = app.access.counters().into_iter().collect();
+    more.extend(app.collector.counters());
+    more.extend(app.scrubber.counters());
+    app.counters.render(&more) + &cache
+}
+
+/// Gets damaged content from the cache's upstreams.
+fn repair(app: Weak<App>) -> Repair {
+    Box::new(move |repository, digest| {
+        let app = app.clone();
+        Box::pin(async move {
+            let Some(app) = app.upgrade() else { return false };
+            let Some(cache) = &app.cache else { return false };
+            if cache.adopt(&app, &repository, &digest).await.is_ok() {
+                return true;
+            }
+            match cache.manifest(&repository, &digest).await {
+                Ok(manifest) if digest.same_of(&manifest.bytes) == digest => {
+                    app.storage.put_content(&digest, manifest.bytes).await.is_ok()
+                }
+                _ => false,
+            }
+        })
+    })
 }
 
 /// Runs a registry until the shutdown.

@@ -13,6 +13,7 @@
 //! - `repositories/<name>/_upstream/<tag>`: the digest that the upstream gave the tag, as last seen
 //! - `repositories/<name>/_trash/<when>-<random>`: deleted, and can be brought back
 //! - `gc/deleting/<algorithm>/<digest>/<run>`: a collector is about to delete this content, or links to it
+//! - `quarantine/<algorithm>/<digest>-<random>`: content that turned out wrong
 //! - `gc/clock`: written to read the store's own time
 //! - `access/...`: accounts, teams, the key of tokens
 //! - `uploads/<id>...`, `data/<upload>/...`: uploads in progress, and what became of them (see `uploads`)
@@ -50,6 +51,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
+use anyplace_images::Digest;
 use bytes::Bytes;
 use futures_util::stream::BoxStream;
 use object_store::multipart::MultipartStore;
@@ -122,6 +124,16 @@ impl Storage {
             .with_context(|| format!("can't open {}; check data_dir", folder.display()))?;
         let name = format!("the folder {}", folder.display());
         Storage::assemble(Arc::new(objects), Place::Folder(folder.clone()), name, renew_after).await
+    }
+
+    /// Storage over a store of a test.
+    #[cfg(test)]
+    pub(crate) async fn over(
+        objects: Arc<dyn ObjectStore>,
+        place: Place,
+        renew_after: Duration,
+    ) -> anyhow::Result<Storage> {
+        Storage::assemble(objects, place, "a store of a test".to_owned(), renew_after).await
     }
 
     async fn assemble(
@@ -266,6 +278,16 @@ impl Storage {
 
     pub(crate) fn failed_at(&self, operation: &'static str, key: &str, source: object_store::Error) -> Error {
         Error::of(operation, key, &self.inner.name, source)
+    }
+
+    /// An error while content is read.
+    pub(crate) fn failed_content(
+        &self,
+        operation: &'static str,
+        digest: &Digest,
+        source: object_store::Error,
+    ) -> Error {
+        self.failed(operation, &keys::content(digest), source)
     }
 
     pub(crate) fn failed_io(&self, operation: &'static str, key: &str, source: std::io::Error) -> Error {

@@ -6,7 +6,9 @@
 //! retries: a process that was stopped in the middle finds its hold over when it goes on, and deletes nothing.
 
 use std::collections::BTreeSet;
+use std::future::poll_fn;
 use std::sync::Mutex;
+use std::task::Poll;
 use std::time::Duration;
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
@@ -45,12 +47,25 @@ impl Hold {
         Ok(hold)
     }
 
-    /// Does a deletion at one of the marked, unless it is too late for that.
+    /// Does a deletion at one of the marked, as long as it isn't too late: each of its requests begins in time, or not at
+    /// all.
     pub(super) async fn delete(
         &self,
         marked: &Marked,
         deletion: impl Future<Output = Result<bool>>,
     ) -> anyhow::Result<bool> {
+        self.change(|unsure| unsure.insert(marked.clone()));
+        let mut deletion = std::pin::pin!(deletion);
+        let deleted = poll_fn(|cx| match self.check() {
+            Ok(()) => deletion.as_mut().poll(cx).map_err(anyhow::Error::from),
+            Err(error) => Poll::Ready(Err(error)),
+        });
+        let deleted = deleted.await?;
+        self.change(|unsure| unsure.remove(marked));
+        Ok(deleted)
+    }
+
+    fn check(&self) -> anyhow::Result<()> {
         let elapsed = self.since.elapsed();
         #[cfg(test)]
         let elapsed = match crate::storage::mutant::is(crate::storage::mutant::Mutant::NoDeadline) {
@@ -60,14 +75,11 @@ impl Hold {
         anyhow::ensure!(
             elapsed < USE_MAX,
             "the store or this process was too slow: {} s passed since the marker was put, at most {} s may; \
-             nothing was deleted behind it, and the next collection goes on",
+             nothing more is deleted behind it, and the next collection goes on",
             elapsed.as_secs(),
             USE_MAX.as_secs()
         );
-        self.change(|unsure| unsure.insert(marked.clone()));
-        let deleted = deletion.await?;
-        self.change(|unsure| unsure.remove(marked));
-        Ok(deleted)
+        Ok(())
     }
 
     /// Removes the markers, but of deletions that may still happen.

@@ -15,6 +15,15 @@ use crate::storage::{Linked, NewManifest, Result, Storage, TagOf, Trashed, Trash
 /// Deepest nesting of indexes that comes back whole.
 const DEPTH_MAX: usize = 8;
 
+/// What is to be brought back.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Named<'a> {
+    /// A tag, and its manifest.
+    Tag(&'a str),
+    /// A manifest.
+    Manifest(&'a Digest),
+}
+
 /// Why something can't be brought back.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Missing {
@@ -78,25 +87,24 @@ pub(crate) async fn delete_manifest(
     Ok(storage.delete_manifest(repository, digest).await?.then_some(removed))
 }
 
-/// Brings back a tag and its manifest, or (`Err`) a manifest by its digest, with the manifests that it names; gives
-/// the digest.
+/// Brings back a tag and its manifest, or a manifest, with the manifests that it names; gives the digest.
 pub(crate) async fn undelete(
     storage: &Storage,
     repository: &str,
-    what: std::result::Result<&str, &Digest>,
+    what: Named<'_>,
 ) -> std::result::Result<Digest, Missing> {
     let mut trash = storage.trash(repository).await?;
     // The newest first.
     trash.sort_by(|a, b| (b.deleted, &b.id).cmp(&(a.deleted, &a.id)));
     let not_in_trash = |what: String| Missing::NotInTrash { repository: repository.to_owned(), what };
     let tag = match what {
-        Err(digest) => {
+        Named::Manifest(digest) => {
             if !restore(storage, repository, digest, &trash, DEPTH_MAX).await? {
                 return Err(not_in_trash(format!("manifest {digest}")));
             }
             return Ok(digest.clone());
         }
-        Ok(tag) => tag,
+        Named::Tag(tag) => tag,
     };
     let found = trash.iter().find_map(|item| match &item.what {
         Trashed::Tag { tag: trashed, digest } if trashed == tag => Some((item, digest)),
@@ -137,7 +145,11 @@ async fn restore(
     let bytes = storage.read_content(digest).await?.ok_or_else(|| gone("its own content".to_owned()))?;
     let names = references::names(&bytes).map_err(gone)?;
     for child in names.manifests.iter().filter(|_| depth > 0) {
-        Box::pin(restore(storage, repository, child, trash, depth - 1)).await?;
+        match Box::pin(restore(storage, repository, child, trash, depth - 1)).await {
+            // An index may be sparse; what was deleted before it doesn't keep it away.
+            Ok(_) | Err(Missing::Gone { .. }) => {}
+            Err(error) => return Err(error),
+        }
     }
     let needed: BTreeSet<&Digest> = names.blobs.iter().collect();
     for blob in needed {

@@ -184,13 +184,15 @@ impl Storage {
     pub(crate) async fn trash(&self, repository: &str) -> Result<Vec<TrashedItem>> {
         let prefix = trash_key(repository);
         let listed = self.inner.objects.list(Some(&prefix)).map_err(|e| self.failed("list", &prefix, e));
-        let read = async |meta: object_store::ObjectMeta| {
-            let Some(bytes) = self.read(&meta.location).await? else { return Ok(None) };
-            let what = serde_json::from_slice(&bytes).map_err(|e| Error::damaged(&meta.location, e))?;
-            let id = meta.location.filename().unwrap_or_default().to_owned();
-            Ok(Some(TrashedItem { id, deleted: meta.last_modified.into(), what }))
-        };
-        listed.map_ok(read).try_buffered(16).try_filter_map(async |item| Ok(item)).try_collect().await
+        let read = listed.map_ok(|meta| self.read_trash(meta)).try_buffered(16);
+        read.try_filter_map(|item| async move { Ok(item) }).try_collect().await
+    }
+
+    async fn read_trash(&self, meta: object_store::ObjectMeta) -> Result<Option<TrashedItem>> {
+        let Some(bytes) = self.read(&meta.location).await? else { return Ok(None) };
+        let what = serde_json::from_slice(&bytes).map_err(|e| Error::damaged(&meta.location, e))?;
+        let id = meta.location.filename().unwrap_or_default().to_owned();
+        Ok(Some(TrashedItem { id, deleted: meta.last_modified.into(), what }))
     }
 
     /// Forgets a deletion, if it is there.

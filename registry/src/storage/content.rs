@@ -3,12 +3,12 @@
 use std::ops::Range;
 use std::time::SystemTime;
 
-use anyplace_images::Digest;
+use anyplace_images::{Algorithm, Digest};
 use bytes::Bytes;
 use futures_util::stream::BoxStream;
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use object_store::path::Path;
-use object_store::{GetOptions, GetResult};
+use object_store::{GetOptions, GetResult, ObjectStoreExt as _};
 
 use super::{Error, Place, READ_MAX_BYTES, Result, Storage, bucket, folder, keys};
 
@@ -93,6 +93,29 @@ impl Storage {
     /// to is deleted by the next [`Storage::sweep`].
     pub(crate) async fn delete_content(&self, digest: &Digest) -> Result<bool> {
         self.remove(&keys::content(digest)).await
+    }
+
+    /// The digests of the content whose digests begin with these two digits, sorted.
+    pub(crate) async fn digests_in(&self, algorithm: Algorithm, digits: &str) -> Result<Vec<Digest>> {
+        let prefix = Path::from(format!("blobs/{algorithm}/{digits}"));
+        let listed = self.inner.objects.list(Some(&prefix)).map_err(|e| self.failed("list", &prefix, e));
+        let parsed = listed.try_filter_map(|meta| async move { Ok(keys::parse_content(&meta.location)) });
+        let mut digests: Vec<Digest> = parsed.try_collect().await?;
+        digests.sort_unstable();
+        Ok(digests)
+    }
+
+    /// When the content was stored, if it is.
+    pub(crate) async fn content_stored(&self, digest: &Digest) -> Result<Option<SystemTime>> {
+        Ok(self.head(&keys::content(digest)).await?.map(|meta| meta.last_modified.into()))
+    }
+
+    /// Moves content that is wrong aside, where nothing serves it, and gives the key. Behind a marker.
+    pub(crate) async fn quarantine(&self, digest: &Digest) -> Result<String> {
+        let (from, random) = (keys::content(digest), hex::encode(rand::random::<[u8; 4]>()));
+        let to = Path::from(format!("quarantine/{}/{}-{random}", digest.algorithm(), digest.hex()));
+        self.inner.objects.rename(&from, &to).await.map_err(|e| self.failed("move", &from, e))?;
+        Ok(to.to_string())
     }
 
     /// All content, in no order.

@@ -10,6 +10,7 @@ mod cache_faults;
 mod cache_pieces;
 mod connections;
 mod fake;
+mod gc;
 mod images;
 mod interop;
 mod skopeo;
