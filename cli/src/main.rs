@@ -14,19 +14,17 @@ mod schema;
 mod target;
 mod wait;
 
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode};
 
 use clap::Parser as _;
 
 use args::{Cli, Command};
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    let result = match cli.command {
+    let result = match shim_folder() {
         // Each container has a shim: it must stay one small thread, so it gets no runtime.
-        Command::Shim { state } => roles::shim(&state).map(|()| ExitCode::SUCCESS),
-        Command::Role(role) => roles::run(role).map(|()| ExitCode::SUCCESS),
-        Command::Client(command) => commands::run(&cli.connection, command),
+        Some(state) => roles::shim(&state).map(|()| ExitCode::SUCCESS),
+        None => run(Cli::parse()),
     };
     match result {
         Ok(code) => code,
@@ -37,4 +35,21 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    match cli.command {
+        Command::Shim { state } => roles::shim(&state).map(|()| ExitCode::SUCCESS),
+        Command::Role(role) => roles::run(role).map(|()| ExitCode::SUCCESS),
+        Command::Client(command) => commands::run(&cli.connection, command),
+    }
+}
+
+/// What the agent calls a shim with. A container's start waits for it, and reading a command line as people write it
+/// means to set up all commands first.
+fn shim_folder() -> Option<PathBuf> {
+    let mut arguments = std::env::args_os().skip(1);
+    let agents = arguments.next()? == "shim" && arguments.next()? == "--state";
+    let folder = arguments.next().filter(|_| agents)?;
+    arguments.next().is_none().then(|| folder.into())
 }

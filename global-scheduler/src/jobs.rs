@@ -3,9 +3,13 @@
 //! An attempt is fenced by its number: only the location that has the job's present attempt is listened to, and the
 //! end of an attempt is written once, on condition that neither the job nor the attempt has changed since.
 
+use std::collections::BTreeMap;
+
 use anyplace_api::{ErrorCode, EventSeverity, JobView, Problem};
-use anyplace_global_core::{JobOutcome, RefusedUntil, plan_jobs};
-use anyplace_model::{InstancePhase, InstanceStatus, JobName, JobPhase, JobSpec, ReasonCode, Refusal};
+use anyplace_global_core::{JobOutcome, QueuedJob, RefusedUntil, plan_jobs};
+use anyplace_model::{
+    InstancePhase, InstanceStatus, JobName, JobPhase, JobSpec, LocationId, ReasonCode, Refusal,
+};
 use anyplace_service::Failure;
 use jiff::Timestamp;
 
@@ -34,12 +38,13 @@ enum Standing {
 }
 
 impl App {
-    /// Puts a job into the queue, and plans it.
+    /// Takes a job: with its first attempt in the same write, where a location has room for it now; else it waits in
+    /// the queue.
     pub(crate) async fn submit(&self, spec: JobSpec) -> Result<JobView, Failure> {
         spec.validate().map_err(invalid)?;
         let name = spec.name.clone();
         let writer = self.writer().await;
-        let batch = {
+        let (batch, placed) = {
             let world = self.world();
             if world.jobs.contains_key(&name) {
                 return Err(Problem::new(ErrorCode::AlreadyExists, format!("there is a job {name} already"))
@@ -58,28 +63,51 @@ impl App {
             let last = world.tombstones.get(&tombstone(&name)).map_or(0, |stone| stone.last);
             let mut batch = Batch::default();
             batch.event(EventSeverity::Normal, format!("job/{name}"), "submitted");
-            batch.put_job(
-                &world,
-                JobRecord {
-                    spec,
-                    created_at: Timestamp::now(),
-                    order: world.jobs.values().map(|job| job.value.order + 1).max().unwrap_or(0),
-                    phase: JobPhase::Queued,
-                    attempt: u32::try_from(last).unwrap_or(u32::MAX),
-                    tries: 0,
-                    location: None,
-                    instance: None,
-                    exit_code: None,
-                    reasons: Vec::new(),
-                },
-            )?;
-            batch
+            let (location, now) = (self.room_for(&world, &spec), Timestamp::now());
+            let job = JobRecord {
+                spec,
+                created_at: now,
+                order: world.jobs.values().map(|job| job.value.order + 1).max().unwrap_or(0),
+                phase: JobPhase::Queued,
+                attempt: u32::try_from(last).unwrap_or(u32::MAX),
+                tries: 0,
+                location: None,
+                instance: None,
+                exit_code: None,
+                reasons: Vec::new(),
+            };
+            let placed = location.is_some();
+            match location {
+                Some(location) => place(&mut batch, &world, &job, location, now)?,
+                None => batch.put_job(&world, job)?,
+            }
+            (batch, placed)
         };
         writer.commit(batch).await?;
-        if let Err(Failure(problem)) = self.reconcile(&writer).await {
+        if placed {
+            tracing::debug!(job = %name, "placed as it came");
+            self.publish();
+            self.wake.notify_one();
+        } else if let Err(Failure(problem)) = self.reconcile(&writer).await {
             tracing::error!(%problem, "the plan after a submission failed; it is tried again");
         }
         views::job(&self.world(), &name).ok_or_else(|| unknown_job(&name))
+    }
+
+    /// Where a job that isn't there yet would go now, as the last of the queue.
+    fn room_for(&self, world: &World, spec: &JobSpec) -> Option<LocationId> {
+        // As in `decide`: locations that are only slow to report look as if they had nothing.
+        if !*self.settled.borrow() {
+            return None;
+        }
+        let mut state = world.state();
+        state.queue.push(QueuedJob { name: spec.name.clone(), spec: spec.clone(), refused: BTreeMap::new() });
+        let decisions = plan_jobs(&state, Timestamp::now());
+        let own = decisions.into_iter().find(|decision| decision.job == spec.name)?;
+        match own.outcome {
+            JobOutcome::Place(location) => Some(location),
+            JobOutcome::Wait { .. } => None,
+        }
     }
 
     /// Ends a job. Nothing changes where it was cancelled before.
@@ -185,7 +213,7 @@ impl App {
     pub(crate) async fn place_jobs(&self, writer: &Writer<'_>) -> Result<(), Failure> {
         let state = self.world().state();
         let now = Timestamp::now();
-        let mut waiting = std::collections::BTreeMap::new();
+        let mut waiting = BTreeMap::new();
         for decision in plan_jobs(&state, now) {
             let location = match decision.outcome {
                 JobOutcome::Wait { position, refusals, predicted_start, next_location, nearest_fit: _ } => {
@@ -198,27 +226,8 @@ impl App {
             let batch = {
                 let world = self.world();
                 let Some(job) = world.jobs.get(&decision.job).map(|stored| &stored.value) else { continue };
-                let next = JobRecord {
-                    phase: JobPhase::Starting,
-                    attempt: job.attempt + 1,
-                    tries: job.tries + 1,
-                    location: Some(location.clone()),
-                    instance: None,
-                    reasons: Vec::new(),
-                    ..job.clone()
-                };
                 let mut batch = Batch::default();
-                let message = format!("attempt {} goes to {location}", next.attempt);
-                batch.event(EventSeverity::Normal, format!("job/{}", decision.job), message);
-                let attempt = AttemptRecord {
-                    location,
-                    placed_at: now,
-                    ended_at: None,
-                    outcome: None,
-                    exit_code: None,
-                };
-                batch.put_attempt(&world, next.attempt_id(), attempt)?;
-                batch.put_job(&world, next)?;
+                place(&mut batch, &world, job, location, now)?;
                 batch
             };
             writer.commit(batch).await?;
@@ -226,6 +235,30 @@ impl App {
         self.world().waiting = waiting;
         Ok(())
     }
+}
+
+/// Gives a job its next attempt.
+fn place(
+    batch: &mut Batch,
+    world: &World,
+    job: &JobRecord,
+    location: LocationId,
+    now: Timestamp,
+) -> anyhow::Result<()> {
+    let next = JobRecord {
+        phase: JobPhase::Starting,
+        attempt: job.attempt + 1,
+        tries: job.tries + 1,
+        location: Some(location.clone()),
+        instance: None,
+        reasons: Vec::new(),
+        ..job.clone()
+    };
+    let message = format!("attempt {} goes to {location}", next.attempt);
+    batch.event(EventSeverity::Normal, format!("job/{}", job.spec.name), message);
+    let attempt = AttemptRecord { location, placed_at: now, ended_at: None, outcome: None, exit_code: None };
+    batch.put_attempt(world, next.attempt_id(), attempt)?;
+    batch.put_job(world, next)
 }
 
 fn tombstone(name: &JobName) -> String {

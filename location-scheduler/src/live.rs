@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -24,6 +25,8 @@ pub(crate) struct Live {
     pub(crate) state: State,
     /// The last plan that was carried out.
     pub(crate) plan: Plan,
+    /// What the global scheduler wants, as it said it.
+    pub(crate) wanted: Arc<BTreeMap<String, LocationDesired>>,
     planned: bool,
     lease: Duration,
     seen: BTreeMap<MachineId, Instant>,
@@ -55,7 +58,8 @@ impl Live {
         let seen = unheard.iter().map(|machine| (machine.clone(), heard)).collect();
         let warm = unheard.is_empty();
         let (plan, unsaved) = (Plan::default(), BTreeSet::new());
-        Self { state, plan, planned: false, lease, seen, unheard, started: now, warm, unsaved }
+        let wanted = Arc::default();
+        Self { state, plan, wanted, planned: false, lease, seen, unheard, started: now, warm, unsaved }
     }
 
     /// Whether the silence of machines means anything yet.
@@ -168,7 +172,7 @@ impl Live {
     }
 
     /// Takes over what the global scheduler wants.
-    pub(crate) fn want(&mut self, desired: &BTreeMap<String, LocationDesired>) {
+    pub(crate) fn want(&mut self, desired: Arc<BTreeMap<String, LocationDesired>>) {
         let state = &mut self.state;
         state.placements.clear();
         state.attempts.clear();
@@ -194,6 +198,7 @@ impl Live {
                 }
             }
         }
+        self.wanted = desired;
     }
 
     /// A plan is written: makes it the state.

@@ -111,16 +111,18 @@ impl Disk {
         })
     }
 
-    /// Writes a plan's changes, if nothing was planned since `revision`; returns the new one. More than fits in one
-    /// transaction is written in several, each of which leaves a valid state.
+    /// Writes a plan's changes, if nothing was planned since `revision`, and before them or together with them `wish`;
+    /// returns the new revision. More than fits in one transaction is written in several, each of which leaves a valid
+    /// state.
     pub(crate) async fn commit(
         &self,
         before: &State,
+        wish: Txn,
         changes: &[Change],
         forgotten: &[InstanceId],
     ) -> anyhow::Result<Revision> {
         let mut fence = Fence { store: &self.store, revision: before.revision, now_ms: before.now_ms };
-        let mut txn = Txn::new();
+        let mut txn = wish;
         for change in changes {
             txn = match change {
                 Change::Put(held) => {
@@ -162,26 +164,31 @@ impl Disk {
         Ok(())
     }
 
-    /// Writes what changed of the global scheduler's wish. It is only a copy: half of it is mended by the next
-    /// snapshot.
-    pub(crate) async fn desired(
+    /// What changed of the global scheduler's wish, to be written: what is too much for one transaction is. It is only
+    /// a copy: half of it is mended by the next snapshot.
+    pub(crate) async fn wish(
         &self,
         before: &BTreeMap<String, LocationDesired>,
         now: &BTreeMap<String, LocationDesired>,
-    ) -> anyhow::Result<()> {
+    ) -> anyhow::Result<Txn> {
         let mut txn = Txn::new();
         for (key, item) in now.iter().filter(|(key, item)| before.get(*key) != Some(item)) {
             txn = txn.put_json(format!("{DESIRED}{key}"), item)?;
             if txn.ops.len() >= MAX_OPS || txn.size_bytes() >= MAX_BYTES {
-                let _ = self.store.txn(std::mem::take(&mut txn)).await?;
+                self.write(std::mem::take(&mut txn)).await?;
             }
         }
         for key in before.keys().filter(|key| !now.contains_key(*key)) {
             txn = txn.delete(format!("{DESIRED}{key}"));
             if txn.ops.len() >= MAX_OPS {
-                let _ = self.store.txn(std::mem::take(&mut txn)).await?;
+                self.write(std::mem::take(&mut txn)).await?;
             }
         }
+        Ok(txn)
+    }
+
+    /// Writes what no plan depends on.
+    pub(crate) async fn write(&self, txn: Txn) -> anyhow::Result<()> {
         if !txn.ops.is_empty() {
             let _ = self.store.txn(txn).await?;
         }

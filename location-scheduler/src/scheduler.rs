@@ -63,7 +63,8 @@ impl Scheduler {
     }
 
     /// Takes over what the global scheduler wants.
-    pub(crate) fn want(&self, desired: &BTreeMap<String, LocationDesired>) {
+    pub(crate) fn want(&self, desired: Arc<BTreeMap<String, LocationDesired>>) {
+        tracing::debug!(items = desired.len(), "the global scheduler wants something else");
         let mut live = self.live();
         live.want(desired);
         self.publish_routes(&live);
@@ -138,14 +139,13 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     config.validate()?;
     install_crypto_provider();
     let shutdown = shutdown.child_token();
-    let (scheduler, desired) = open(config, shutdown.clone()).await?;
-    let scheduler = Arc::new(scheduler);
+    let scheduler = Arc::new(open(config, shutdown.clone()).await?);
     let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
     let listen = scheduler.config.listen;
     tasks.spawn(serve(listen, http::router(scheduler.clone()), shutdown.clone()));
     tasks.spawn(clock(scheduler.clone()));
     tasks.spawn(reconcile::run(scheduler.clone()));
-    tasks.spawn(upstream::watch(scheduler.clone(), desired));
+    tasks.spawn(upstream::watch(scheduler.clone()));
     tasks.spawn(upstream::report(scheduler));
     let mut result = Ok(());
     while let Some(ended) = tasks.join_next().await {
@@ -157,10 +157,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
 }
 
 /// Reads what was stored; nothing listens yet.
-async fn open(
-    config: Config,
-    shutdown: CancellationToken,
-) -> anyhow::Result<(Scheduler, BTreeMap<String, LocationDesired>)> {
+async fn open(config: Config, shutdown: CancellationToken) -> anyhow::Result<Scheduler> {
     let location_token = read_token(&config.token_file)?;
     let machine_token = load_or_create_token(&config.data_dir.join("machine.token"))?;
     let path = config.data_dir.join("store.redb");
@@ -194,7 +191,7 @@ async fn open(
         warm: BTreeMap::new(),
     };
     let mut live = Live::new(state, config.lease(), Instant::now());
-    live.want(&stored.desired);
+    live.want(Arc::new(stored.desired));
     let log_token = generate_token();
     let scheduler = Scheduler {
         live: Mutex::new(live),
@@ -217,7 +214,7 @@ async fn open(
     scheduler.publish_machines(&live);
     scheduler.publish_routes(&live);
     drop(live);
-    Ok((scheduler, stored.desired))
+    Ok(scheduler)
 }
 
 /// Lets leases expire at the moment when they do.

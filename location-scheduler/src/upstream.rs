@@ -20,14 +20,12 @@ const COALESCE: Duration = Duration::from_millis(10);
 /// A report that takes longer is given up for a newer one.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Follows what the global scheduler wants until the shutdown. `kept` is what it wanted before the start.
-pub(crate) async fn watch(
-    scheduler: Arc<Scheduler>,
-    kept: BTreeMap<String, LocationDesired>,
-) -> anyhow::Result<()> {
+/// Follows what the global scheduler wants until the shutdown. It is kept by the reconcile loop, in one write with the
+/// plan that follows from it.
+pub(crate) async fn watch(scheduler: Arc<Scheduler>) -> anyhow::Result<()> {
     let path = Client::location_desired_path(&scheduler.config.location);
     let mut watcher = Watcher::<LocationDesired>::new(scheduler.global.clone(), path);
-    let (mut saved, mut wanted, mut dirty) = (kept, BTreeMap::new(), false);
+    let (mut wanted, mut dirty) = (BTreeMap::new(), false);
     let mut link = Link::default();
     loop {
         let event = tokio::select! {
@@ -48,12 +46,9 @@ pub(crate) async fn watch(
             WatchEvent::Delete { key, .. } => dirty |= wanted.remove(&key).is_some(),
             WatchEvent::Synced { .. } if dirty => {
                 dirty = false;
-                if saved == wanted {
-                    continue;
+                if *scheduler.live().wanted != wanted {
+                    scheduler.want(Arc::new(wanted.clone()));
                 }
-                scheduler.want(&wanted);
-                scheduler.disk.desired(&saved, &wanted).await?;
-                saved.clone_from(&wanted);
             }
             WatchEvent::Synced { .. } => {}
         }

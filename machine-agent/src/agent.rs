@@ -185,12 +185,18 @@ struct Known {
     address: Ipv4Addr,
 }
 
+/// An image that has a task.
+struct Kept {
+    priority: watch::Sender<u8>,
+    task: AbortHandle,
+}
+
 /// What is wanted, and a task for each part of it.
 struct Control {
     ctx: Arc<Context>,
     instances: BTreeMap<InstanceId, Known>,
     /// By reference.
-    images: BTreeMap<String, AbortHandle>,
+    images: BTreeMap<String, Kept>,
     tasks: JoinSet<Option<InstanceId>>,
     /// Keys that a snapshot under way hasn't named yet.
     stale: BTreeSet<String>,
@@ -291,17 +297,23 @@ impl Control {
                         changes
                     });
                 }
-                None => self.spawn(*assignment, Origin::New),
-            },
-            MachineDesired::Image { image: reference, priority: _ } => {
-                if !self.images.contains_key(&reference) {
-                    let (ctx, name) = (self.ctx.clone(), reference.clone());
-                    let task = self.tasks.spawn(async move {
-                        ctx.images.prewarm(&name).await;
-                        None
-                    });
-                    self.images.insert(reference, task);
+                None => {
+                    tracing::info!(instance = %assignment.instance, image = assignment.image, "assigned");
+                    self.spawn(*assignment, Origin::New);
                 }
+            },
+            MachineDesired::Image { image: reference, priority } => {
+                if let Some(kept) = self.images.get(&reference) {
+                    kept.priority.send_if_modified(|now| std::mem::replace(now, priority) != priority);
+                    return;
+                }
+                let (ctx, name) = (self.ctx.clone(), reference.clone());
+                let (sender, receiver) = watch::channel(priority);
+                let task = self.tasks.spawn(async move {
+                    ctx.images.keep(&name, receiver).await;
+                    None
+                });
+                self.images.insert(reference, Kept { priority: sender, task });
             }
         }
     }
@@ -314,8 +326,8 @@ impl Control {
                 }
             }
             Some(("images", reference)) => {
-                if let Some(task) = self.images.remove(reference) {
-                    task.abort();
+                if let Some(kept) = self.images.remove(reference) {
+                    kept.task.abort();
                     self.ctx.board.remove_image(reference);
                 }
             }

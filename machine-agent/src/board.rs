@@ -9,6 +9,10 @@ use std::{
 use anyplace_model::{Condition, ImageState, InstanceId, InstancePhase, InstanceStatus};
 use tokio::sync::watch;
 
+/// Images of instances that are reported, beside those that are wanted: a report stays small, and what is missing in it
+/// only means that another machine may be preferred.
+const MAX_USED: usize = 256;
+
 /// The board.
 #[derive(Debug)]
 pub(crate) struct Board {
@@ -20,8 +24,31 @@ pub(crate) struct Board {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Facts {
     pub(crate) instances: BTreeMap<InstanceId, InstanceStatus>,
+    /// Images that are wanted.
     pub(crate) images: BTreeMap<String, ImageState>,
+    /// The image that an instance has: it is here, whether it is wanted by itself or not.
+    used: BTreeMap<InstanceId, String>,
     pub(crate) conditions: Vec<Condition>,
+}
+
+impl Facts {
+    /// How all images stand that are wanted or used.
+    pub(crate) fn all_images(&self) -> BTreeMap<String, ImageState> {
+        let mut images = self.images.clone();
+        let mut room = MAX_USED;
+        for reference in self.used.values() {
+            match images.get_mut(reference) {
+                Some(state @ ImageState::Cold) => *state = ImageState::Warm,
+                Some(_) => {}
+                None if room == 0 => {}
+                None => {
+                    room -= 1;
+                    images.insert(reference.clone(), ImageState::Warm);
+                }
+            }
+        }
+        images
+    }
 }
 
 impl Board {
@@ -46,8 +73,20 @@ impl Board {
         }
     }
 
+    pub(crate) fn use_image(&self, instance: &InstanceId, reference: &str) {
+        let mut facts = self.lock();
+        if facts.used.get(instance).is_none_or(|used| used != reference) {
+            facts.used.insert(instance.clone(), reference.into());
+            drop(facts);
+            self.changed.send_replace(());
+        }
+    }
+
     pub(crate) fn remove_instance(&self, instance: &InstanceId) {
-        self.lock().instances.remove(instance);
+        let mut facts = self.lock();
+        facts.instances.remove(instance);
+        facts.used.remove(instance);
+        drop(facts);
         self.changed.send_replace(());
     }
 

@@ -1,5 +1,7 @@
 //! The machine's images: fetching them, and keeping those warm that the location scheduler asked for.
 
+mod queue;
+
 use std::{
     sync::{
         Arc, Mutex, PoisonError,
@@ -12,11 +14,12 @@ use anyplace_images::{
     Client, Digest, Error, Item, Progress, PullClass, PullOptions, PulledImage, Reference, SharedProgress,
     Store,
 };
-use anyplace_model::{Condition, ImageState, ReasonCode};
+use anyplace_model::{Condition, ImageState, PRIORITY_AWAITED, ReasonCode};
 use anyplace_service::Backoff;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 
 use crate::board::Board;
+use queue::Queue;
 
 /// Images of a class that are fetched at once; each uses several connections and cores.
 const PARALLEL: usize = 4;
@@ -32,9 +35,9 @@ pub(crate) struct Images {
     store: Store,
     client: Client,
     board: Arc<Board>,
-    /// One set for each class: prewarming, which may be slow on purpose, keeps no live pull waiting.
+    /// Prewarming, which may be slow on purpose, keeps no live pull waiting.
     live: Semaphore,
-    prewarm: Semaphore,
+    prewarm: Queue,
 }
 
 /// Why an image can't be had.
@@ -48,7 +51,7 @@ pub(crate) struct ImageProblem {
 
 impl Images {
     pub(crate) fn new(store: Store, client: Client, board: Arc<Board>) -> Self {
-        Self { store, client, board, live: Semaphore::new(PARALLEL), prewarm: Semaphore::new(PARALLEL) }
+        Self { store, client, board, live: Semaphore::new(PARALLEL), prewarm: Queue::new(PARALLEL) }
     }
 
     /// The image of an instance that an earlier agent started, so that it stays.
@@ -78,12 +81,14 @@ impl Images {
         }
     }
 
-    /// Makes sure that an image is here.
-    pub(crate) async fn ensure(
-        &self,
-        reference: &str,
-        class: PullClass,
-    ) -> Result<PulledImage, ImageProblem> {
+    /// Makes sure that an image is here, for something that waits for it.
+    pub(crate) async fn ensure(&self, reference: &str) -> Result<PulledImage, ImageProblem> {
+        // Never closed; without a permit the fetch is only less polite.
+        let _permit = self.live.acquire().await;
+        self.pull(reference, PullClass::Live).await
+    }
+
+    async fn pull(&self, reference: &str, class: PullClass) -> Result<PulledImage, ImageProblem> {
         let name: Reference = reference.parse().map_err(|error| explain(&error))?;
         let progress: SharedProgress = Arc::new(Meter {
             board: self.board.clone(),
@@ -92,12 +97,6 @@ impl Images {
             total: AtomicU64::new(0),
             told: Mutex::new(Instant::now()),
         });
-        // The semaphore is never closed; without a permit the fetch is only less polite.
-        let permits = match class {
-            PullClass::Live => &self.live,
-            PullClass::Prewarm => &self.prewarm,
-        };
-        let _permit = permits.acquire().await;
         let begun = Instant::now();
         let options = PullOptions { progress, class };
         let image = self.store.pull(&name, &self.client, &options).await.map_err(|error| explain(&error))?;
@@ -108,12 +107,28 @@ impl Images {
         Ok(image)
     }
 
-    /// Makes an image warm, however often it takes, and says on the board how it stands.
-    pub(crate) async fn prewarm(&self, reference: &str) {
+    /// Makes an image warm, however often it takes, and says on the board how it stands. It waits for its turn by its
+    /// priority, except where something waits for it.
+    pub(crate) async fn keep(&self, reference: &str, mut priority: watch::Receiver<u8>) {
         let mut retry = Backoff::new(FIRST_RETRY, LAST_RETRY);
-        self.board.set_image(reference, ImageState::Pulling { done: 0, total: 0 });
+        self.board.set_image(reference, ImageState::Cold);
         loop {
-            match self.ensure(reference, PullClass::Prewarm).await {
+            let awaited = *priority.borrow_and_update() == PRIORITY_AWAITED;
+            let fetch = async {
+                if awaited {
+                    self.board.set_image(reference, ImageState::Pulling { done: 0, total: 0 });
+                    return self.ensure(reference).await;
+                }
+                let _turn = self.prewarm.turn(priority.clone()).await;
+                self.board.set_image(reference, ImageState::Pulling { done: 0, total: 0 });
+                self.pull(reference, PullClass::Prewarm).await
+            };
+            let fetched = tokio::select! {
+                fetched = fetch => fetched,
+                // What it has fetched stays, and the next try goes on from there.
+                () = turns(priority.clone(), awaited) => continue,
+            };
+            match fetched {
                 Ok(image) => {
                     self.board.set_image(reference, ImageState::Warm);
                     // Warm is what it stays for as long as it is wanted.
@@ -128,8 +143,19 @@ impl Images {
                     }
                 }
             }
-            tokio::time::sleep(retry.pause()).await;
+            tokio::select! {
+                () = tokio::time::sleep(retry.pause()) => {}
+                () = turns(priority.clone(), awaited) => {}
+            }
         }
+    }
+}
+
+/// Returns when something waits for the image that didn't before, or nothing any more that did.
+async fn turns(mut priority: watch::Receiver<u8>, awaited: bool) {
+    if priority.wait_for(|priority| (*priority == PRIORITY_AWAITED) != awaited).await.is_err() {
+        // Nobody can change it any more.
+        std::future::pending().await
     }
 }
 

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use anyplace_images::{Digest, PullClass, PulledImage};
+use anyplace_images::{Digest, PulledImage};
 use anyplace_model::{Assignment, InstanceId, InstanceStatus};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -274,6 +274,9 @@ impl Task {
 
     fn publish(&self) {
         let (assignment, life) = (&self.assignment, &self.lifecycle);
+        if self.image.is_some() {
+            self.ctx.board.use_image(&assignment.instance, &assignment.image);
+        }
         self.ctx.board.set_instance(InstanceStatus {
             instance: assignment.instance.clone(),
             workload: assignment.workload.clone(),
@@ -303,7 +306,7 @@ impl Task {
     fn pull(&mut self) {
         let (ctx, assignment, sender) = (self.ctx.clone(), self.assignment.clone(), self.sender.clone());
         self.work.spawn(async move {
-            let result = Box::new(ctx.images.ensure(&assignment.image, PullClass::Live).await);
+            let result = Box::new(ctx.images.ensure(&assignment.image).await);
             // Here and not while it starts: an instance that only waits can be removed at once.
             while !ctx.claims.claim(assignment.address, &assignment.instance) {
                 sleep(ADDRESS_POLL).await;

@@ -4,17 +4,15 @@
 //! address and its default route over 169.254.1.1. Nothing is bridged. The namespace stays over restarts of the
 //! container, so that what the state router attached to the pair stays too.
 //!
-//! Everything is done by iproute2 in batches; `ip netns` is not used, since it would put files into /run and
-//! remount /sys.
+//! Everything is done by the kernel's own messages ([`netlink`]): a container's start waits for it.
+
+mod netlink;
 
 use std::{
     fs::{self, File},
     io::Write as _,
     net::Ipv4Addr,
-    os::{
-        fd::{AsFd as _, OwnedFd},
-        unix::process::CommandExt as _,
-    },
+    os::fd::AsFd as _,
     path::Path,
     process::{Command, Stdio},
 };
@@ -23,10 +21,11 @@ use anyhow::Context as _;
 use anyplace_model::{GATEWAY, container_mac, host_interface};
 use nix::{
     mount::{MsFlags, mount},
-    sched::{CloneFlags, setns, unshare},
+    sched::{CloneFlags, unshare},
 };
 
-use crate::{paths::InstancePaths, rootfs, runtime::find_program};
+use crate::{paths::InstancePaths, rootfs};
+use netlink::Netlink;
 
 /// Taken off the uplink's MTU: the GUE encapsulation between machines needs up to 60 bytes, rounded up.
 const ENCAPSULATION_BYTES: u32 = 100;
@@ -69,35 +68,28 @@ pub(crate) fn ensure(paths: &InstancePaths, address: Ipv4Addr, mtu: u32) -> anyh
         return Ok(());
     }
     remove(paths, Some(address))?;
-    make_namespace(&paths.netns)?;
+    let mut inside = make_namespace(&paths.netns)?;
     let netns = File::open(&paths.netns).context("can't open the network namespace")?;
-    let mac: Vec<String> = container_mac(address).iter().map(|byte| format!("{byte:02x}")).collect();
-    let mac = mac.join(":");
-    ip(
-        &format!(
-            "link add {host} mtu {mtu} type veth peer name eth0 address {mac} mtu {mtu} netns {}\n",
-            paths.netns.display()
-        ),
-        None,
-    )?;
+    let mac = container_mac(address);
+    let mut outside = Netlink::open()?;
+    outside.run(&[netlink::veth(&host, "eth0", mac, netns.as_fd(), mtu)])?;
     // Before it is up: no IPv6 address, and nothing dropped after the router has decapsulated it.
     sysctl(&format!("ipv6/conf/{host}/disable_ipv6"), "1");
     sysctl(&format!("ipv4/conf/{host}/rp_filter"), "0");
-    ip(
-        &format!(
-            "link set lo up\nlink set eth0 up\naddr add {address}/32 dev eth0\n\
-             route add default via {GATEWAY} dev eth0 onlink\n"
-        ),
-        Some(&netns),
-    )?;
-    ip(
-        &format!(
-            "addr add {GATEWAY}/32 dev {host} scope link\nlink set {host} up\n\
-             route add {address}/32 dev {host} src {GATEWAY}\n\
-             neigh replace {address} lladdr {mac} dev {host} nud permanent\n"
-        ),
-        None,
-    )?;
+    let (loopback, eth0) = (inside.index("lo")?, inside.index("eth0")?);
+    inside.run(&[
+        netlink::up(loopback),
+        netlink::up(eth0),
+        netlink::address(eth0, address, libc::RT_SCOPE_UNIVERSE),
+        netlink::default_route(eth0, GATEWAY),
+    ])?;
+    let host = outside.index(&host)?;
+    outside.run(&[
+        netlink::address(host, GATEWAY, libc::RT_SCOPE_LINK),
+        netlink::up(host),
+        netlink::host_route(host, address, GATEWAY),
+        netlink::neighbour(host, address, mac),
+    ])?;
     fs::write(&paths.network_mark, b"").context("can't mark the network as complete")
 }
 
@@ -111,7 +103,8 @@ pub(crate) fn remove(paths: &InstancePaths, address: Option<Ipv4Addr>) -> anyhow
 }
 
 pub(crate) fn remove_interface(name: &str) -> anyhow::Result<()> {
-    match ip(&format!("link del {name}\n"), None) {
+    let Ok(index) = nix::net::if_::if_nametoindex(name) else { return Ok(()) };
+    match Netlink::open()?.run(&[netlink::delete(index)]) {
         Err(error) if exists(name) => Err(error),
         _ => Ok(()),
     }
@@ -149,14 +142,15 @@ fn is_namespace(path: &Path) -> bool {
     nix::sys::statfs::statfs(path).is_ok_and(|stat| stat.filesystem_type().0 == NSFS_MAGIC)
 }
 
-/// A new namespace, kept alive by a mount. Made in a thread of its own, which moves into it and ends.
-fn make_namespace(path: &Path) -> anyhow::Result<()> {
+/// A new namespace, kept alive by a mount, and a connection to the kernel in it. Made in a thread of its own, which
+/// moves into it and ends.
+fn make_namespace(path: &Path) -> anyhow::Result<Netlink> {
     if let Some(folder) = path.parent() {
         fs::create_dir_all(folder).with_context(|| format!("can't make {}", folder.display()))?;
     }
     File::create(path).with_context(|| format!("can't make {}", path.display()))?;
     let path = path.to_owned();
-    let made = std::thread::spawn(move || -> anyhow::Result<()> {
+    let made = std::thread::spawn(move || -> anyhow::Result<Netlink> {
         unshare(CloneFlags::CLONE_NEWNET).context("can't make a network namespace; run the agent as root")?;
         for scope in ["all", "default"] {
             sysctl(&format!("ipv6/conf/{scope}/disable_ipv6"), "1");
@@ -164,7 +158,8 @@ fn make_namespace(path: &Path) -> anyhow::Result<()> {
         // A namespace of one app needs no root to listen on port 80.
         sysctl("ipv4/ip_unprivileged_port_start", "0");
         mount(Some("/proc/thread-self/ns/net"), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
-            .with_context(|| format!("can't mount {}", path.display()))
+            .with_context(|| format!("can't mount {}", path.display()))?;
+        Netlink::open()
     });
     made.join().map_err(|_| anyhow::anyhow!("the thread that makes a network namespace panicked"))?
 }
@@ -177,22 +172,6 @@ fn sysctl(name: &str, value: &str) {
     {
         tracing::warn!(path, value, %error, "can't set");
     }
-}
-
-fn ip(batch: &str, namespace: Option<&File>) -> anyhow::Result<()> {
-    let program =
-        find_program("ip").context("the program `ip` is not there; run `apt-get install iproute2`")?;
-    let mut command = Command::new(program);
-    command.args(["-batch", "-"]);
-    if let Some(namespace) = namespace {
-        let namespace: OwnedFd = namespace.as_fd().try_clone_to_owned().context("can't copy a descriptor")?;
-        // SAFETY: between fork and exec, setns is a plain system call on a descriptor that the closure owns; it
-        // neither allocates nor takes a lock.
-        unsafe {
-            command.pre_exec(move || setns(&namespace, CloneFlags::CLONE_NEWNET).map_err(Into::into));
-        }
-    }
-    feed(command, batch).with_context(|| format!("`ip` refused {batch:?}"))
 }
 
 /// Runs a program with a text on its standard input; its complaints become the error.

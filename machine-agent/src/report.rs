@@ -40,8 +40,8 @@ pub(crate) async fn run(
         changed.mark_unchanged();
         let facts = board.facts();
         frame.sequence += 1;
+        frame.images = facts.all_images();
         frame.conditions = facts.conditions;
-        frame.images = facts.images;
         frame.instances = facts.instances.into_values().collect();
         let failure = match timeout(TIMEOUT, client.report_machine(&frame)).await {
             Ok(Ok(())) => None,

@@ -5,7 +5,8 @@
 //! - `shim.json`: what to do; written by the agent before the start
 //! - `lock`: held while the shim lives, so that nobody needs to trust a process number
 //! - `shim.pid`: the shim's process number
-//! - `started.json` or `failed.json`: the container runs, or why not
+//! - `started.json` or `failed.json`: the container runs, or why not; then the shim closes its standard output, for
+//!   which the agent that started it waits
 //! - `exit.json`: how the container ended
 
 mod log;
@@ -13,7 +14,7 @@ mod state;
 
 use std::{
     fs::{self, File},
-    io::PipeReader,
+    io::{PipeReader, PipeWriter},
     path::Path,
     process::{Command, Stdio},
     sync::{Arc, Mutex, mpsc},
@@ -61,6 +62,7 @@ pub fn run(state_dir: &Path) -> anyhow::Result<()> {
         // Not after `exit.json`: then the container did run.
         if !state_dir.join(files::EXIT).exists() {
             crate::files::write_json(&state_dir.join(files::FAILED), &Failed { message })?;
+            tell_agent();
         }
     }
     // Also after a failure: half of a container may be there. The agent looks after what this can't remove.
@@ -88,32 +90,12 @@ fn supervise(state_dir: &Path, spec: &ShimSpec, log: &Arc<Mutex<LogFile>>) -> an
     copy(out_reader, "stdout", log.clone(), done.clone());
     copy(err_reader, "stderr", log.clone(), done);
 
-    let pid_file = state_dir.join(files::INIT_PID);
-    let bundle = spec.bundle.to_string_lossy();
-    let arguments = ["create", "--bundle", &*bundle, "--pid-file", &*pid_file.to_string_lossy(), &spec.id];
-    // The command holds the pipes' other ends, and must be gone before their end can be seen.
-    let created =
-        runtime(spec, &arguments).stdin(Stdio::null()).stdout(out_writer).stderr(err_writer).status();
-    let created = created.with_context(|| format!("can't run {}", spec.program()))?;
-    if !created.success() {
-        anyhow::bail!("{} could not create the container: {}", spec.program(), complaint(spec, created));
-    }
-    let init_pid: i32 = fs::read_to_string(&pid_file)
-        .ok()
-        .and_then(|text| text.trim().parse().ok())
-        .with_context(|| format!("{} wrote no process number", spec.program()))?;
+    let init_pid = launch(state_dir, spec, out_writer, err_writer)?;
+    // Its number can't be another process's yet: it is not reaped before `wait_for`.
     let init_start_ticks = pidfd::start_ticks_of(init_pid).context("the container ended before its start")?;
-    let started = runtime(spec, &["start", &spec.id])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status()
-        .with_context(|| format!("can't run {}", spec.program()))?;
-    if !started.success() {
-        anyhow::bail!("{} could not start the container: {}", spec.program(), complaint(spec, started));
-    }
     let started = Started { init_pid, init_start_ticks, started_at: Timestamp::now() };
     crate::files::write_json(&state_dir.join(files::STARTED), &started)?;
+    tell_agent();
 
     // A sandbox's first process is the sandbox: only its runtime knows how the program inside ended.
     let inside = spec.exit_from_runtime.then(|| exit_from_runtime(spec)).flatten();
@@ -126,6 +108,43 @@ fn supervise(state_dir: &Path, spec: &ShimSpec, log: &Arc<Mutex<LogFile>>) -> an
     }
     let exit = Exit { exit_code, signal, oom_killed: oom_killed(spec), ended_at: Timestamp::now() };
     crate::files::write_json(&state_dir.join(files::EXIT), &exit)
+}
+
+/// Makes the container and starts it; the number of its first process.
+fn launch(state_dir: &Path, spec: &ShimSpec, out: PipeWriter, err: PipeWriter) -> anyhow::Result<i32> {
+    let pid_file = state_dir.join(files::INIT_PID);
+    let (bundle, pid_path) = (spec.bundle.to_string_lossy(), pid_file.to_string_lossy());
+    let options = ["--bundle", &*bundle, "--pid-file", &*pid_path, &*spec.id];
+    // One run of the runtime takes half as long as two. gVisor's exit status has to be asked for between them.
+    let first: &[&str] = if spec.exit_from_runtime { &["create"] } else { &["run", "--detach"] };
+    let arguments = [first, &options[..]].concat();
+    // The command holds the pipes' other ends, and must be gone before their end can be seen.
+    let made = runtime(spec, &arguments).stdin(Stdio::null()).stdout(out).stderr(err).status();
+    let made = made.with_context(|| format!("can't run {}", spec.program()))?;
+    if !made.success() {
+        anyhow::bail!("{} could not start the container: {}", spec.program(), complaint(spec, made));
+    }
+    if spec.exit_from_runtime {
+        let started = runtime(spec, &["start", &spec.id])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .with_context(|| format!("can't run {}", spec.program()))?;
+        if !started.success() {
+            anyhow::bail!("{} could not start the container: {}", spec.program(), complaint(spec, started));
+        }
+    }
+    let number = fs::read_to_string(&pid_file).ok().and_then(|text| text.trim().parse().ok());
+    number.with_context(|| format!("{} wrote no process number", spec.program()))
+}
+
+/// The agent waits for the end of this process's standard output, then looks at its files.
+fn tell_agent() {
+    // Without it the agent waits until the end of the shim, or in vain: either way the container is looked after.
+    if let Ok(null) = File::options().write(true).open("/dev/null") {
+        let _ = nix::unistd::dup2_stdout(null);
+    }
 }
 
 fn runtime(spec: &ShimSpec, arguments: &[&str]) -> Command {

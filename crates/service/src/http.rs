@@ -10,6 +10,7 @@ use axum::{
     extract::{FromRequest, FromRequestParts, Request},
     http::{HeaderValue, StatusCode, header::CONTENT_TYPE, request::Parts},
     response::{IntoResponse, Response},
+    serve::ListenerExt as _,
 };
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::TcpListener;
@@ -123,6 +124,11 @@ pub async fn serve(listen: SocketAddr, router: Router, shutdown: CancellationTok
         format!("can't listen on {listen}; check `listen` in the configuration, and that nothing else listens there")
     })?;
     tracing::info!(address = %listener.local_addr()?, "listening");
+    // A watch's last small packet must not wait until the one before is acknowledged: that takes up to 40 ms.
+    let listener = listener.tap_io(|stream| {
+        // Refused only where the connection is gone already.
+        let _ = stream.set_nodelay(true);
+    });
     let server = axum::serve(listener, router).with_graceful_shutdown(shutdown.clone().cancelled_owned());
     let deadline = async {
         shutdown.cancelled().await;

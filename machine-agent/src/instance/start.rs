@@ -13,8 +13,9 @@ use anyplace_images::PulledImage;
 use anyplace_model::{Assignment, Isolation};
 use jiff::Timestamp;
 use tokio::{
+    io::AsyncReadExt as _,
     process::Command,
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout},
 };
 
 use super::{Context, Exit};
@@ -29,7 +30,7 @@ use crate::{
 
 /// A container that hasn't started by then won't: the slowest runtime needs a fifth of a second.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
-/// How often the shim's files are looked at while it starts.
+/// How often the files of a shim that an earlier agent started are looked at.
 const POLL: Duration = Duration::from_millis(2);
 /// Two parts of this size for each instance.
 const LOG_BYTES: u64 = 8 << 20;
@@ -51,10 +52,12 @@ pub(super) async fn start(
     paths: &InstancePaths,
     image: PulledImage,
 ) -> anyhow::Result<Started> {
+    let begun = Instant::now();
     let (context, wanted, at) = (ctx.clone(), assignment.clone(), paths.clone());
     tokio::task::spawn_blocking(move || prepare(&context, &wanted, &at, &image))
         .await
         .context("preparing the container panicked")??;
+    let prepared = begun.elapsed();
     let program = ctx.config.shim.clone().unwrap_or_else(|| "/proc/self/exe".into());
     let log = File::create(paths.run.join(shim::files::SHIM_LOG)).context("can't make the shim's log")?;
     // Nothing of the agent's is handed on: the shim lives on when the agent's terminal or pipe is gone.
@@ -65,27 +68,26 @@ pub(super) async fn start(
         .env("PATH", std::env::var_os("PATH").unwrap_or_default())
         .current_dir("/")
         .stdin(Stdio::null())
-        .stdout(Stdio::null())
+        .stdout(Stdio::piped())
         .stderr(log)
         .spawn()
         .with_context(|| format!("can't start the shim {}", program.display()))?;
-    let begun = Instant::now();
-    loop {
-        // Before its files: what it wrote before its end is then seen.
-        let ended = child.try_wait().context("can't wait for the shim")?;
-        if let Some(started) = files::read_json(&paths.run.join(shim::files::STARTED)) {
-            return Ok(started);
-        }
-        if let Some(Failed { message }) = files::read_json(&paths.run.join(shim::files::FAILED)) {
-            anyhow::bail!("{message}");
-        }
-        if let Some(status) = ended {
-            let words = fs::read_to_string(paths.run.join(shim::files::SHIM_LOG)).unwrap_or_default();
-            anyhow::bail!("the shim ended with {status} before the container started: {}", words.trim());
-        }
-        anyhow::ensure!(begun.elapsed() < START_TIMEOUT, "the container did not start in 30 s");
-        sleep(POLL).await;
+    let mut told = child.stdout.take().context("the shim's output is a pipe")?;
+    // It writes nothing: the pipe ends when there is something to read in its folder, and with it.
+    let closed = timeout(START_TIMEOUT, told.read_u8()).await;
+    anyhow::ensure!(closed.is_ok(), "the container did not start in 30 s");
+    if let Some(started) = files::read_json(&paths.run.join(shim::files::STARTED)) {
+        let (all, prepared) = (begun.elapsed(), prepared.as_micros());
+        tracing::info!(instance = %assignment.instance, us = all.as_micros(), prepared_us = prepared, "started");
+        return Ok(started);
     }
+    if let Some(Failed { message }) = files::read_json(&paths.run.join(shim::files::FAILED)) {
+        anyhow::bail!("{message}");
+    }
+    let status = timeout(START_TIMEOUT, child.wait()).await.context("the shim neither starts nor ends")?;
+    let status = status.context("can't wait for the shim")?;
+    let words = fs::read_to_string(paths.run.join(shim::files::SHIM_LOG)).unwrap_or_default();
+    anyhow::bail!("the shim ended with {status} before the container started: {}", words.trim());
 }
 
 /// Everything up to the shim: blocks.

@@ -13,6 +13,8 @@ use super::super::sample::median;
 use crate::shell;
 
 const JOBS: u32 = 20;
+/// What is left to do after a job's end, such as the schedulers' records and the kernel's removal of its network.
+const SETTLE: Duration = Duration::from_millis(300);
 const PATIENCE: Duration = Duration::from_secs(30);
 const MACHINE: &str = "ams-1";
 
@@ -45,7 +47,11 @@ fn on(platform: &Platform, work: &Path) -> Result<Starts> {
     platform.process(&Role::Registry("ams".to_owned()))?.stop(PATIENCE)?;
     let mut millis = Vec::new();
     for number in 0..JOBS {
-        millis.push(one(platform, pushed.trim(), &format!("start-{number}"))?);
+        let name = format!("start-{number}");
+        let took = one(platform, pushed.trim(), &name)?;
+        eprintln!("{name}: {took:.1} ms");
+        millis.push(took);
+        gone(platform)?;
     }
     // The first job finds caches of all kinds cold.
     Ok(Starts { median_ms: median(&millis[1..]), raw_crun_ms: raw_crun(&rootfs, work)? })
@@ -82,10 +88,26 @@ fn one(platform: &Platform, image: &str, name: &str) -> Result<f64> {
     }
 }
 
+/// Waits until nothing of the job is left on the machine: the next start is not beside its removal.
+fn gone(platform: &Platform) -> Result<()> {
+    let instances = platform.data_dir(&Role::Agent(MACHINE.to_owned())).join("instances");
+    let begun = Instant::now();
+    while std::fs::read_dir(&instances)?.next().is_some() {
+        if begun.elapsed() > PATIENCE {
+            bail!("{} does not become empty", instances.display());
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    std::thread::sleep(SETTLE);
+    Ok(())
+}
+
 /// `crun run` of the same program by itself: the median's milliseconds.
 fn raw_crun(rootfs: &Path, work: &Path) -> Result<f64> {
     let bundle = work.join("bundle");
     std::fs::create_dir_all(&bundle)?;
+    // crun wants it there.
+    std::fs::create_dir_all(rootfs.join("dev"))?;
     let spec = serde_json::json!({
         "ociVersion": "1.0.2", "root": { "path": rootfs },
         "process": { "user": { "uid": 0, "gid": 0 }, "args": ["/bin/busybox", "true"], "cwd": "/" },
