@@ -20,6 +20,7 @@ use oci_spec::runtime::Spec;
 use serde_json::{Value, json};
 
 use crate::paths::InstancePaths;
+pub(crate) use seccomp::Compiled;
 use user::User;
 
 /// What a program that starts as root and then drops its rights needs, and no more: no raw sockets, no device
@@ -66,6 +67,8 @@ pub(crate) struct Bundle<'a> {
     pub(crate) machine: &'a MachineId,
     pub(crate) image: &'a ContainerConfig,
     pub(crate) paths: &'a InstancePaths,
+    /// The seccomp profile as this runtime compiled it, where it takes it.
+    pub(crate) filter: Option<&'a str>,
 }
 
 impl Bundle<'_> {
@@ -99,6 +102,7 @@ impl Bundle<'_> {
         let spec = json!({
             "ociVersion": "1.0.2",
             "hostname": assignment.instance,
+            "annotations": self.filter.map(|filter| json!({seccomp::ANNOTATION: filter})),
             "root": {"path": paths.merged, "readonly": false},
             "process": {
                 "terminal": false,

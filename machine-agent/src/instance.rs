@@ -23,6 +23,7 @@ use tokio::{
 use crate::{
     Config,
     board::Board,
+    bundle::Compiled,
     cgroup::Cgroups,
     cleanup, firewall, health,
     images::{ImageProblem, Images},
@@ -47,6 +48,7 @@ pub(crate) struct Context {
     pub(crate) board: Arc<Board>,
     pub(crate) images: Images,
     pub(crate) runtimes: Runtimes,
+    pub(crate) filter: Compiled,
     pub(crate) cgroups: Option<Cgroups>,
     pub(crate) mtu: u32,
     pub(crate) claims: Claims,

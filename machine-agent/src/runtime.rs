@@ -115,6 +115,11 @@ impl Runtime {
         self.root.join(container).exists()
     }
 
+    /// Where a container's seccomp filter is, as it was compiled; none of a runtime that takes no compiled one.
+    pub(crate) fn filter(&self, container: &str) -> Option<PathBuf> {
+        (self.kind == Kind::Crun).then(|| self.root.join(container).join("seccomp.bpf"))
+    }
+
     /// Removes a container whatever its state. Blocks.
     pub(crate) fn delete(&self, container: &str) {
         if self.knows(container) {

@@ -7,6 +7,7 @@
 //! - `shim.pid`: the shim's process number
 //! - `started.json` or `failed.json`: the container runs, or why not; then the shim closes its standard output, for
 //!   which the agent that started it waits
+//! - `seccomp.bpf`: the container's seccomp filter, where the agent asked for it
 //! - `exit.json`: how the container ended
 
 mod log;
@@ -94,6 +95,10 @@ fn supervise(state_dir: &Path, spec: &ShimSpec, log: &Arc<Mutex<LogFile>>) -> an
     // Its number can't be another process's yet: it is not reaped before `wait_for`.
     let init_start_ticks = pidfd::start_ticks_of(init_pid).context("the container ended before its start")?;
     let started = Started { init_pid, init_start_ticks, started_at: Timestamp::now() };
+    if let Some(filter) = &spec.filter {
+        // Without it the next container starts as slowly as this one.
+        let _ = fs::copy(filter, state_dir.join(files::FILTER));
+    }
     crate::files::write_json(&state_dir.join(files::STARTED), &started)?;
     tell_agent();
 

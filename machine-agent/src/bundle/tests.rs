@@ -38,7 +38,7 @@ fn config_of(assignment: &Assignment, image: &ContainerConfig) -> anyhow::Result
         "#,
     )?;
     let paths = crate::paths::Paths::new(&config).instance(&assignment.instance);
-    let bundle = Bundle { assignment, machine: &config.machine, image, paths: &paths };
+    let bundle = Bundle { assignment, machine: &config.machine, image, paths: &paths, filter: Some("AAAA") };
     let user = User { uid: 5, gid: 6, more_gids: vec![7], home: "/home/app".into() };
     Ok(serde_json::to_value(bundle.spec(&user, vec![])?)?)
 }
@@ -152,4 +152,25 @@ fn an_instance_is_confined() {
     }
     assert!(free.is_sorted());
     assert_eq!(calls[2]["errnoRet"], 38);
+}
+
+#[test]
+fn a_compiled_filter_goes_beside_the_profile_and_rubbish_is_none() {
+    let spec = config_of(&assignment(), &image()).unwrap();
+    assert_eq!(spec["annotations"]["run.oci.seccomp_bpf_data"], "AAAA");
+    assert_eq!(spec["linux"]["seccomp"]["defaultAction"], "SCMP_ACT_ERRNO");
+
+    let dir = tempfile::tempdir().unwrap();
+    let (file, filter) = (dir.path().join("seccomp.bpf"), Compiled::default());
+    filter.learn(&file);
+    for wrong in [0, 12, 8 * 4_097] {
+        std::fs::write(&file, vec![0; wrong]).unwrap();
+        filter.learn(&file);
+        assert_eq!(filter.get(), None, "{wrong}");
+    }
+    std::fs::write(&file, [0; 8]).unwrap();
+    filter.learn(&file);
+    std::fs::write(&file, [1; 8]).unwrap();
+    filter.learn(&file);
+    assert_eq!(filter.get(), Some("AAAAAAAAAAA="));
 }

@@ -78,6 +78,7 @@ pub(super) async fn start(
     anyhow::ensure!(closed.is_ok(), "the container did not start in 30 s");
     if let Some(started) = files::read_json(&paths.run.join(shim::files::STARTED)) {
         let (all, prepared) = (begun.elapsed(), prepared.as_micros());
+        ctx.filter.learn(&paths.run.join(shim::files::FILTER));
         tracing::info!(instance = %assignment.instance, us = all.as_micros(), prepared_us = prepared, "started");
         return Ok(started);
     }
@@ -115,7 +116,9 @@ fn prepare(
     network::ensure(paths, assignment.address, ctx.mtu)?;
     rootfs::mount_fresh(image, paths)?;
     let container = image.config.container();
-    Bundle { assignment, machine: &ctx.config.machine, image: &container, paths }.write()?;
+    let compiled = runtime.filter(assignment.instance.as_str());
+    let filter = compiled.as_ref().and_then(|_| ctx.filter.get());
+    Bundle { assignment, machine: &ctx.config.machine, image: &container, paths, filter }.write()?;
     fs::create_dir_all(&paths.run).context("can't make the shim's folder")?;
     let runtime_log = paths.run.join(shim::files::RUNTIME_LOG);
     let prefix = runtime.prefix(Some(&runtime_log));
@@ -124,6 +127,7 @@ fn prepare(
         runtime: prefix.into_iter().map(|part| part.to_string_lossy().into_owned()).collect(),
         runtime_log,
         exit_from_runtime: runtime.kind == Kind::Runsc,
+        filter: compiled.filter(|_| filter.is_none()),
         bundle: paths.bundle.clone(),
         log: paths.logs.join("log"),
         log_bytes: LOG_BYTES,

@@ -15,6 +15,7 @@ pub(crate) mod files {
     pub(crate) const STARTED: &str = "started.json";
     pub(crate) const FAILED: &str = "failed.json";
     pub(crate) const EXIT: &str = "exit.json";
+    pub(crate) const FILTER: &str = "seccomp.bpf";
     pub(crate) const RUNTIME_LOG: &str = "runtime.log";
     pub(crate) const SHIM_LOG: &str = "shim.log";
 }
@@ -30,6 +31,8 @@ pub(crate) struct ShimSpec {
     pub(crate) runtime_log: PathBuf,
     /// Whether only the runtime knows the exit status.
     pub(crate) exit_from_runtime: bool,
+    /// The runtime's file with the compiled seccomp filter, where the agent wants to know it.
+    pub(crate) filter: Option<PathBuf>,
     pub(crate) bundle: PathBuf,
     pub(crate) log: PathBuf,
     /// Size at which the log is rotated; the last one is kept.
