@@ -1,7 +1,5 @@
 //! Looking after a machine's image store: through the agent that has it open, or, without one, directly.
 
-use std::path::PathBuf;
-
 use anyhow::Context as _;
 use anyplace_api::{Client, Method};
 use anyplace_images::{Diff, Inspected, Options, Reference, Store, StoredImage, Usage, Verified};
