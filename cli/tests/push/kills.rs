@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyplace_images::Reference;
+use anyplace_images::{Digest, Reference};
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde_json::Value;
 
@@ -15,10 +15,13 @@ use crate::{
     bed::{Registry, Seed, tree},
     proxy::{Fault, Proxy},
     runner::{Home, ran},
+    sources::archive,
 };
 
 /// How many pushes are killed.
-const KILLS: u64 = 25;
+const KILLS: u64 = 80;
+/// Every so many images are packed again by each push; the others are sent as they are, which leaves more time to kill.
+const PACKED_EVERY: u64 = 6;
 /// Size of the file that makes most of each image.
 const FILE_BYTES: usize = 6_000_000;
 /// The registry acknowledges what it received; a part of what was on the way when the pusher died isn't.
@@ -57,6 +60,20 @@ async fn status(registry: &Registry, path: &str) -> u64 {
     range.map_or(0, |range| range.trim().rsplit('-').next().unwrap().parse::<u64>().unwrap() + 1)
 }
 
+/// An archive of one layer, as `docker save` writes it.
+fn docker_archive(dir: &Path, root: &Path, to: &Path) {
+    std::fs::create_dir(dir).unwrap();
+    let layer = archive(root);
+    let config = serde_json::json!({
+        "architecture": "amd64", "os": "linux", "rootfs": { "type": "layers", "diff_ids": [Digest::of(&layer)] },
+    });
+    std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    std::fs::write(dir.join("layer.tar"), layer).unwrap();
+    std::fs::write(dir.join("manifest.json"), r#"[{"Config":"config.json","Layers":["layer.tar"]}]"#)
+        .unwrap();
+    std::fs::write(to, archive(dir)).unwrap();
+}
+
 #[test]
 fn a_killed_push_goes_on_at_the_acknowledged_offset() {
     let mut seed = Seed::new();
@@ -68,19 +85,26 @@ fn a_killed_push_goes_on_at_the_acknowledged_offset() {
         image += 1;
         let root = home.path().join(format!("tree-{image}"));
         tree(&root, &mut seed, FILE_BYTES);
-        let (root, reference) = (root.to_string_lossy().into_owned(), format!("app:v{image}"));
+        let reference = format!("app:v{image}");
+        let mut args = vec!["push", "-o", "json", &reference];
+        let archive = home.path().join(format!("docker-{image}.tar"));
+        if image % PACKED_EVERY == 1 {
+            args.insert(1, root.to_str().unwrap());
+        } else {
+            docker_archive(&home.path().join(format!("docker-{image}")), &root, &archive);
+            args.splice(1..1, [archive.to_str().unwrap(), "--keep-layers"]);
+        }
         // So slow that there is time to kill it: about 20 MB/s.
         let slow = |_: &mut Seed| Fault::Slow(Duration::from_micros(800));
         let proxy = Proxy::start(&registry.host, seed.clone(), Box::new(slow));
-        let args = ["push", root.as_str(), reference.as_str(), "-o", "json"];
         loop {
             let known = acknowledged(&registry, home.path());
             let mut command = registry.command(&home, &proxy.url, &args);
             command.env("TMPDIR", &temporary).stdout(Stdio::piped()).stderr(Stdio::piped());
             let before = proxy.counts.up.load(Ordering::Relaxed);
             let mut child = command.spawn().unwrap();
-            // At any point: before the first byte, in the middle, or after the last.
-            let point = before + seed.below(FILE_BYTES as u64 * 4 / 3 / 2);
+            // At any point: before the first byte, in the middle, or after the last. Several kills for most images.
+            let point = before + seed.below(FILE_BYTES as u64 / 3);
             let begun = Instant::now();
             let finished = loop {
                 if child.try_wait().unwrap().is_some() {

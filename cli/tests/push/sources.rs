@@ -29,7 +29,8 @@ fn output(program: &str, args: &[&str], input: &[u8]) -> Vec<u8> {
     output.stdout
 }
 
-fn archive(root: &Path) -> Vec<u8> {
+/// GNU tar's archive of a folder.
+pub(crate) fn archive(root: &Path) -> Vec<u8> {
     output("tar", &["--create", "--numeric-owner", "--directory", root.to_str().unwrap(), "."], b"")
 }
 
