@@ -30,8 +30,8 @@ struct Session {
     /// Bytes that the registry acknowledged.
     offset: u64,
     part_max: u64,
-    /// Whether some of its bytes were sent by an earlier process.
-    inherited: bool,
+    /// Whether it went on after a break, in this process or an earlier one.
+    resumed: bool,
 }
 
 enum Begun {
@@ -102,7 +102,7 @@ impl Upload<'_> {
             location,
             offset: 0,
             part_max: self.entry.as_ref().map_or(PART_MAX_BYTES, Entry::part_max),
-            inherited: true,
+            resumed: true,
         };
         let session = self.status(session).await?;
         if session.as_ref().is_some_and(|session| session.offset > 0) {
@@ -174,7 +174,7 @@ impl Upload<'_> {
         }
         let part_max = most.clamp(least.max(1), PART_MAX_BYTES);
         let location = self.location(&self.target.base, response)?;
-        Ok(Session { location, offset: 0, part_max, inherited: false })
+        Ok(Session { location, offset: 0, part_max, resumed: false })
     }
 
     /// Sends what is missing, and closes the session.
@@ -200,8 +200,8 @@ impl Upload<'_> {
                 }
                 Ok(response) => match response.status() {
                     status @ (StatusCode::NOT_FOUND | StatusCode::RANGE_NOT_SATISFIABLE) => Some(status),
-                    // The halves don't belong together: what another process sent is dropped.
-                    StatusCode::BAD_REQUEST if closing && session.inherited => return Ok(End::Lost),
+                    // The parts before and after a break don't belong together: all is sent again.
+                    StatusCode::BAD_REQUEST if closing && session.resumed => return Ok(End::Lost),
                     _ => return check(self.target, response).await.map(|_| End::Lost),
                 },
                 Err(error) if error.is_passing() => {
@@ -225,7 +225,7 @@ impl Upload<'_> {
             match self.status(session.copy()).await? {
                 // Refused, and yet nothing new: going on would be refused for ever.
                 Some(now) if refused.is_some() && now.offset == before => return Ok(End::Lost),
-                Some(now) => *session = now,
+                Some(now) => *session = Session { resumed: true, ..now },
                 None => return Ok(End::Lost),
             }
             if session.offset != before {
@@ -257,14 +257,18 @@ impl Upload<'_> {
                 location.query_pairs_mut().append_pair("digest", self.content.digest().as_str());
                 http.put(location)
             } else {
-                let last = session.offset + len - 1;
                 http.patch(session.location.clone())
-                    .header(CONTENT_RANGE, format!("{}-{last}", session.offset))
             };
             let request = request.header(CONTENT_LENGTH, len);
             if len == 0 {
                 return Ok(request);
             }
+            // A first request that closes at once is a monolithic upload, which has no range.
+            let request = if closing && session.offset == 0 {
+                request
+            } else {
+                request.header(CONTENT_RANGE, format!("{}-{}", session.offset, session.offset + len - 1))
+            };
             Ok(request.header(CONTENT_TYPE, "application/octet-stream").body(part.body()?))
         };
         let outcome = self.client.send_once(self.target, Grant::Push, request).await;
