@@ -83,7 +83,8 @@ impl Pull<'_> {
     }
 
     fn podman(&self) -> Result<f64> {
-        let (root, state) = (self.work.join("root"), self.work.join("state"));
+        // podman takes no longer path than 50 characters for its state.
+        let (root, state) = (self.work.join("root"), PathBuf::from(format!("/run/apb-{}", std::process::id())));
         let podman = |words: &[&str]| {
             let mut command = self.command(
                 "podman",
@@ -103,6 +104,7 @@ impl Pull<'_> {
         podman(&["rm", container.trim()])?;
         // What podman mounted below its own root folder, so that the folder can be removed.
         let _ = unmount(&root.join("overlay"));
+        let _ = std::fs::remove_dir_all(&state);
         Ok(seconds)
     }
 
