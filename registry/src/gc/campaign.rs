@@ -194,6 +194,7 @@ struct Check<'a> {
 
 impl Check<'_> {
     /// Whatever was acknowledged and not deleted is there, with all its parts.
+    #[allow(clippy::await_holding_refcell_ref, reason = "the clients have ended; only reads are left")]
     async fn promises(&self, storage: &Storage) {
         let now_ms = self.began.elapsed().as_millis() as u64;
         let young = |at_ms: u64| now_ms - at_ms < GRACE.as_millis() as u64;

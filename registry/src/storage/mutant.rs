@@ -3,6 +3,7 @@
 use std::cell::Cell;
 
 /// A step that is left out.
+#[allow(clippy::enum_variant_names, reason = "each is the lack of something")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mutant {
     /// Writers don't wait for markers.
