@@ -84,7 +84,8 @@ impl Pull<'_> {
 
     fn podman(&self) -> Result<f64> {
         // podman takes no longer path than 50 characters for its state.
-        let (root, state) = (self.work.join("root"), PathBuf::from(format!("/run/apb-{}", std::process::id())));
+        let (root, state) =
+            (self.work.join("root"), PathBuf::from(format!("/run/apb-{}", std::process::id())));
         let podman = |words: &[&str]| {
             let mut command = self.command(
                 "podman",
