@@ -15,13 +15,13 @@ use std::sync::Arc;
 
 use anyplace_images::{Algorithm, Digest, Hasher};
 use bytes::Bytes;
-use futures_util::stream::FuturesUnordered;
-use futures_util::{StreamExt as _, TryStreamExt as _};
+use futures_util::TryStreamExt as _;
 use object_store::PutPayload;
 use object_store::multipart::{MultipartStore, PartId};
 use object_store::path::Path;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::task::JoinSet;
 
 use crate::storage::{Error, Linked, Result, Segment, Storage};
 
@@ -30,8 +30,11 @@ use crate::storage::{Error, Linked, Result, Segment, Storage};
 const SIZES: Sizes = Sizes { part_bytes: 16 << 20, parts_max: 9_000 };
 /// Parts of one upload that are sent at once.
 const SENDING_MAX: usize = 4;
-/// Parts of all uploads that are in memory: together 96 MiB. More wait, and so do their clients.
-const PARTS_IN_MEMORY_MAX: usize = 6;
+/// Parts of all uploads that are on their way: together 128 MiB. More wait, and so do their clients.
+const SENDING_ALL_MAX: usize = 8;
+/// Uploads that write at once; more wait for their turn. Each fills one part beside those on their way, so all
+/// together have at most 640 MiB in memory; slow clients have little of that.
+pub(super) const WRITERS_MAX: usize = 32;
 /// Times that a state is looked for again, when it was replaced between the listing and the read.
 const STATE_TRIES: usize = 5;
 
@@ -52,14 +55,14 @@ impl Default for Sizes {
 pub(super) struct Shared {
     storage: Storage,
     parts: Arc<dyn MultipartStore>,
-    /// The parts that may be in memory.
-    memory: Arc<Semaphore>,
+    /// The parts that may be on their way.
+    sending: Arc<Semaphore>,
     sizes: Sizes,
 }
 
 impl Shared {
     pub(super) fn new(storage: Storage, parts: Arc<dyn MultipartStore>, sizes: Sizes) -> Arc<Shared> {
-        Arc::new(Shared { storage, parts, memory: Arc::new(Semaphore::new(PARTS_IN_MEMORY_MAX)), sizes })
+        Arc::new(Shared { storage, parts, sending: Arc::new(Semaphore::new(SENDING_ALL_MAX)), sizes })
     }
 
     pub(super) fn part_bytes(&self) -> usize {
@@ -304,20 +307,18 @@ enum Sent {
     Short(Vec<Bytes>),
 }
 
-type PartSent = std::pin::Pin<Box<dyn Future<Output = object_store::Result<(usize, PartId)>> + Send>>;
-
 /// One object on its way.
 struct Sending {
     shared: Arc<Shared>,
     key: Path,
     buffer: Vec<Bytes>,
     buffered: usize,
-    permit: Option<OwnedSemaphorePermit>,
     /// The store's id for the parts, and where it is remembered.
     begun: Option<(String, Path)>,
     count: usize,
     len: u64,
-    sending: FuturesUnordered<PartSent>,
+    /// Tasks, so that parts are sent also while the client lets wait.
+    sending: JoinSet<object_store::Result<(usize, PartId)>>,
     done: Vec<(usize, PartId)>,
 }
 
@@ -329,11 +330,10 @@ impl Sending {
             key: Path::from(format!("data/{}/{random}", upload.id)),
             buffered: first.iter().map(Bytes::len).sum(),
             buffer: first,
-            permit: None,
             begun: None,
             count: 0,
             len: 0,
-            sending: FuturesUnordered::new(),
+            sending: JoinSet::new(),
             done: Vec::new(),
         }
     }
@@ -342,9 +342,6 @@ impl Sending {
     async fn push(&mut self, batch: Vec<Bytes>) -> Result<usize> {
         for mut chunk in batch {
             while !chunk.is_empty() {
-                if self.permit.is_none() {
-                    self.permit = Some(self.wait_for_memory().await?);
-                }
                 let fits = chunk.split_to(chunk.len().min(self.shared.part_bytes() - self.buffered));
                 self.buffered += fits.len();
                 self.buffer.push(fits);
@@ -356,21 +353,26 @@ impl Sending {
         Ok(self.count)
     }
 
-    /// A permit for a part. Parts that are done meanwhile give theirs back.
-    async fn wait_for_memory(&mut self) -> Result<OwnedSemaphorePermit> {
-        let memory = self.shared.memory.clone();
-        let mut permit = std::pin::pin!(memory.acquire_owned());
-        loop {
-            let failed =
-                |e: object_store::Error| self.shared.storage.failed_at("write", self.key.as_ref(), e);
-            tokio::select! {
-                permit = &mut permit => return permit.map_err(|e| Error::damaged("the memory's bound", e)),
-                Some(sent) = self.sending.next() => self.done.push(sent.map_err(failed)?),
-            }
+    /// The turn of one more part.
+    async fn turn(&mut self) -> Result<OwnedSemaphorePermit> {
+        while self.sending.len() >= SENDING_MAX {
+            self.wait_for_one().await?;
         }
+        let all = self.shared.sending.clone();
+        all.acquire_owned().await.map_err(|e| Error::damaged("the bound on parts", e))
+    }
+
+    /// Waits until one more part is sent; false if there is none.
+    async fn wait_for_one(&mut self) -> Result<bool> {
+        let Some(sent) = self.sending.join_next().await else { return Ok(false) };
+        let sent = sent.map_err(object_store::Error::from).flatten();
+        let failed = |e| self.shared.storage.failed_at("write", self.key.as_ref(), e);
+        self.done.push(sent.map_err(failed)?);
+        Ok(true)
     }
 
     async fn send(&mut self) -> Result<()> {
+        let permit = self.turn().await?;
         let failed = |e| self.shared.storage.failed_at("write", self.key.as_ref(), e);
         let id = match &self.begun {
             Some((id, _)) => id.clone(),
@@ -381,22 +383,16 @@ impl Sending {
                 id
             }
         };
-        while self.sending.len() >= SENDING_MAX {
-            if let Some(sent) = self.sending.next().await {
-                self.done.push(sent.map_err(failed)?);
-            }
-        }
         let payload: PutPayload = std::mem::take(&mut self.buffer).into_iter().collect();
-        let (parts, key, number, permit) =
-            (self.shared.parts.clone(), self.key.clone(), self.count, self.permit.take());
+        let (parts, key, number) = (self.shared.parts.clone(), self.key.clone(), self.count);
         self.count += 1;
         self.len += self.buffered as u64;
         self.buffered = 0;
-        self.sending.push(Box::pin(async move {
+        self.sending.spawn(async move {
             let part = parts.put_part(&key, &id, number, payload).await;
             drop(permit);
             Ok((number, part?))
-        }));
+        });
         Ok(())
     }
 
@@ -417,10 +413,7 @@ impl Sending {
         if self.buffered > 0 {
             self.send().await?;
         }
-        let failed = |e| self.shared.storage.failed_at("write", self.key.as_ref(), e);
-        while let Some(sent) = self.sending.next().await {
-            self.done.push(sent.map_err(failed)?);
-        }
+        while self.wait_for_one().await? {}
         let mut done = std::mem::take(&mut self.done);
         done.sort_unstable_by_key(|(number, _)| *number);
         let done = done.into_iter().map(|(_, part)| part).collect();
@@ -431,7 +424,7 @@ impl Sending {
             let there = self.shared.storage.head(&self.key).await;
             if !matches!(there, Ok(Some(meta)) if meta.size == segment.len) {
                 self.begun = Some((id, remembered));
-                return Err(failed(error));
+                return Err(self.shared.storage.failed_at("write", self.key.as_ref(), error));
             }
         }
         self.shared.storage.drop_object(&remembered).await;

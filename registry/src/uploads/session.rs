@@ -15,11 +15,11 @@ use futures_util::{Stream, StreamExt as _};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use super::local::{self, LocalUpload, Opened};
-use super::remote::{Appended, RemoteUpload, Shared, Sizes};
+use super::remote::{self, Appended, RemoteUpload, Shared, Sizes};
 use crate::errors::{Answer, Refusal, internal};
 use crate::storage::{Linked, Place, Storage};
 
-/// Uploads that write at once; more wait for their turn.
+/// Uploads that write to a folder at once; more wait for their turn.
 const WRITERS_MAX: usize = 128;
 /// Bytes that are handed on together: fewer hops between threads, and not much memory.
 const BATCH_BYTES: usize = 256 << 10;
@@ -82,7 +82,11 @@ impl Uploads {
             }
             Place::Bucket(parts) => KeptIn::Bucket(Shared::new(storage.clone(), parts.clone(), sizes)),
         };
-        let writers = Arc::new(Semaphore::new(WRITERS_MAX));
+        let writers = match &kept {
+            KeptIn::Folder(_) => WRITERS_MAX,
+            KeptIn::Bucket(_) => remote::WRITERS_MAX,
+        };
+        let writers = Arc::new(Semaphore::new(writers));
         Ok(Uploads { storage, writers, kept: Arc::new(kept) })
     }
 

@@ -11,7 +11,7 @@ use super::faulty::Seed;
 use super::{Bed, Opener, Process, noise};
 
 /// Uploads in all; each has some tens of operations on the store.
-const UPLOADS: u64 = 300;
+const UPLOADS: u64 = 120;
 /// One operation in so many fails, half of them after they were done.
 const ONE_IN: u64 = 12;
 /// Tries of one step. With one operation in twelve failing, a step of ten operations fails more often than not.
