@@ -1,6 +1,7 @@
 //! The command line: what can be asked, and its help.
 
 mod images;
+mod registry;
 
 use std::path::PathBuf;
 
@@ -9,6 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 
 use crate::output::Format;
 pub(crate) use images::{BuildArgs, PushArgs, SendArgs};
+pub(crate) use registry::{RegistryArgs, RegistryCommand, RunArgs};
 
 /// Runs containers in many locations behind one address.
 #[derive(Debug, Parser)]
@@ -80,8 +82,8 @@ pub(crate) enum RoleCommand {
     GlobalScheduler(ConfigArg),
     /// Role: machines of one location
     LocationScheduler(ConfigArg),
-    /// Role: image registry of one location
-    Registry(ConfigArg),
+    /// Role: image registry of one location; with a command, operate one that runs
+    Registry(RegistryArgs),
     /// Role: containers of one machine
     MachineAgent(ConfigArg),
     /// Role: packets of one machine

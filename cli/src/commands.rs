@@ -12,6 +12,7 @@ mod location;
 mod logs;
 mod prewarm;
 mod push;
+mod registry;
 mod token;
 mod why;
 
@@ -21,7 +22,7 @@ use anyplace_api::{ClientError, ErrorCode};
 use clap::CommandFactory as _;
 
 use crate::{
-    args::{Cli, ClientCommand, Connection, DeleteCommand, JobsCommand},
+    args::{Cli, ClientCommand, Connection, DeleteCommand, JobsCommand, RegistryCommand},
     context::Session,
     output, schema,
 };
@@ -51,6 +52,14 @@ pub(crate) fn run(connection: &Connection, command: ClientCommand) -> anyhow::Re
     // Packing that was interrupted would go on to its end otherwise.
     runtime.shutdown_background();
     result
+}
+
+/// Runs a question to a registry to its end.
+pub(crate) fn registry(connection: &Connection, command: RegistryCommand) -> anyhow::Result<ExitCode> {
+    anyplace_service::install_crypto_provider();
+    let session = Session::new(connection)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(registry::run(&session, command))
 }
 
 fn done((): ()) -> ExitCode {

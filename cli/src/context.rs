@@ -170,11 +170,14 @@ impl Session {
 
     /// A client of the registry.
     pub(crate) fn registry(&self) -> anyhow::Result<anyplace_images::Client> {
-        let credentials =
-            self.registry_credentials_file.as_deref().map(Credentials::from_file).transpose().context(
-                "the registry's credentials can't be used; check --registry-credentials-file or the context",
-            )?;
-        Ok(anyplace_images::Client::new(&self.registry, credentials)?)
+        Ok(anyplace_images::Client::new(&self.registry, self.registry_credentials()?)?)
+    }
+
+    /// Name and password for the registry.
+    pub(crate) fn registry_credentials(&self) -> anyhow::Result<Option<Credentials>> {
+        self.registry_credentials_file.as_deref().map(Credentials::from_file).transpose().context(
+            "the registry's credentials can't be used; check --registry-credentials-file or the context",
+        )
     }
 }
 

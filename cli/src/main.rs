@@ -18,7 +18,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use clap::Parser as _;
 
-use args::{Cli, Command};
+use args::{Cli, Command, RegistryArgs, RoleCommand};
 
 fn main() -> ExitCode {
     let result = match shim_folder() {
@@ -40,6 +40,9 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Shim { state } => roles::shim(&state).map(|()| ExitCode::SUCCESS),
+        Command::Role(RoleCommand::Registry(RegistryArgs { command: Some(command), .. })) => {
+            commands::registry(&cli.connection, command)
+        }
         Command::Role(role) => roles::run(role).map(|()| ExitCode::SUCCESS),
         Command::Client(command) => commands::run(&cli.connection, command),
     }

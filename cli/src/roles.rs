@@ -2,6 +2,7 @@
 
 use std::{future::Future, path::Path, time::Duration};
 
+use anyhow::Context as _;
 use serde::de::DeserializeOwned;
 use tokio_util::sync::CancellationToken;
 
@@ -15,7 +16,11 @@ pub(crate) fn run(role: RoleCommand) -> anyhow::Result<()> {
     match role {
         RoleCommand::GlobalScheduler(args) => serve(&args, anyplace_global_scheduler::run),
         RoleCommand::LocationScheduler(args) => serve(&args, anyplace_location_scheduler::run),
-        RoleCommand::Registry(args) => serve(&args, anyplace_registry::run),
+        RoleCommand::Registry(args) => {
+            // Without a command, which `main` has taken out, it is required.
+            let config = args.config.context("--config: expected the registry's configuration")?;
+            serve(&ConfigArg { config }, anyplace_registry::run)
+        }
         RoleCommand::MachineAgent(args) => serve(&args, anyplace_machine_agent::run),
         RoleCommand::StateRouter(args) => serve(&args, anyplace_state_router::run),
     }

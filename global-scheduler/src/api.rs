@@ -3,6 +3,7 @@
 mod auth;
 mod deployments;
 mod extract;
+mod images;
 mod jobs;
 mod locations;
 mod logs;
@@ -55,6 +56,7 @@ pub(crate) fn router() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(locations::report))
         .routes(routes!(locations::desired))
         .routes(routes!(locations::capacity))
+        .routes(routes!(images::in_use))
         .routes(routes!(prewarm::set, prewarm::list, prewarm::delete))
         .routes(routes!(platform::instances))
         .routes(routes!(platform::events))

@@ -55,6 +55,15 @@ pub(crate) async fn get(app: &App, name: &str, key: &str, asked: &HeaderMap) -> 
     Ok(response)
 }
 
+/// As for GET, for a client that may rely on the manifest and not push it again: as with blobs, what gets old is young
+/// again.
+pub(crate) async fn head(app: &App, name: &str, key: &str, asked: &HeaderMap) -> Answer {
+    if key.contains(':') {
+        app.storage.blob_size_renewed(name, &crate::routes::parse_digest(key)?).await?;
+    }
+    get(app, name, key, asked).await
+}
+
 pub(crate) async fn put(app: &App, name: &str, key: &str, request: Request) -> Answer {
     let tags = tags_of(request.uri())?;
     let expected = match key.contains(':') {
@@ -86,9 +95,8 @@ pub(crate) async fn put(app: &App, name: &str, key: &str, request: Request) -> A
     if !missing.is_empty() {
         return Err(blobs_missing(name, &missing));
     }
-    let failed = |e| internal("storing a manifest", e);
     for tag in in_path.into_iter().chain(tags.iter().map(String::as_str)) {
-        app.storage.put_tag(TagOf::Push, name, tag, &digest).await.map_err(failed)?;
+        app.storage.put_tag(TagOf::Push, name, tag, &digest).await?;
         app.remembered.forget(name, tag);
     }
     app.remembered.forget(name, digest.as_str());

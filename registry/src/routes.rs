@@ -157,7 +157,8 @@ async fn answer(app: &Arc<App>, request: Request) -> Answer {
         Endpoint::Manifest { name, key } => {
             let name = checked(name)?;
             match method {
-                Method::GET | Method::HEAD => manifests::get(app, &name, key, request.headers()).await,
+                Method::GET => manifests::get(app, &name, key, request.headers()).await,
+                Method::HEAD => manifests::head(app, &name, key, request.headers()).await,
                 Method::PUT => manifests::put(app, &name, key, request).await,
                 Method::DELETE => manifests::delete(app, &name, key).await,
                 _ => unsupported("GET, HEAD, PUT, DELETE"),

@@ -9,5 +9,6 @@ mod examples;
 mod fake;
 mod happy;
 mod real;
+mod registry;
 mod runner;
 mod validator;

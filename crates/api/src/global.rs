@@ -17,6 +17,7 @@
 //! | `PUT /v1/prewarm` | `Prewarm` | `PrewarmView` |
 //! | `GET /v1/prewarm` | | array of `PrewarmView` |
 //! | `DELETE /v1/prewarm?image=` | | 204 |
+//! | `GET /v1/images/in-use` | | array of image references, for registries |
 //! | `GET /v1/capacity` | | array of `CapacityView` |
 //! | `GET /v1/events?subject=deployment/hello` | | array of `Event`, oldest first |
 //! | `POST /v1/tokens` | `TokenRequest` | `NewToken` |

@@ -48,6 +48,7 @@ async fn the_openapi_document_lists_every_path() {
         "PUT /v1/prewarm",
         "GET /v1/prewarm",
         "DELETE /v1/prewarm",
+        "GET /v1/images/in-use",
         "GET /v1/events",
         "POST /v1/tokens",
         "GET /v1/watch/deployments",

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::{
     jobs::window,
-    support::{Bed, eventually, job},
+    support::{Bed, deployment, eventually, job},
 };
 
 fn wish(value: serde_json::Value) -> Prewarm {
@@ -78,4 +78,22 @@ async fn images_of_queued_jobs_are_fetched_before_the_window_opens() {
     assert!(nrt.prewarms().is_empty());
     bed.admin.cancel_job(&spec.name).await.unwrap();
     eventually("ams is told again", || async { ams.prewarms().is_empty() }).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn registries_are_told_which_images_are_in_use() {
+    let bed = Bed::start().await;
+    let viewer = bed.client(Some(bed.token(Role::Viewer, None).await));
+    let in_use = async || -> Vec<String> {
+        viewer.open("/v1/images/in-use", &()).await.unwrap().json().await.unwrap()
+    };
+    assert_eq!(in_use().await, Vec::<String>::new());
+    bed.admin.set_prewarm(&wish(json!({"image": "warm:v1"}))).await.unwrap();
+    bed.admin.apply_deployment(&deployment(json!({"image": "app:v2"}))).await.unwrap();
+    let queued = job(json!({"image": "work:v3"}));
+    bed.admin.submit_job(&queued).await.unwrap();
+    assert_eq!(in_use().await, ["app:v2", "warm:v1", "work:v3"]);
+    bed.admin.cancel_job(&queued.name).await.unwrap();
+    bed.admin.delete_prewarm("warm:v1").await.unwrap();
+    assert_eq!(in_use().await, ["app:v2"]);
 }

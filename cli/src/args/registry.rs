@@ -1,0 +1,85 @@
+//! Arguments of `registry ...`: the role, and what operators ask one.
+
+use std::path::PathBuf;
+
+use anyplace_images::Reference;
+use clap::{Args, Subcommand, ValueHint};
+
+use super::OutputArg;
+
+/// The role, or a question to a registry that runs.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub(crate) struct RegistryArgs {
+    /// Configuration (TOML)
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, required = true)]
+    pub(crate) config: Option<PathBuf>,
+    #[command(subcommand)]
+    pub(crate) command: Option<RegistryCommand>,
+}
+
+/// What operators ask a registry.
+#[derive(Debug, Subcommand)]
+pub(crate) enum RegistryCommand {
+    /// Collect what nothing needs, and let go what the rules don't keep
+    Gc {
+        /// Only say what would go
+        #[arg(long)]
+        dry_run: bool,
+        #[command(flatten)]
+        run: RunArgs,
+    },
+    /// Re-hash everything that is stored, and move aside what is damaged
+    ///
+    /// Goes on by itself when this command is stopped, and where it was when the registry is.
+    Scrub {
+        #[command(flatten)]
+        run: RunArgs,
+    },
+    /// Show how much is stored, by repository
+    Du {
+        /// Only this one
+        repository: Option<String>,
+        #[command(flatten)]
+        output: OutputArg,
+    },
+    /// List repositories
+    Ls {
+        #[command(flatten)]
+        output: OutputArg,
+    },
+    /// List the tags of a repository
+    Tags {
+        /// The repository
+        repository: String,
+        #[command(flatten)]
+        output: OutputArg,
+    },
+    /// Bring back a deleted tag or manifest
+    Undelete {
+        /// `REPOSITORY:TAG` or `REPOSITORY@DIGEST`; the tag `latest` without either
+        reference: Reference,
+        #[command(flatten)]
+        output: OutputArg,
+    },
+    /// List the deletions that can be undone
+    Trash {
+        /// Only of this repository
+        repository: Option<String>,
+        #[command(flatten)]
+        output: OutputArg,
+    },
+}
+
+/// Beginning something long, and following it.
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct RunArgs {
+    /// Begin nothing; show what runs, and what the last one did
+    #[arg(long)]
+    pub(crate) status: bool,
+    /// Begin it, and don't wait for its end
+    #[arg(long, conflicts_with = "status")]
+    pub(crate) no_wait: bool,
+    #[command(flatten)]
+    pub(crate) output: OutputArg,
+}

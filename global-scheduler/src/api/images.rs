@@ -1,0 +1,23 @@
+//! `/v1/images/in-use`: for registries, so that their rules let nothing go that is still needed.
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use anyplace_api::Problem;
+use anyplace_model::JobPhase;
+use anyplace_service::Json;
+use axum::extract::State;
+
+use crate::app::App;
+
+/// The images of all deployments, of jobs that have not ended, and of wishes for warm images.
+#[utoipa::path(get, path = "/v1/images/in-use", tag = "images",
+    responses((status = 200, body = Vec<String>), (status = "default", body = Problem, content_type = "application/problem+json")))]
+pub(super) async fn in_use(State(app): State<Arc<App>>) -> Json<Vec<String>> {
+    let world = app.world();
+    let has_ended = |phase| matches!(phase, JobPhase::Succeeded | JobPhase::Failed | JobPhase::Cancelled);
+    let deployments = world.deployments.values().map(|stored| &stored.value.spec.image);
+    let jobs = world.jobs.values().map(|stored| &stored.value).filter(|job| !has_ended(job.phase));
+    let images: BTreeSet<&String> =
+        deployments.chain(jobs.map(|job| &job.spec.image)).chain(world.prewarms.keys()).collect();
+    Json(images.into_iter().cloned().collect())
+}
