@@ -119,3 +119,30 @@ impl Board {
         self.facts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn images_of_instances_are_warm_and_as_many_as_a_report_takes() {
+        let board = Board::new(Vec::new());
+        let pulling = ImageState::Pulling { done: 1, total: 2 };
+        board.set_image("queued", ImageState::Cold);
+        board.set_image("moved", pulling.clone());
+        for (instance, image) in [("a-1", "queued"), ("a-2", "moved"), ("a-3", "own"), ("a-4", "own")] {
+            board.use_image(&instance.parse().unwrap(), image);
+        }
+        let expected = [("moved", pulling), ("own", ImageState::Warm), ("queued", ImageState::Warm)]
+            .map(|(name, state)| (name.to_owned(), state));
+        assert_eq!(board.facts().all_images(), BTreeMap::from(expected));
+        board.remove_instance(&"a-3".parse().unwrap());
+        assert!(board.facts().all_images().contains_key("own"));
+        board.remove_instance(&"a-4".parse().unwrap());
+        assert!(!board.facts().all_images().contains_key("own"));
+        for number in 0..2 * MAX_USED {
+            board.use_image(&format!("b-{number}").parse().unwrap(), &format!("image-{number}"));
+        }
+        assert_eq!(board.facts().all_images().len(), 2 + MAX_USED);
+    }
+}
