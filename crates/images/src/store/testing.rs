@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use tar::{EntryType, Header};
 
 use super::{Options, PullOptions, PulledImage, Store};
+use crate::client::Client;
 use crate::error::Error;
 pub(crate) use server::Server;
 
@@ -255,6 +256,8 @@ pub(crate) struct Bed {
     pub(crate) dir: tempfile::TempDir,
     pub(crate) server: Server,
     pub(crate) runtime: tokio::runtime::Runtime,
+    /// One for all pulls: making it reads the machine's certificates, which takes longer than a small pull.
+    pub(crate) client: Client,
 }
 
 impl Bed {
@@ -264,7 +267,9 @@ impl Bed {
         crate::tree::testing::private_mounts();
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-        Bed { dir: tempfile::tempdir().unwrap(), server: Server::start(), runtime }
+        let server = Server::start();
+        let client = server.client();
+        Bed { dir: tempfile::tempdir().unwrap(), server, runtime, client }
     }
 
     /// With a store on tmpfs, for what syncs thousands of times.
@@ -281,9 +286,9 @@ impl Bed {
     }
 
     pub(crate) fn pull(&self, store: &Store, tag: &str) -> Result<PulledImage, Error> {
-        let (reference, client) = (format!("app:{tag}").parse().unwrap(), self.server.client());
+        let (reference, client) = (format!("app:{tag}").parse().unwrap(), &self.client);
         self.runtime.block_on(async {
-            let pulled = store.pull(&reference, &client, &PullOptions::default()).await;
+            let pulled = store.pull(&reference, client, &PullOptions::default()).await;
             store.settle().await;
             pulled
         })

@@ -112,7 +112,7 @@ fn pulls_of_one_image_and_of_one_layer_are_joined() {
         let described = bed.server.put_image(tag, &[(shared.clone(), Format::Chunked), (own, Format::Gzip)]);
         layer_bytes = described[0].size;
     }
-    let client = bed.server.client();
+    let client = bed.client.clone();
     bed.runtime.block_on(async {
         let pulls: Vec<_> = (0..8)
             .map(|at| {
@@ -140,7 +140,7 @@ fn a_live_pull_hurries_the_prewarming_that_it_joins() {
     let store = Store::open(&bed.store_dir(), options).unwrap();
     let layer = files(&mut seed, 10);
     bed.server.put_image("v1", &[(archive(&layer), Format::Chunked)]);
-    let client = bed.server.client();
+    let client = bed.client.clone();
     let reference: Reference = "app:v1".parse().unwrap();
     let image = bed.runtime.block_on(async {
         let prewarm = PullOptions { class: PullClass::Prewarm, ..PullOptions::default() };
