@@ -257,6 +257,9 @@ impl Wake for Turn {
 }
 
 struct Task {
+    collects: bool,
+    /// Until this turn its process is stopped.
+    stopped_until: u64,
     work: Pin<Box<dyn Future<Output = ()>>>,
     turn: Arc<Turn>,
     on_crash: Box<dyn Fn()>,
@@ -279,9 +282,20 @@ impl Runner {
         Runner { store, dice, tasks: Vec::new(), waker, turns, crashes: 0, jumps: 0 }
     }
 
-    pub(super) fn add(&mut self, work: impl Future<Output = ()> + 'static, on_crash: impl Fn() + 'static) {
+    pub(super) fn add(
+        &mut self,
+        collects: bool,
+        work: impl Future<Output = ()> + 'static,
+        on_crash: impl Fn() + 'static,
+    ) {
         let turn = Arc::new(Turn { ready: AtomicBool::new(true), runner: self.waker.clone() });
-        self.tasks.push(Task { work: Box::pin(work), turn, on_crash: Box::new(on_crash) });
+        self.tasks.push(Task {
+            collects,
+            stopped_until: 0,
+            work: Box::pin(work),
+            turn,
+            on_crash: Box::new(on_crash),
+        });
     }
 
     /// Runs all tasks to their end, natural or not.
@@ -293,10 +307,19 @@ impl Runner {
                 // Sleepers get their turn too, and what other tasks were spawned.
                 tokio::time::advance(Duration::from_millis(25)).await;
             }
-            if rough && self.dice.one_in(500) {
+            if rough && self.dice.one_in(400) {
                 self.jumps += 1;
-                let minutes = [1, 5, 16, 20, 20, 26 * 60][self.dice.below(6)];
+                let minutes = [5, 16, 20, 20, 26 * 60][self.dice.below(5)];
                 self.store.pass(Duration::from_secs(minutes * 60)).await;
+                // Often it passes because a process is stopped, and others go on before it does.
+                let turns = self.dice.below(800) as u64;
+                let collectors: Vec<usize> =
+                    (0..self.tasks.len()).filter(|at| self.tasks[*at].collects).collect();
+                let at = match collectors.len() {
+                    0 => self.dice.below(self.tasks.len()),
+                    many => collectors[self.dice.below(many)],
+                };
+                self.tasks[at].stopped_until = *self.turns.borrow() + turns;
             }
             if rough && self.dice.one_in(400) {
                 let task = self.tasks.swap_remove(self.dice.below(self.tasks.len()));
@@ -305,13 +328,17 @@ impl Runner {
                 (task.on_crash)();
                 continue;
             }
-            let ready: Vec<usize> = (0..self.tasks.len())
-                .filter(|at| self.tasks[*at].turn.ready.load(Ordering::Relaxed))
-                .collect();
-            if ready.is_empty() {
+            let is_ready = |at: &usize| self.tasks[*at].turn.ready.load(Ordering::Relaxed);
+            let all: Vec<usize> = (0..self.tasks.len()).filter(is_ready).collect();
+            if all.is_empty() {
                 self.sleep().await;
                 continue;
             }
+            let now = *self.turns.borrow();
+            let ready: Vec<usize> =
+                all.iter().copied().filter(|at| self.tasks[*at].stopped_until <= now).collect();
+            // When nothing else can go on, the stopped one does.
+            let ready = if ready.is_empty() { all } else { ready };
             let at = ready[self.dice.below(ready.len())];
             let task = &mut self.tasks[at];
             task.turn.ready.store(false, Ordering::Relaxed);
