@@ -242,7 +242,9 @@ impl Scrubber {
                     if self.stop.is_cancelled() {
                         return Ok(());
                     }
-                    self.check(&digest, &mut position.report, &mut pace).await?;
+                    if !self.check(&digest, &mut position.report, &mut pace).await? {
+                        return Ok(());
+                    }
                     position.after = Some(digest);
                     self.show(Some(position.report.clone()));
                     if kept.elapsed() >= KEEP_EVERY {
@@ -255,15 +257,23 @@ impl Scrubber {
         Ok(())
     }
 
-    /// Reads one content, and does what has to be done about it.
-    async fn check(&self, digest: &Digest, report: &mut ScrubReport, pace: &mut Pace) -> anyhow::Result<()> {
-        let Some(stored) = self.storage.content_stored(digest).await? else { return Ok(()) };
-        let found = match self.hash(digest, pace).await {
+    /// Reads one content, and does what has to be done about it; not, if the registry stops meanwhile.
+    async fn check(
+        &self,
+        digest: &Digest,
+        report: &mut ScrubReport,
+        pace: &mut Pace,
+    ) -> anyhow::Result<bool> {
+        let Some(stored) = self.storage.content_stored(digest).await? else { return Ok(true) };
+        let Some(found) = self.stop.run_until_cancelled(self.hash(digest, pace)).await else {
+            return Ok(false);
+        };
+        let found = match found {
             Ok(found) => found,
             Err(error @ Error::Damaged { .. }) => Found::Wrong(0, error.to_string()),
             Err(error) => {
                 report.problem(format!("{digest} can't be read: {error}"));
-                return Ok(());
+                return Ok(true);
             }
         };
         report.checked += 1;
@@ -279,7 +289,7 @@ impl Scrubber {
                 report.wrong.push(finding);
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     async fn hash(&self, digest: &Digest, pace: &mut Pace) -> crate::storage::Result<Found> {

@@ -215,6 +215,40 @@ async fn damaged_content_is_never_served_again_and_comes_back_from_an_upstream()
 }
 
 #[tokio::test]
+async fn a_scrub_goes_on_where_it_was_when_the_registry_stopped() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = |rate| {
+        let scrub = ScrubConfig { rate: Bytes(rate), every: DurationMs(0) };
+        Config { listen: LOOPBACK, scrub, ..Config::new(dir.path()) }
+    };
+    let slow = Registry::start_with(config(20_000)).await;
+    for seed in 0..20 {
+        slow.put_blob("app", &noise(seed, 10_000)).await;
+    }
+    let (status, begun) = post(&slow, "/v1/scrub", json!({})).await;
+    assert_eq!(status, StatusCode::ACCEPTED, "{begun}");
+    let (status, _) = post(&slow, "/v1/scrub", json!({})).await;
+    assert_eq!(status, StatusCode::CONFLICT);
+    loop {
+        let status: ScrubStatus = get(&slow, "/v1/scrub").await;
+        if status.running.unwrap().checked >= 2 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    slow.stop().await;
+    let position = std::fs::read_to_string(dir.path().join("scrub/position")).unwrap();
+    let position: Value = serde_json::from_str(&position).unwrap();
+    let before = position["report"]["checked"].as_u64().unwrap();
+    assert!((2..20).contains(&before), "{position}");
+    let fast = Registry::start_with(config(1 << 30)).await;
+    let report = scrub(&fast).await;
+    assert_eq!((report.checked, report.bytes, report.wrong.count), (20, 200_000, 0));
+    assert_eq!(report.started.to_string(), position["report"]["started"].as_str().unwrap());
+    fast.stop().await;
+}
+
+#[tokio::test]
 async fn only_operators_may_ask_and_one_collection_runs_at_a_time() {
     let dir = tempfile::tempdir().unwrap();
     let registry = Registry::start_open(dir.path()).await;
