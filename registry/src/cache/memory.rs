@@ -4,6 +4,9 @@
 //! A piece's bytes carry a [`Lease`], given back when the last who has them lets go. Who needs room waits for its
 //! turn, in the order of asking, while kept pieces are dropped, oldest first, and others end up with their clients.
 //! Kept pieces are never verified again: only what was verified gets here.
+//!
+//! Buffers are used again: an allocator keeps freed ones of several MiB for each thread, far over the budget, or gives
+//! them back to the system, which costs a page fault for each page of each piece.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -19,20 +22,35 @@ pub(crate) type PieceKey = (Digest, u32);
 /// Smallest budget: pieces of the largest kind for a few at once.
 pub(crate) const BUDGET_MIN_BYTES: u64 = 64 << 20;
 
+/// Buffers smaller than this are not used again.
+const POOLED_MIN_BYTES: usize = 1 << 20;
+
 #[derive(Default)]
 struct Usage {
     used: AtomicUsize,
     changed: Notify,
+    /// Buffers to be used again. Together with what is used they are within the budget.
+    pool: Mutex<Vec<Vec<u8>>>,
+}
+
+impl Usage {
+    fn pool(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
+        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Room for some bytes.
 pub(crate) struct Lease {
     usage: Arc<Usage>,
     bytes: usize,
+    spare: Mutex<Option<Vec<u8>>>,
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
+        if let Some(buffer) = self.spare.get_mut().unwrap_or_else(PoisonError::into_inner).take() {
+            self.usage.pool().push(buffer);
+        }
         self.usage.used.fetch_sub(self.bytes, Ordering::SeqCst);
         self.usage.changed.notify_waiters();
     }
@@ -40,7 +58,7 @@ impl Drop for Lease {
 
 struct Held {
     bytes: Vec<u8>,
-    _lease: Lease,
+    lease: Lease,
 }
 
 impl AsRef<[u8]> for Held {
@@ -49,10 +67,28 @@ impl AsRef<[u8]> for Held {
     }
 }
 
+impl Drop for Held {
+    fn drop(&mut self) {
+        let mut buffer = std::mem::take(&mut self.bytes);
+        if buffer.capacity() >= POOLED_MIN_BYTES
+            && buffer.capacity() <= self.lease.bytes + self.lease.bytes / 8
+        {
+            buffer.clear();
+            *self.lease.spare.get_mut().unwrap_or_else(PoisonError::into_inner) = Some(buffer);
+        }
+    }
+}
+
 impl Lease {
+    /// An empty buffer with room for all of it.
+    pub(crate) fn buffer(&self) -> Vec<u8> {
+        let spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner).take();
+        spare.unwrap_or_else(|| Vec::with_capacity(self.bytes))
+    }
+
     /// The bytes, which hold the lease from now on.
     pub(crate) fn hold(self, bytes: Vec<u8>) -> Bytes {
-        Bytes::from_owner(Held { bytes, _lease: self })
+        Bytes::from_owner(Held { bytes, lease: self })
     }
 }
 
@@ -135,7 +171,8 @@ impl Memory {
             }
             if self.fits(bytes) {
                 self.usage.used.fetch_add(bytes, Ordering::SeqCst);
-                return Lease { usage: self.usage.clone(), bytes };
+                let spare = Mutex::new(self.take_buffer(bytes));
+                return Lease { usage: self.usage.clone(), bytes, spare };
             }
             changed.await;
         }
@@ -148,6 +185,20 @@ impl Memory {
 
     fn fits(&self, bytes: usize) -> bool {
         self.used() == 0 || self.used() + bytes <= self.budget
+    }
+
+    /// A buffer of about this size, if there is one; those that the budget has no room for any more are dropped.
+    fn take_buffer(&self, bytes: usize) -> Option<Vec<u8>> {
+        let mut pool = self.usage.pool();
+        let fitting = |buffer: &Vec<u8>| (bytes..=bytes + bytes / 8).contains(&buffer.capacity());
+        let found = pool.iter().position(fitting).map(|at| pool.swap_remove(at));
+        let mut pooled: usize = pool.iter().map(Vec::capacity).sum();
+        while self.used() + pooled > self.budget
+            && let Some(buffer) = pool.pop()
+        {
+            pooled -= buffer.capacity();
+        }
+        found
     }
 
     fn pop_oldest(&self) -> Option<Bytes> {
@@ -174,7 +225,10 @@ mod tests {
         let memory = Arc::new(Memory::new(0));
         let piece = 8 << 20;
         for index in 0..8 {
-            let bytes = memory.reserve(piece).await.hold(vec![index as u8; 16]);
+            let lease = memory.reserve(piece).await;
+            let mut bytes = lease.buffer();
+            bytes.resize(16, index as u8);
+            let bytes = lease.hold(bytes);
             memory.keep(key(index), bytes);
         }
         assert_eq!(memory.used(), 64 << 20);
@@ -207,5 +261,15 @@ mod tests {
         drop(leases);
         memory.forget(&Digest::of(b"x"));
         assert_eq!(memory.used(), 0);
+        // Buffers are used again, and make room for others.
+        assert!(!memory.usage.pool().is_empty());
+        let pooled = memory.usage.pool().iter().map(Vec::capacity).sum::<usize>();
+        assert!(pooled <= 64 << 20);
+        let lease = memory.reserve(piece).await;
+        assert_eq!(memory.usage.pool().iter().map(Vec::capacity).sum::<usize>(), pooled - piece);
+        assert_eq!(lease.buffer().capacity(), piece);
+        let all = memory.reserve(56 << 20).await;
+        assert!(memory.usage.pool().is_empty());
+        drop(all);
     }
 }

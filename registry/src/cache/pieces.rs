@@ -196,17 +196,17 @@ impl Pieces {
     }
 
     /// A piece, if it is here and right; it is read into `buffer`.
-    pub(crate) fn read(&self, blob: &Arc<Blob>, index: u32, mut buffer: Vec<u8>) -> Result<Vec<u8>, Vec<u8>> {
+    pub(crate) fn read(&self, blob: &Arc<Blob>, index: u32, mut buffer: Vec<u8>) -> Option<Vec<u8>> {
         let flags = &blob.flags[index as usize];
         if flags.fetch_or(USED, Ordering::AcqRel) & HERE == 0 {
-            return Err(buffer);
+            return None;
         }
         let len = blob.layout.len(index);
         buffer.resize(len, 0);
         let read = File::open(self.path(&blob.digest))
             .and_then(|file| file.read_exact_at(&mut buffer, blob.layout.range(index).start));
         if read.is_ok() && blob.layout.is_right(index, &buffer) {
-            return Ok(buffer);
+            return Some(buffer);
         }
         // One that was evicted meanwhile is not damaged.
         if self.make_hole(blob, index) {
@@ -214,7 +214,7 @@ impl Pieces {
             let error = read.err().map(|error| error.to_string());
             tracing::warn!(digest = %blob.digest, index, error, "a piece on disk was damaged; it is fetched again");
         }
-        Err(buffer)
+        None
     }
 
     /// Writes a verified piece, if there is room.

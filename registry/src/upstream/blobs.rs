@@ -12,6 +12,7 @@ use super::remote::Remote;
 use super::{Cache, Failure, Inner};
 use crate::cache::counters::CacheCounters;
 use crate::cache::layout::Layout;
+use crate::cache::memory::Lease;
 use crate::cache::pieces::Blob;
 use crate::errors::Answer;
 use crate::server::App;
@@ -75,6 +76,18 @@ impl Cache {
             Ok(bytes.map(|bytes| (bytes, reading)))
         }))
     }
+}
+
+/// What to ask an upstream for.
+pub(super) struct Part<'a> {
+    pub(super) digest: &'a Digest,
+    /// Of the whole blob.
+    pub(super) size: u64,
+    pub(super) range: Range<u64>,
+    /// How long the upstream may take to begin.
+    pub(super) begin: Duration,
+    /// Empty, with room for the part.
+    pub(super) buffer: Vec<u8>,
 }
 
 /// A blob on its way to a client.
@@ -161,16 +174,14 @@ impl Inner {
         }
     }
 
-    /// The bytes `range` of a blob as an upstream sends them: the right number, but not verified.
-    pub(super) async fn range_from(
+    /// A part of a blob as an upstream sends it: the right number of bytes, but not verified.
+    pub(super) async fn part_from(
         &self,
         remote: &Remote,
         reference: &Reference,
-        digest: &Digest,
-        size: u64,
-        range: Range<u64>,
-        begin: Duration,
+        part: Part<'_>,
     ) -> Result<Vec<u8>, Failure> {
+        let Part { digest, size, range, begin, buffer: mut bytes } = part;
         let len = range.end - range.start;
         let begun = remote.client.get_blob_range(reference, digest, range.clone());
         let mut blob = remote.ask(begin, begun).await?;
@@ -185,7 +196,6 @@ impl Inner {
             let text = format!("blob {digest} at {}: {found} bytes, expected {size}", remote.name());
             return Err(failed(Failure::Corrupt(text)));
         }
-        let mut bytes = Vec::with_capacity(usize::try_from(len).unwrap_or_default());
         let limit = REST_TIMEOUT + Duration::from_secs(len / RATE_MIN);
         let reading = async {
             while let Some(chunk) = blob.chunk().await? {
@@ -213,7 +223,7 @@ async fn load(inner: Arc<Inner>, repository: String, blob: Arc<Blob>, index: u32
         return Ok(bytes);
     }
     let lease = inner.memory.reserve(blob.layout.len(index)).await;
-    let bytes = match read(&inner, &blob, index).await? {
+    let bytes = match read(&inner, &blob, index, &lease).await? {
         Some(bytes) => {
             CacheCounters::one(&inner.counters.disk_hits);
             bytes
@@ -221,7 +231,7 @@ async fn load(inner: Arc<Inner>, repository: String, blob: Arc<Blob>, index: u32
         None => {
             CacheCounters::one(&inner.counters.misses);
             let fetched = inner.ask_any(&inner.remotes, &repository, |remote, reference| {
-                fetch(inner.clone(), remote, reference, blob.clone(), index)
+                fetch(inner.clone(), remote, reference, blob.clone(), index, lease.buffer())
             });
             fetched.await?
         }
@@ -231,12 +241,17 @@ async fn load(inner: Arc<Inner>, repository: String, blob: Arc<Blob>, index: u32
     Ok(bytes)
 }
 
-async fn read(inner: &Arc<Inner>, blob: &Arc<Blob>, index: u32) -> Result<Option<Vec<u8>>, Failure> {
+async fn read(
+    inner: &Arc<Inner>,
+    blob: &Arc<Blob>,
+    index: u32,
+    lease: &Lease,
+) -> Result<Option<Vec<u8>>, Failure> {
     if !blob.has(index) {
         return Ok(None);
     }
-    let (inner, blob) = (inner.clone(), blob.clone());
-    let reading = tokio::task::spawn_blocking(move || inner.pieces.read(&blob, index, Vec::new()).ok());
+    let (inner, blob, buffer) = (inner.clone(), blob.clone(), lease.buffer());
+    let reading = tokio::task::spawn_blocking(move || inner.pieces.read(&blob, index, buffer));
     reading.await.map_err(|e| Failure::here("reading a piece", e))
 }
 
@@ -247,10 +262,17 @@ async fn fetch(
     reference: Reference,
     blob: Arc<Blob>,
     index: u32,
+    buffer: Vec<u8>,
 ) -> Result<Vec<u8>, Failure> {
     let layout = &blob.layout;
-    let (size, range) = (layout.size, layout.range(index));
-    let fetched = inner.range_from(&remote, &reference, &blob.digest, size, range, BEGIN_TIMEOUT);
+    let part = Part {
+        digest: &blob.digest,
+        size: layout.size,
+        range: layout.range(index),
+        begin: BEGIN_TIMEOUT,
+        buffer,
+    };
+    let fetched = inner.part_from(&remote, &reference, part);
     let bytes = fetched.await?;
     let (inner, kept) = (inner.clone(), blob.clone());
     let checking = tokio::task::spawn_blocking(move || {

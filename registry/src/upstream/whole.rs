@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyplace_images::{Digest, Hasher};
 use futures_util::{StreamExt as _, stream};
 
-use super::blobs::BEGIN_WHOLE_TIMEOUT;
+use super::blobs::{BEGIN_WHOLE_TIMEOUT, Part};
 use super::remote::Remote;
 use super::{Failure, Inner};
 use crate::cache::counters::CacheCounters;
@@ -49,7 +49,7 @@ impl Arrived {
             self.hashes.push(layout::hash(&bytes));
             self.incoming.write_at(&bytes, self.position)?;
             self.position += bytes.len() as u64;
-            drop((bytes, lease));
+            drop(lease.hold(bytes));
             Ok::<_, std::io::Error>(self)
         });
         let taken = taking.await.map_err(|error| Failure::here("keeping a blob", error))?;
@@ -174,9 +174,11 @@ async fn side_by_side(
         let (repository, digest) = (repository.to_owned(), digest.clone());
         async move {
             let fetched = inner.ask_any(&remotes, &repository, |remote, reference| {
-                let (inner, digest, range) = (inner.clone(), digest.clone(), range.clone());
+                let (inner, digest, range, buffer) =
+                    (inner.clone(), digest.clone(), range.clone(), lease.buffer());
                 async move {
-                    inner.range_from(&remote, &reference, &digest, size, range, BEGIN_WHOLE_TIMEOUT).await
+                    let part = Part { digest: &digest, size, range, begin: BEGIN_WHOLE_TIMEOUT, buffer };
+                    inner.part_from(&remote, &reference, part).await
                 }
             });
             fetched.await.map(|bytes| (bytes, lease))
