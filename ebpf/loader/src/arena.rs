@@ -76,13 +76,23 @@ impl Arena {
     }
 
     /// Writes `buckets` to the slots from `offset` on.
-    pub(crate) fn write(&mut self, offset: u32, buckets: impl IntoIterator<Item = Bucket>) {
-        for (index, bucket) in buckets.into_iter().enumerate() {
+    pub(crate) fn write(&mut self, offset: u32, buckets: &[Bucket]) {
+        for (index, &bucket) in buckets.iter().enumerate() {
             let slot = offset as usize + index;
             assert!(slot < self.allocator.capacity() as usize, "a table runs over the arena's end");
             // SAFETY: inside the mapping; volatile because the kernel reads it behind the compiler's back.
             unsafe { self.memory.add(slot).write_volatile(bucket) };
         }
+    }
+
+    /// Whether a range holds exactly these buckets.
+    pub(crate) fn holds(&self, range: Range, buckets: &[Bucket]) -> bool {
+        range.len as usize == buckets.len()
+            && u64::from(range.offset) + u64::from(range.len) <= u64::from(self.allocator.capacity())
+            && buckets.iter().enumerate().all(|(index, bucket)| {
+                // SAFETY: inside the mapping, by the condition above.
+                *bucket == unsafe { self.memory.add(range.offset as usize + index).read_volatile() }
+            })
     }
 
     /// The buckets of a range; slots beyond the arena are left out.

@@ -126,6 +126,9 @@ pub enum Error {
         /// Its bound.
         limit: u32,
     },
+    /// An entry behind one that failed.
+    #[error("not tried, because an entry before it in the same call failed: try it again")]
+    NotTried,
     /// The arena has no room for a table.
     #[error("no room for {wanted} buckets in the arena of {capacity}: use smaller tables or fewer VIPs")]
     ArenaFull {

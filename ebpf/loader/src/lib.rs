@@ -23,11 +23,12 @@ mod maps;
 mod plane;
 mod sys;
 mod types;
+mod vip_counters;
 mod vips;
 
 pub use anyplace_ebpf_common::{Counter, VipCounters, bucket_index, flow_hash};
 pub use attach::XdpMode;
 pub use counters::Totals;
 pub use error::Error;
-pub use plane::{DataPlane, Options};
+pub use plane::{Capacity, DataPlane, Options};
 pub use types::{Bucket, Instance, Port, Protocol, VipKey, VipTable};

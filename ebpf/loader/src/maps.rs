@@ -5,11 +5,11 @@ use std::{io, os::fd::AsFd as _, path::Path};
 use anyplace_ebpf_common as common;
 use aya::{
     Ebpf, Pod,
-    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray},
+    maps::{Array, HashMap, IterableMap as _, Map, MapData, MapError, PerCpuArray},
     sys::SyscallError,
 };
 
-use crate::{Error, arena::Arena};
+use crate::{Capacity, Error, arena::Arena, sys, vips::whole};
 
 /// A layout of the common crate, for aya's trait on plain data.
 #[derive(Clone, Copy, Debug)]
@@ -28,18 +28,38 @@ pub(crate) struct Table<K: common::Layout, V: common::Layout> {
 }
 
 impl<K: common::Layout, V: common::Layout> Table<K, V> {
-    fn take(object: &mut Ebpf, spec: &Spec) -> Result<Self, Error> {
+    fn take(object: &mut Ebpf, spec: &Spec, limit: u32) -> Result<Self, Error> {
         let map = take(object, spec.name)?;
         let map = HashMap::try_from(map).map_err(|source| spec.error("open", source))?;
-        Ok(Self { name: spec.name, limit: spec.entries, map })
+        Ok(Self { name: spec.name, limit, map })
     }
 
     /// Adds or replaces an entry; a program sees the old value or the new one, never a mixture.
     pub(crate) fn set(&mut self, key: K, value: V) -> Result<(), Error> {
-        self.map.insert(Plain(key), Plain(value), 0).map_err(|source| match errno(&source) {
-            Some(libc::E2BIG) => Error::Full { map: self.name, limit: self.limit },
-            _ => Error::Map { map: self.name, call: "bpf_map_update_elem", source },
+        let result = self.map.insert(Plain(key), Plain(value), 0);
+        result.map_err(|source| self.write_error("bpf_map_update_elem", source))
+    }
+
+    /// Adds or replaces many entries; on failure also says how many were written, from the first on.
+    pub(crate) fn set_all(&mut self, keys: &[K], values: &[V]) -> Result<(), (usize, Error)> {
+        // Below this a call for each is as fast, and a batch needs memory in the kernel.
+        if keys.len() <= 4 {
+            for (written, (key, value)) in keys.iter().zip(values).enumerate() {
+                self.set(*key, *value).map_err(|error| (written, error))?;
+            }
+            return Ok(());
+        }
+        let call = "bpf_map_update_batch";
+        sys::update_batch(self.map.map().fd().as_fd(), keys, values).map_err(|(written, io_error)| {
+            (written, self.write_error(call, SyscallError { call, io_error }.into()))
         })
+    }
+
+    fn write_error(&self, call: &'static str, source: MapError) -> Error {
+        match errno(&source) {
+            Some(libc::E2BIG) => Error::Full { map: self.name, limit: self.limit },
+            _ => Error::Map { map: self.name, call, source },
+        }
     }
 
     pub(crate) fn get(&self, key: K) -> Result<Option<V>, Error> {
@@ -82,53 +102,103 @@ pub(crate) struct Maps {
 }
 
 impl Maps {
-    /// Takes the maps out of a loaded object.
-    pub(crate) fn take(object: &mut Ebpf) -> Result<Self, Error> {
-        let vips: Table<common::VipKey, common::VipValue> = Table::take(object, &VIPS)?;
+    /// Takes the maps out of a loaded object; also the VIPs that an earlier process left in them.
+    pub(crate) fn take(object: &mut Ebpf, sizes: &Sizes) -> Result<(Self, VipEntries), Error> {
+        let vips: Table<common::VipKey, common::VipValue> = Table::take(object, &VIPS, sizes.vips)?;
         let Map::Array(buckets) = take(object, BUCKETS.name)? else {
             return Err(Error::Missing { kind: "array map", name: BUCKETS.name });
         };
-        // One range for each VIP: the full table and the local one behind it.
-        let used = vips.entries()?.into_iter().map(|(_, value)| whole(&value));
-        let arena = Arena::new(buckets.fd().as_fd(), common::ARENA_BUCKETS, used)
+        let entries = vips.entries()?;
+        let used = entries.iter().map(|(_, value)| whole(value.full, value.local));
+        let arena = Arena::new(buckets.fd().as_fd(), sizes.buckets, used)
             .map_err(|io_error| BUCKETS.error("mmap", SyscallError { call: "mmap", io_error }.into()))?;
-        Ok(Self {
+        let maps = Self {
             vips,
-            instances: Table::take(object, &INSTANCES)?,
-            ports: Table::take(object, &PORTS)?,
-            replies: Table::take(object, &REPLIES)?,
+            instances: Table::take(object, &INSTANCES, INSTANCES.entries)?,
+            ports: Table::take(object, &PORTS, PORTS.entries)?,
+            replies: Table::take(object, &REPLIES, REPLIES.entries)?,
             counters: typed(object, &COUNTERS)?,
             vip_counters: typed(object, &VIP_COUNTERS)?,
             config: typed(object, &CONFIG)?,
             arena,
-        })
+        };
+        Ok((maps, entries))
     }
 }
 
-/// The range of both tables of a VIP.
-pub(crate) fn whole(value: &common::VipValue) -> common::Range {
-    common::Range { offset: value.full.offset, len: value.full.len + value.local.len }
+/// What stands in the VIPS map.
+pub(crate) type VipEntries = Vec<(common::VipKey, common::VipValue)>;
+
+/// Sizes of the maps that grow with the number of VIPs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sizes {
+    /// Entries of VIPS.
+    pub(crate) vips: u32,
+    /// Slots of the arena.
+    pub(crate) buckets: u32,
+    /// Slots of the counters.
+    pub(crate) counters: u32,
 }
 
-/// Refuses a folder with maps of another layout, before anything is loaded.
-pub(crate) fn check_pinned(folder: &Path) -> Result<(), Error> {
+impl Sizes {
+    /// Each map's name and size, for the loader of the object.
+    pub(crate) fn by_name(&self) -> [(&'static str, u32); 3] {
+        [(VIPS.name, self.vips), (BUCKETS.name, self.buckets), (VIP_COUNTERS.name, self.counters)]
+    }
+}
+
+/// Sizes for a capacity, or those of the maps that an earlier process left in `folder`: a map can't grow. Refuses maps
+/// of another layout, before anything is loaded.
+pub(crate) fn sizes(folder: &Path, capacity: Capacity) -> Result<Sizes, Error> {
+    let mut sizes =
+        // An address marker for each port, at most.
+        Sizes { vips: capacity.vips.saturating_mul(2), buckets: capacity.buckets, counters: capacity.vips };
     for spec in ALL {
-        let path = folder.join(spec.name);
-        if !path.exists() {
-            continue;
-        }
-        let info = MapData::from_pin(&path)
-            .and_then(|map| map.info())
-            .map_err(|source| spec.error("BPF_OBJ_GET", source))?;
+        let Some(map) = pinned(folder, spec)? else { continue };
+        let info = map.info().map_err(|source| spec.error("BPF_OBJ_GET_INFO_BY_FD", source))?;
         let found = (info.key_size(), info.value_size(), info.max_entries());
-        let expected = (spec.key, spec.value, spec.entries);
+        let mut expected = (spec.key, spec.value, spec.entries);
+        match spec.name {
+            "VIPS" => sizes.vips = found.2,
+            "BUCKETS" => sizes.buckets = found.2,
+            "VIP_COUNTERS" => sizes.counters = found.2,
+            _ => {}
+        }
+        if sizes.by_name().iter().any(|(name, _)| *name == spec.name) {
+            expected.2 = found.2;
+        }
         if found != expected {
             let text =
                 |(key, value, entries)| format!("keys of {key}, values of {value} bytes, {entries} entries");
+            let path = folder.join(spec.name);
             return Err(Error::Layout { path, found: text(found), expected: text(expected) });
         }
     }
-    Ok(())
+    Ok(sizes)
+}
+
+/// Kernel memory of each pinned map in bytes.
+pub(crate) fn memory(folder: &Path) -> Result<Vec<(&'static str, u64)>, Error> {
+    let mut found = Vec::new();
+    for spec in ALL {
+        let Some(map) = pinned(folder, spec)? else { continue };
+        let failed = |source| Error::File { call: "read", path: "/proc/thread-self/fdinfo".into(), source };
+        found.push((spec.name, sys::map_memory(map.fd().as_fd()).map_err(failed)?));
+    }
+    Ok(found)
+}
+
+/// Whether the VIPs' counters were made by an earlier process.
+pub(crate) fn has_counters(folder: &Path) -> bool {
+    folder.join(VIP_COUNTERS.name).exists()
+}
+
+fn pinned(folder: &Path, spec: &Spec) -> Result<Option<MapData>, Error> {
+    let path = folder.join(spec.name);
+    if !path.exists() {
+        return Ok(None);
+    }
+    MapData::from_pin(&path).map(Some).map_err(|source| spec.error("BPF_OBJ_GET", source))
 }
 
 /// The system error inside a map error.

@@ -16,6 +16,7 @@ use crate::{
     maps::{self, CONFIG, Maps, Plain},
     sys,
     types::address,
+    vip_counters::VipCounterSlots,
 };
 
 /// The object built by `cargo xtask ebpf`; `build.rs` has compared it with the sources.
@@ -34,13 +35,43 @@ pub struct Options {
     pub object: Option<PathBuf>,
 }
 
+/// How much fits. The kernel takes the memory when the maps are made, used or not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capacity {
+    /// Ports of VIPs.
+    pub vips: u32,
+    /// Buckets of all tables together, 8 bytes each. Tables that are equal within a VIP count once; an update needs room
+    /// for the new table beside the old.
+    pub buckets: u32,
+}
+
+impl Capacity {
+    /// Smallest table that a VIP with backends has.
+    const TABLE: u32 = 64;
+
+    /// Room for the smallest tables of this many VIP ports, one sixteenth more for updates, and at least 8 MiB.
+    pub const fn for_vips(vips: u32) -> Self {
+        let buckets = vips.saturating_mul(Self::TABLE + Self::TABLE / 16);
+        let least = common::ARENA_BUCKETS;
+        Self { vips, buckets: if buckets < least { least } else { buckets } }
+    }
+}
+
+impl Default for Capacity {
+    fn default() -> Self {
+        Self::for_vips(common::MAX_VIPS)
+    }
+}
+
 /// The machine's data plane. Dropping it leaves everything in force; [`DataPlane::unload`] takes it away.
 pub struct DataPlane {
     pub(crate) object: Ebpf,
     pub(crate) links: Links,
     pub(crate) maps: Maps,
-    /// What stands in the VIPS map, markers included.
+    /// What stands in the VIPS map, address markers left out.
     pub(crate) vips: BTreeMap<common::VipKey, common::VipValue>,
+    pub(crate) vip_counters: VipCounterSlots,
+    capacity: Capacity,
     mode: XdpMode,
     folder: PathBuf,
     /// Held to keep a second router out; the kernel lets go when the process ends, however it ends.
@@ -50,6 +81,11 @@ pub struct DataPlane {
 impl DataPlane {
     /// Loads the programs, adopts or makes the maps, and attaches; what was pinned before goes on without a gap.
     pub fn load(options: Options) -> Result<Self, Error> {
+        Self::load_for(options, Capacity::default())
+    }
+
+    /// As [`DataPlane::load`], with room for `capacity` if the maps are made now; see [`DataPlane::capacity`].
+    pub fn load_for(options: Options, capacity: Capacity) -> Result<Self, Error> {
         let folder = options.pin_dir.join(common::SCHEMA);
         let links = folder.join("links");
         check_system(&options.pin_dir)?;
@@ -65,23 +101,35 @@ impl DataPlane {
         };
         let uplink = sys::interface_index(&options.uplink).map_err(interface("if_nametoindex"))?;
         let uplink_mtu = sys::interface_mtu(&options.uplink).map_err(interface("ioctl SIOCGIFMTU"))?;
-        maps::check_pinned(&folder)?;
+        let clean = !maps::has_counters(&folder);
+        let sizes = maps::sizes(&folder, capacity)?;
 
         let mut loader = EbpfLoader::new();
         loader.default_map_pin_directory(&folder);
+        for (map, entries) in sizes.by_name() {
+            loader.map_max_entries(map, entries);
+        }
         let object = match &options.object {
             Some(path) => loader.load_file(path),
             None => loader.load(OBJECT),
         };
         let mut object = object.map_err(|source| Error::Load(Box::new(source)))?;
         attach::load_programs(&mut object)?;
-        let mut maps = Maps::take(&mut object)?;
+        let (mut maps, entries) = Maps::take(&mut object, &sizes)?;
         let config = common::Config { address: address(options.address), uplink, uplink_mtu, reserved: 0 };
         maps.config.set(0, Plain(config), 0).map_err(|source| CONFIG.error("bpf_map_update_elem", source))?;
-        let vips = maps.vips.entries()?.into_iter().collect();
-
-        let links = Links::new(links);
-        let mut plane = Self { object, links, maps, vips, mode: XdpMode::Native, folder, _lock: lock };
+        let mut plane = Self {
+            object,
+            links: Links::new(links),
+            maps,
+            vips: BTreeMap::new(),
+            vip_counters: VipCounterSlots::new(sizes.counters, entries.iter().map(|(_, value)| value), clean),
+            capacity: Capacity { vips: sizes.counters.min(sizes.vips / 2), buckets: sizes.buckets },
+            mode: XdpMode::Native,
+            folder,
+            _lock: lock,
+        };
+        plane.adopt_vips(entries)?;
         plane.attach(uplink, &options.uplink)?;
         plane.forget_lost_instances()?;
         Ok(plane)
@@ -90,6 +138,17 @@ impl DataPlane {
     /// How `ingress` is attached.
     pub fn xdp_mode(&self) -> XdpMode {
         self.mode
+    }
+
+    /// How much fits: that of the maps, which an earlier process may have made for another capacity. Only
+    /// [`DataPlane::unload`] and a new start change it.
+    pub fn capacity(&self) -> Capacity {
+        self.capacity
+    }
+
+    /// Kernel memory in bytes of each map.
+    pub fn memory(&self) -> Result<Vec<(&'static str, u64)>, Error> {
+        maps::memory(&self.folder)
     }
 
     /// Detaches the programs and removes the maps: packets for VIPs are the kernel's again.

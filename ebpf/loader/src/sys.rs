@@ -1,21 +1,79 @@
 //! The few system calls that aya doesn't cover.
+//!
+//! `bpf(BPF_MAP_UPDATE_BATCH)` and the `memlock` line of `fdinfo` are described in linux/bpf.h and in the kernel's
+//! Documentation/bpf.
 
 use std::{
     ffi::CString,
     io,
     mem::MaybeUninit,
     os::{
-        fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+        fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
         unix::ffi::OsStrExt as _,
     },
     path::Path,
 };
+
+use anyplace_ebpf_common::Layout;
 
 /// statfs type of a bpffs.
 pub(crate) const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 const CAP_NET_ADMIN: u64 = 1 << 12;
 const CAP_SYS_ADMIN: u64 = 1 << 21;
 const CAP_BPF: u64 = 1 << 39;
+
+const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
+
+/// The part of `union bpf_attr` that batch calls use.
+#[repr(C)]
+struct BatchAttributes {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map: u32,
+    element_flags: u64,
+    flags: u64,
+}
+
+/// Adds or replaces all entries with one call. On failure also says how many were written.
+pub(crate) fn update_batch<K: Layout, V: Layout>(
+    map: BorrowedFd<'_>,
+    keys: &[K],
+    values: &[V],
+) -> Result<(), (usize, io::Error)> {
+    assert_eq!(keys.len(), values.len(), "each key has its value");
+    let mut attributes = BatchAttributes {
+        in_batch: 0,
+        out_batch: 0,
+        keys: keys.as_ptr() as u64,
+        values: values.as_ptr() as u64,
+        count: keys.len() as u32,
+        map: map.as_raw_fd() as u32,
+        element_flags: 0,
+        flags: 0,
+    };
+    // SAFETY: the kernel reads `count` keys and values, which is what the slices hold in the sizes of the map (`Layout`
+    // types, compared with the map's own when it was opened), and writes `count`.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            BPF_MAP_UPDATE_BATCH,
+            &raw mut attributes,
+            size_of::<BatchAttributes>() as libc::c_long,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err((attributes.count as usize, io::Error::last_os_error())) }
+}
+
+/// Bytes of kernel memory that a map takes.
+pub(crate) fn map_memory(map: BorrowedFd<'_>) -> io::Result<u64> {
+    let info = std::fs::read_to_string(format!("/proc/thread-self/fdinfo/{}", map.as_raw_fd()))?;
+    info.lines()
+        .find_map(|line| line.strip_prefix("memlock:")?.trim().parse().ok())
+        .ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
 
 /// File system type of the nearest existing ancestor of `path`.
 pub(crate) fn file_system_type(path: &Path) -> io::Result<i64> {

@@ -1,4 +1,7 @@
 //! VIPs and their tables.
+//!
+//! Tables that are equal are stored once for all ports of a VIP, and once for its two kinds; a table that a VIP has
+//! already isn't written again.
 
 use std::collections::BTreeSet;
 
@@ -6,30 +9,54 @@ use anyplace_ebpf_common::{self as common, Range, VipValue};
 
 use crate::{
     DataPlane, Error,
-    maps::whole,
     types::{Bucket, VipKey, VipTable},
 };
+
+/// Entries of one batch: bounds the memory of a call, and how long the kernel is in it (some milliseconds).
+const BATCH: usize = 4_096;
+
+/// An entry that is prepared, and not yet seen by any program.
+struct Staged {
+    key: common::VipKey,
+    value: VipValue,
+    old: Option<VipValue>,
+    /// A range of its own, written for this entry; otherwise it shares one.
+    fresh: Option<Range>,
+    /// The address becomes a VIP by this entry.
+    first: bool,
+}
 
 impl DataPlane {
     /// Gives a VIP port its tables, or new ones. Programs see all of the old tables or all of the new ones.
     pub fn set_vip(&mut self, key: VipKey, table: &VipTable) -> Result<(), Error> {
-        let map_key = key.to_map();
-        if key.port == 0 {
-            return Err(Error::ReservedKey(key));
+        match self.set_vips([(key, table)]).pop() {
+            Some((_, error)) => Err(error),
+            None => Ok(()),
         }
-        let old = self.vips.get(&map_key).copied();
-        let range = self.maps.arena.allocate(table.buckets.len() as u64 + table.local.len() as u64)?;
-        let full = Range { offset: range.offset, len: table.buckets.len() as u32 };
-        let local = Range { offset: range.offset + full.len, len: table.local.len() as u32 };
-        let buckets = table.buckets.iter().chain(&table.local).map(|bucket| bucket.to_map());
-        self.maps.arena.write(range.offset, buckets);
-        let result = self.publish(map_key, old, full, local);
-        match (&result, old) {
-            (Err(_), _) => self.maps.arena.release_unused(range),
-            (Ok(()), Some(old)) => self.maps.arena.release(whole(&old)),
-            (Ok(()), None) => {}
+    }
+
+    /// Does what [`DataPlane::set_vip`] does for many ports, with one system call for thousands of them. Returns those
+    /// that failed.
+    pub fn set_vips<'a>(
+        &mut self,
+        vips: impl IntoIterator<Item = (VipKey, &'a VipTable)>,
+    ) -> Vec<(VipKey, Error)> {
+        let mut failed = Vec::new();
+        let mut staged: Vec<Staged> = Vec::new();
+        let mut keys = BTreeSet::new();
+        for (key, table) in vips {
+            if staged.len() >= BATCH || !keys.insert(key) {
+                self.publish(std::mem::take(&mut staged), &mut failed);
+                keys = BTreeSet::from([key]);
+            }
+            match self.stage(key, table, &staged) {
+                Ok(Some(entry)) => staged.push(entry),
+                Ok(None) => {}
+                Err(error) => failed.push((key, error)),
+            }
         }
-        result
+        self.publish(staged, &mut failed);
+        failed
     }
 
     /// Takes a VIP port away; one that isn't set is fine.
@@ -38,12 +65,10 @@ impl DataPlane {
         let Some(value) = self.vips.get(&map_key).copied() else { return Ok(()) };
         self.maps.vips.remove(map_key)?;
         self.vips.remove(&map_key);
-        self.maps.arena.release(whole(&value));
-        let marker = common::VipKey::marker(map_key.address);
-        let others = self.vips.keys().any(|other| other.address == map_key.address && *other != marker);
-        if !others {
-            self.maps.vips.remove(marker)?;
-            self.vips.remove(&marker);
+        self.vip_counters.release(value.counter);
+        self.release(map_key, &value);
+        if self.ports(map_key).next().is_none() {
+            self.maps.vips.remove(common::VipKey::marker(map_key.address))?;
         }
         Ok(())
     }
@@ -53,6 +78,11 @@ impl DataPlane {
         let mut keys: Vec<VipKey> = self.vips.keys().filter_map(VipKey::from_map).collect();
         keys.sort();
         keys
+    }
+
+    /// The ports that are set of the same address as `key`.
+    pub fn ports_of(&self, key: VipKey) -> Vec<VipKey> {
+        self.ports(key.to_map()).filter_map(|(key, _)| VipKey::from_map(key)).collect()
     }
 
     /// A VIP's tables, as the programs see them.
@@ -66,39 +96,165 @@ impl DataPlane {
         self.vips.get(&key.to_map()).copied()
     }
 
-    /// Makes the tables the VIP's own.
-    fn publish(
-        &mut self,
-        key: common::VipKey,
-        old: Option<VipValue>,
-        full: Range,
-        local: Range,
-    ) -> Result<(), Error> {
-        let counter = match old {
-            Some(old) => old.counter,
-            None => {
-                let counter = self.free_counter()?;
-                self.clear_vip_counters(counter)?;
-                counter
-            }
-        };
-        let marker = common::VipKey::marker(key.address);
-        if !self.vips.contains_key(&marker) {
-            let value = VipValue { counter: u32::MAX, ..VipValue::default() };
-            self.maps.vips.set(marker, value)?;
-            self.vips.insert(marker, value);
+    /// Adopts what an earlier process left: its ports, and a marker for each address, also where that process was
+    /// killed between the two.
+    pub(crate) fn adopt_vips(&mut self, entries: Vec<(common::VipKey, VipValue)>) -> Result<(), Error> {
+        let (ports, markers): (Vec<_>, Vec<_>) =
+            entries.into_iter().partition(|(key, _)| VipKey::from_map(key).is_some());
+        self.vips = ports.into_iter().collect();
+        let marked: BTreeSet<common::VipKey> = markers.into_iter().map(|(key, _)| key).collect();
+        let wanted: BTreeSet<common::VipKey> =
+            self.vips.keys().map(|key| common::VipKey::marker(key.address)).collect();
+        for marker in wanted.difference(&marked) {
+            self.maps.vips.set(*marker, MARKER)?;
         }
-        let generation = old.map_or(0, |old| old.generation).wrapping_add(1);
-        let value = VipValue { full, local, generation, counter };
-        self.maps.vips.set(key, value)?;
-        self.vips.insert(key, value);
+        for marker in marked.difference(&wanted) {
+            self.maps.vips.remove(*marker)?;
+        }
         Ok(())
     }
 
-    fn free_counter(&self) -> Result<u32, Error> {
-        let used: BTreeSet<u32> = self.vips.values().map(|value| value.counter).collect();
-        (0..common::MAX_VIPS)
-            .find(|index| !used.contains(index))
-            .ok_or(Error::Full { map: "VIP_COUNTERS", limit: common::MAX_VIPS })
+    /// Writes a table beside those in use; `None` where the port has it already.
+    fn stage(&mut self, key: VipKey, table: &VipTable, staged: &[Staged]) -> Result<Option<Staged>, Error> {
+        if key.port == 0 {
+            return Err(Error::ReservedKey(key));
+        }
+        let key = key.to_map();
+        let map = |buckets: &[Bucket]| buckets.iter().map(|bucket| bucket.to_map()).collect::<Vec<_>>();
+        let (full, local) = (map(&table.buckets), map(&table.local));
+        let arena = &self.maps.arena;
+        let same = |value: &VipValue| arena.holds(value.full, &full) && arena.holds(value.local, &local);
+        let old = self.vips.get(&key).copied();
+        if old.is_some_and(|old| same(&old)) {
+            return Ok(None);
+        }
+        let beside = staged.iter().rev().take_while(|entry| entry.key.address == key.address);
+        let mut first = beside.clone().next().is_none();
+        let mut equal = beside.map(|entry| entry.value).find(&same);
+        for (_, value) in self.ports(key) {
+            first = false;
+            equal = equal.or_else(|| Some(*value).filter(&same));
+        }
+        let (ranges, fresh) = match equal {
+            Some(value) => ((value.full, value.local), None),
+            None => {
+                let ranges = self.write(&full, &local)?;
+                (ranges, Some(whole(ranges.0, ranges.1)))
+            }
+        };
+        let counter = match old {
+            Some(old) => Ok(old.counter),
+            None => self.new_counter(),
+        };
+        let counter = match counter {
+            Ok(counter) => counter,
+            Err(error) => {
+                fresh.into_iter().for_each(|range| self.maps.arena.release_unused(range));
+                return Err(error);
+            }
+        };
+        let generation = old.map_or(0, |old| old.generation).wrapping_add(1);
+        let value = VipValue { full: ranges.0, local: ranges.1, generation, counter };
+        Ok(Some(Staged { key, value, old, fresh, first }))
+    }
+
+    /// Puts tables into free ranges; equal ones into the same.
+    fn write(&mut self, full: &[common::Bucket], local: &[common::Bucket]) -> Result<(Range, Range), Error> {
+        let own = if full == local { &[] } else { local };
+        let range = self.maps.arena.allocate(full.len() as u64 + own.len() as u64)?;
+        let full_range = Range { offset: range.offset, len: full.len() as u32 };
+        let own_range = Range { offset: range.offset + full_range.len, len: own.len() as u32 };
+        self.maps.arena.write(full_range.offset, full);
+        self.maps.arena.write(own_range.offset, own);
+        Ok((full_range, if full == local { full_range } else { own_range }))
+    }
+
+    /// Makes staged entries the programs' own, as far as the kernel takes them.
+    fn publish(&mut self, staged: Vec<Staged>, failed: &mut Vec<(VipKey, Error)>) {
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        for entry in &staged {
+            if entry.first {
+                keys.push(common::VipKey::marker(entry.key.address));
+                values.push(MARKER);
+            }
+            keys.push(entry.key);
+            values.push(entry.value);
+        }
+        let (mut written, mut error) = match self.maps.vips.set_all(&keys, &values) {
+            Ok(()) => (keys.len(), None),
+            Err((written, error)) => (written, Some(error)),
+        };
+        let mut left = Vec::new();
+        for entry in staged {
+            let needs = 1 + usize::from(entry.first);
+            if written >= needs {
+                written -= needs;
+                self.vips.insert(entry.key, entry.value);
+                left.extend(entry.old.map(|old| (entry.key, old)));
+                continue;
+            }
+            // The first that failed has the reason; those behind it weren't tried.
+            written = 0;
+            entry.fresh.into_iter().for_each(|range| self.maps.arena.release_unused(range));
+            if entry.old.is_none() {
+                self.vip_counters.release(entry.value.counter);
+            }
+            if entry.first && self.ports(entry.key).next().is_none() {
+                // Should this fail too, the next start removes the marker.
+                let _ = self.maps.vips.remove(common::VipKey::marker(entry.key.address));
+            }
+            if let Some(key) = VipKey::from_map(&entry.key) {
+                failed.push((key, error.take().unwrap_or(Error::NotTried)));
+            }
+        }
+        left.sort_by_key(|(key, value)| (key.address, value.full.offset, value.local.offset));
+        left.dedup_by_key(|(key, value)| (key.address, value.full, value.local));
+        for (key, value) in left {
+            self.release(key, &value);
+        }
+    }
+
+    /// Gives the ranges of a former value back, unless another port of the VIP uses them.
+    fn release(&mut self, key: common::VipKey, old: &VipValue) {
+        let used = self.ports(key).any(|(_, value)| (value.full, value.local) == (old.full, old.local));
+        if !used {
+            self.maps.arena.release(whole(old.full, old.local));
+        }
+    }
+
+    /// All ports of a key's address.
+    fn ports(&self, key: common::VipKey) -> impl Iterator<Item = (&common::VipKey, &VipValue)> {
+        self.vips
+            .range(common::VipKey::marker(key.address)..)
+            .take_while(move |(other, _)| other.address == key.address)
+    }
+
+    fn new_counter(&mut self) -> Result<u32, Error> {
+        let (index, clean) = self.vip_counters.take()?;
+        if !clean {
+            self.clear_vip_counters(index)?;
+        }
+        Ok(index)
+    }
+}
+
+/// The value of an address marker.
+const MARKER: VipValue = VipValue {
+    full: Range { offset: 0, len: 0 },
+    local: Range { offset: 0, len: 0 },
+    generation: 0,
+    counter: u32::MAX,
+};
+
+/// The range of both tables of a VIP, which are one and the same or stand side by side.
+pub(crate) fn whole(full: Range, local: Range) -> Range {
+    match (full.len, local.len) {
+        (_, 0) => full,
+        (0, _) => local,
+        _ => {
+            let offset = full.offset.min(local.offset);
+            let end = (full.offset + full.len).max(local.offset + local.len);
+            Range { offset, len: end - offset }
+        }
     }
 }
