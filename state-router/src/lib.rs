@@ -14,18 +14,25 @@ mod routes;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use anyplace_api::{Client, Watcher};
+use anyplace_api::{Client, WatchEvent, Watcher};
 use anyplace_ebpf::{DataPlane, Options};
 use anyplace_model::RouteRecord;
 use tokio_util::sync::CancellationToken;
 
 pub use config::{BgpConfig, Config};
 
-use crate::{bgp::Bgp, plane::Plane, routes::Routes};
+use crate::bgp::Bgp;
+#[doc(hidden)]
+pub use crate::{
+    plane::{Change, Plane},
+    routes::Routes,
+};
 
 /// How soon what failed (an instance's interface that isn't there yet, a BGP daemon that doesn't answer) is tried
 /// again.
 const RETRY: Duration = Duration::from_millis(100);
+/// Routes of a snapshot that are brought into the data plane together.
+const BATCH: usize = 1_024;
 
 /// Runs the router until the shutdown. Routes stay in force after it.
 ///
@@ -44,20 +51,25 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     tracing::info!(uplink = config.uplink, mode = ?data_plane.xdp_mode(), "data plane loaded");
     let mut plane = Plane::new(data_plane, config.machine.clone());
     let mut bgp = config.bgp.clone().map(Bgp::new);
-    let mut routes = Routes::load(config.data_dir.join("routes.json"));
+    let mut routes = Routes::load(config.data_dir.join("routes.log"));
     let mut watcher = Watcher::<RouteRecord>::new(client, Client::ROUTES_PATH);
     let mut failing = false;
 
-    // Without a snapshot nothing is known yet, and what an earlier process pinned stays in force.
-    let mut settled = true;
+    // Without a log nothing is known yet, and what an earlier process pinned stays in force.
+    let mut announced = true;
     if !routes.is_empty() {
         tracing::info!("serving the routes of the last run until the location scheduler answers");
-        settled = apply(&mut plane, bgp.as_mut(), &routes).await;
+        restore(&mut plane, &routes);
+        announced = announce(bgp.as_mut(), &routes).await;
     }
+    let mut changes = Vec::new();
     loop {
         let event = tokio::select! {
             () = shutdown.cancelled() => break,
-            () = tokio::time::sleep(RETRY), if !settled => None,
+            () = tokio::time::sleep(RETRY), if !(announced && plane.is_settled()) => {
+                plane.retry();
+                None
+            }
             event = watcher.try_next() => Some(event),
         };
         match event {
@@ -66,15 +78,23 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
                 if std::mem::take(&mut failing) {
                     tracing::info!("the location scheduler answers again");
                 }
-                if !routes.apply(event) {
+                let completes = routes.receives() && matches!(event, WatchEvent::Synced { .. });
+                changes.extend(routes.apply(event));
+                if routes.receives() && changes.len() < BATCH {
                     continue;
                 }
-                routes.save();
+                // System calls of some microseconds each: not worth a thread of their own.
+                plane.apply(std::mem::take(&mut changes));
+                if completes {
+                    plane.finish(|vip| routes.contains(vip));
+                }
             }
             Some(Err(error)) => {
                 if !std::mem::replace(&mut failing, true) {
                     tracing::warn!(%error, "serving the last routes");
                 }
+                // What came before the stream broke is as true as the rest.
+                plane.apply(std::mem::take(&mut changes));
                 tokio::select! {
                     () = shutdown.cancelled() => break,
                     () = tokio::time::sleep(RETRY) => {}
@@ -82,18 +102,31 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
                 continue;
             }
         }
-        settled = apply(&mut plane, bgp.as_mut(), &routes).await;
+        announced = announce(bgp.as_mut(), &routes).await;
     }
     Ok(())
 }
 
-/// Brings data plane and BGP daemon to the routes; returns whether both are there.
-async fn apply(plane: &mut Plane, bgp: Option<&mut Bgp>, routes: &Routes) -> bool {
-    // System calls of some microseconds each: not worth a thread of their own.
-    let forwards = plane.apply(routes.vips());
-    let announces = match (bgp, routes.announcement()) {
+/// Brings the routes of the last run into the data plane.
+fn restore(plane: &mut Plane, routes: &Routes) {
+    let mut changes = Vec::new();
+    let read = routes.for_each(|route| {
+        changes.push(Change::Put(route));
+        if changes.len() >= BATCH {
+            plane.apply(std::mem::take(&mut changes));
+        }
+    });
+    plane.apply(changes);
+    match read {
+        Ok(()) => plane.finish(|vip| routes.contains(vip)),
+        Err(error) => tracing::warn!(%error, "not all routes of the last run could be read"),
+    }
+}
+
+/// Tells the BGP daemon what to announce; returns whether it has taken it.
+async fn announce(bgp: Option<&mut Bgp>, routes: &Routes) -> bool {
+    match (bgp, routes.announcement()) {
         (Some(bgp), Some(announcement)) => bgp.announce(&announcement.prefixes).await,
         _ => true,
-    };
-    forwards && announces
+    }
 }

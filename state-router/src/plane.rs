@@ -1,4 +1,5 @@
-//! Brings the data plane to the routes: computes what should be in it, and changes only what differs.
+//! Brings the data plane to the routes: computes what should be in it for the routes that changed, and changes only
+//! what differs.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,88 +10,226 @@ use anyplace_ebpf::{Bucket, DataPlane, Instance, Port, Protocol, VipKey, VipTabl
 use anyplace_model::{MachineId, Route, host_interface};
 use anyplace_router_core::{Tables, tables};
 
+/// Below this many routes threads cost more than they save.
+const PARALLEL: usize = 64;
+
+/// A change of one VIP.
+#[derive(Debug, Clone)]
+pub enum Change {
+    /// New, or other than before.
+    Put(Route),
+    /// Gone.
+    Remove(Ipv4Addr),
+}
+
+impl Change {
+    fn vip(&self) -> Ipv4Addr {
+        match self {
+            Self::Put(route) => route.vip,
+            Self::Remove(vip) => *vip,
+        }
+    }
+}
+
 /// The data plane and what was put into it.
-pub(crate) struct Plane {
+pub struct Plane {
     data_plane: DataPlane,
     machine: MachineId,
-    vips: BTreeMap<VipKey, Tables>,
-    instances: BTreeMap<Ipv4Addr, Instance>,
-    /// What failed last time, so that a lasting failure is logged once.
-    failed: BTreeSet<String>,
+    instances: BTreeMap<Ipv4Addr, Local>,
+    /// Which of them serve a VIP, and what.
+    serving: BTreeMap<(Ipv4Addr, Ipv4Addr), Vec<Port>>,
+    /// What failed, to be tried again, and why. At most one for each VIP.
+    failed: BTreeMap<Ipv4Addr, (Change, String)>,
+}
+
+/// An instance of this machine.
+#[derive(Debug, Default)]
+struct Local {
+    vips: BTreeSet<Ipv4Addr>,
+    /// As the data plane has it.
+    set: Option<Instance>,
 }
 
 impl Plane {
-    pub(crate) fn new(data_plane: DataPlane, machine: MachineId) -> Self {
-        Self {
-            data_plane,
-            machine,
-            vips: BTreeMap::new(),
-            instances: BTreeMap::new(),
-            failed: BTreeSet::new(),
-        }
+    /// A router's view of a data plane, which may hold what an earlier process put into it.
+    pub fn new(data_plane: DataPlane, machine: MachineId) -> Self {
+        let (instances, serving, failed) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        Self { data_plane, machine, instances, serving, failed }
     }
 
-    /// Returns whether everything is in place; what isn't is tried again at the next call.
-    pub(crate) fn apply<'a>(&mut self, routes: impl Iterator<Item = &'a Route>) -> bool {
-        let (mut vips, mut instances) = (BTreeMap::new(), BTreeMap::new());
-        for route in routes {
-            let wanted = tables(route);
-            for port in &route.ports {
-                vips.insert(vip_key(route, port), wanted.clone());
-            }
-            // An instance that isn't ready may have no interface yet, and serves nothing anyway; one that has
-            // stopped being ready stays, because its connections do.
-            for endpoint in route.local.iter().filter(|endpoint| endpoint.machine == self.machine) {
-                if endpoint.ready || endpoint.draining || self.instances.contains_key(&endpoint.address) {
-                    instances.insert(endpoint.address, instance(route, endpoint.address));
-                }
-            }
-        }
-        let mut failed = BTreeSet::new();
-        // New deliverers before tables that lead to them, tables that no longer do before deliverers go.
-        for (address, instance) in &instances {
-            if self.instances.get(address) != Some(instance) {
-                match self.data_plane.set_instance(instance) {
-                    Ok(()) => drop(self.instances.insert(*address, instance.clone())),
-                    Err(error) => drop(failed.insert(format!("instance {address}: {}", chain(&error)))),
-                }
-            }
-        }
-        for (key, tables) in &vips {
-            if self.vips.get(key) != Some(tables) {
-                match self.data_plane.set_vip(*key, &vip_table(tables)) {
-                    Ok(()) => drop(self.vips.insert(*key, tables.clone())),
-                    Err(error) => drop(failed.insert(format!("VIP {key}: {}", chain(&error)))),
-                }
-            }
-        }
-        let gone: Vec<VipKey> =
-            self.data_plane.vips().into_iter().filter(|key| !vips.contains_key(key)).collect();
-        for key in gone {
-            self.vips.remove(&key);
-            if let Err(error) = self.data_plane.remove_vip(key) {
-                failed.insert(format!("VIP {key}: {}", chain(&error)));
-            }
-        }
-        for address in self.present() {
-            if !instances.contains_key(&address) {
-                self.instances.remove(&address);
-                if let Err(error) = self.data_plane.remove_instance(address) {
-                    failed.insert(format!("instance {address}: {}", chain(&error)));
-                }
-            }
-        }
-        for failure in failed.difference(&self.failed) {
-            tracing::warn!("{failure}; trying again");
-        }
-        self.failed = failed;
+    /// The data plane, to be read.
+    pub fn data_plane(&self) -> &DataPlane {
+        &self.data_plane
+    }
+
+    /// Whether everything that was applied is in place.
+    pub fn is_settled(&self) -> bool {
         self.failed.is_empty()
     }
 
-    /// Instances in the data plane, those of an earlier process included.
-    fn present(&self) -> Vec<Ipv4Addr> {
-        self.data_plane.instances().unwrap_or_default().into_iter().map(|instance| instance.address).collect()
+    /// Tries again what failed.
+    pub fn retry(&mut self) {
+        let known: BTreeSet<String> = self.failed.values().map(|(_, reason)| reason.clone()).collect();
+        let changes = std::mem::take(&mut self.failed).into_values().map(|(change, _)| change).collect();
+        self.apply_but_log(changes, &known);
     }
+
+    /// Brings the VIPs that changed into the data plane, the last change of each; what fails is kept for
+    /// [`Plane::retry`].
+    pub fn apply(&mut self, changes: Vec<Change>) {
+        let last: BTreeMap<Ipv4Addr, Change> =
+            changes.into_iter().map(|change| (change.vip(), change)).collect();
+        self.apply_but_log(last.into_values().collect(), &BTreeSet::new());
+    }
+
+    /// Takes away what an earlier process left and no route names; to be called when all routes have been applied.
+    pub fn finish(&mut self, is_known: impl Fn(Ipv4Addr) -> bool) {
+        let vips: BTreeSet<Ipv4Addr> = self.data_plane.vips().into_iter().map(|key| key.address).collect();
+        self.apply(vips.into_iter().filter(|vip| !is_known(*vip)).map(Change::Remove).collect());
+        for instance in self.data_plane.instances().unwrap_or_default() {
+            if !self.instances.contains_key(&instance.address)
+                && let Err(error) = self.data_plane.remove_instance(instance.address)
+            {
+                tracing::warn!(
+                    "instance {}: {}; it stays until the next start",
+                    instance.address,
+                    chain(&error)
+                );
+            }
+        }
+    }
+
+    /// `known`: failures that were logged already. Each VIP may be in `changes` once.
+    fn apply_but_log(&mut self, changes: Vec<Change>, known: &BTreeSet<String>) {
+        let tables = all_tables(&changes);
+        let mut failed: BTreeMap<Ipv4Addr, String> = BTreeMap::new();
+        // New deliverers before tables that lead to them, tables that no longer do before deliverers go.
+        let mut leaving = Vec::new();
+        for change in &changes {
+            let (vip, wanted) = (change.vip(), self.wanted(change));
+            let gone = self.instances_of(vip).filter(|address| !wanted.contains_key(address));
+            leaving.extend(gone.map(|address| (vip, address)));
+            for (address, ports) in wanted {
+                self.instances.entry(address).or_default().vips.insert(vip);
+                self.serving.insert((vip, address), ports);
+                if let Err(reason) = self.set_instance(address) {
+                    failed.insert(vip, reason);
+                }
+            }
+        }
+        let ports = |change: &Change| match change {
+            Change::Put(route) => route.ports.iter().map(|port| vip_key(route, port)).collect(),
+            Change::Remove(_) => Vec::new(),
+        };
+        let vips = changes.iter().zip(&tables);
+        let vips = vips.flat_map(|(change, table)| ports(change).into_iter().map(move |key| (key, table)));
+        for (key, error) in self.data_plane.set_vips(vips) {
+            failed.insert(key.address, format!("VIP {key}: {}", chain(&error)));
+        }
+        for change in &changes {
+            let wanted = ports(change);
+            let probe = VipKey { address: change.vip(), port: 0, protocol: Protocol::Tcp };
+            for key in self.data_plane.ports_of(probe).into_iter().filter(|key| !wanted.contains(key)) {
+                if let Err(error) = self.data_plane.remove_vip(key) {
+                    failed.insert(key.address, format!("VIP {key}: {}", chain(&error)));
+                }
+            }
+        }
+        for (vip, address) in leaving {
+            if let Err(reason) = self.leave(vip, address) {
+                failed.insert(vip, reason);
+            }
+        }
+        for change in changes {
+            match failed.remove(&change.vip()) {
+                Some(reason) => {
+                    if !known.contains(&reason) {
+                        tracing::warn!("{reason}; trying again");
+                    }
+                    self.failed.insert(change.vip(), (change, reason));
+                }
+                // An older failure of the VIP is settled by what came after it.
+                None => drop(self.failed.remove(&change.vip())),
+            }
+        }
+    }
+
+    /// The instances of this machine that a VIP wants, with what they serve for it.
+    fn wanted(&self, change: &Change) -> BTreeMap<Ipv4Addr, Vec<Port>> {
+        let Change::Put(route) = change else { return BTreeMap::new() };
+        let here = route.local.iter().filter(|endpoint| endpoint.machine == self.machine);
+        // An instance that isn't ready may have no interface yet, and serves nothing anyway; one that has stopped
+        // being ready stays, because its connections do.
+        here.filter(|it| it.ready || it.draining || self.instances.contains_key(&it.address))
+            .map(|endpoint| {
+                let ports = route
+                    .ports
+                    .iter()
+                    .map(|port| Port { vip: vip_key(route, port), container_port: port.container_port() });
+                (endpoint.address, ports.collect())
+            })
+            .collect()
+    }
+
+    /// The instances of this machine that serve a VIP.
+    fn instances_of(&self, vip: Ipv4Addr) -> impl Iterator<Item = Ipv4Addr> {
+        let all = (vip, Ipv4Addr::UNSPECIFIED)..=(vip, Ipv4Addr::BROADCAST);
+        self.serving.range(all).map(|((_, address), _)| *address)
+    }
+
+    fn set_instance(&mut self, address: Ipv4Addr) -> Result<(), String> {
+        let Some(local) = self.instances.get_mut(&address) else { return Ok(()) };
+        let ports = local.vips.iter().filter_map(|vip| self.serving.get(&(*vip, address)));
+        let ports = ports.flatten().copied().collect();
+        let instance = Instance { address, host_interface: host_interface(address), ports };
+        if local.set.as_ref() == Some(&instance) {
+            return Ok(());
+        }
+        let result = self.data_plane.set_instance(&instance);
+        result.map_err(|error| format!("instance {address}: {}", chain(&error)))?;
+        local.set = Some(instance);
+        Ok(())
+    }
+
+    /// An instance doesn't serve a VIP any more.
+    fn leave(&mut self, vip: Ipv4Addr, address: Ipv4Addr) -> Result<(), String> {
+        let Some(local) = self.instances.get_mut(&address) else { return Ok(()) };
+        let others = local.vips.iter().any(|other| *other != vip);
+        if !others {
+            // What failed stays known here, so that the next try finds it.
+            let result = self.data_plane.remove_instance(address);
+            result.map_err(|error| format!("instance {address}: {}", chain(&error)))?;
+            self.instances.remove(&address);
+            self.serving.remove(&(vip, address));
+            return Ok(());
+        }
+        local.vips.remove(&vip);
+        self.serving.remove(&(vip, address));
+        self.set_instance(address)
+    }
+}
+
+/// The tables of each change, on all CPUs where there are many.
+fn all_tables(changes: &[Change]) -> Vec<VipTable> {
+    let table = |change: &Change| match change {
+        Change::Put(route) => vip_table(&tables(route)),
+        Change::Remove(_) => VipTable::default(),
+    };
+    if changes.len() < PARALLEL {
+        return changes.iter().map(table).collect();
+    }
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        let parts = changes.chunks(changes.len().div_ceil(threads));
+        let workers: Vec<_> = parts
+            .map(|part| (part, scope.spawn(move || part.iter().map(table).collect::<Vec<_>>())))
+            .collect();
+        // A worker that panicked is repeated here, where the panic has its message.
+        let join = |(part, worker): (&[Change], std::thread::ScopedJoinHandle<'_, Vec<VipTable>>)| {
+            worker.join().unwrap_or_else(|_| part.iter().map(table).collect())
+        };
+        workers.into_iter().flat_map(join).collect()
+    })
 }
 
 fn chain(error: &dyn std::error::Error) -> String {
@@ -109,15 +248,6 @@ fn vip_key(route: &Route, port: &anyplace_model::Port) -> VipKey {
         anyplace_model::Protocol::Udp => Protocol::Udp,
     };
     VipKey { address: route.vip, port: port.port.get(), protocol }
-}
-
-fn instance(route: &Route, address: Ipv4Addr) -> Instance {
-    let ports = route
-        .ports
-        .iter()
-        .map(|port| Port { vip: vip_key(route, port), container_port: port.container_port() })
-        .collect();
-    Instance { address, host_interface: host_interface(address), ports }
 }
 
 fn vip_table(tables: &Tables) -> VipTable {

@@ -1,0 +1,151 @@
+//! The cost of one packet: BPF_PROG_TEST_RUN around a wrapper that undoes the change, less the wrapper's own cost.
+
+use std::{
+    net::Ipv4Addr,
+    os::fd::{AsFd as _, AsRawFd as _, RawFd},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use anyplace_ebpf::{Bucket, Capacity, Counter, DataPlane, Instance, Port, Protocol, VipKey, VipTable};
+
+use crate::{
+    Bed,
+    bpf::{self, Kind},
+    ip, median, report,
+    wrapper::{self, ENCAPSULATION, MACS, Mix, Wrapper},
+};
+
+/// Packets of one run, and runs of which the median counts.
+const PACKETS: u32 = 1_000_000;
+const RUNS: usize = 5;
+const VIPS: u32 = 65_000;
+const ONE_VIP: u32 = 0xcb00_7101;
+const FIRST_VIP: u32 = 0x0b00_0000;
+const INSTANCE: Ipv4Addr = Ipv4Addr::new(10, 1, 1, 65);
+const XDP_TX: u32 = 3;
+const TC_ACT_REDIRECT: u32 = 7;
+const TCP: u8 = 6;
+const UDP: u8 = 17;
+
+pub(crate) fn measure(bed: &Bed) -> Result<()> {
+    let mut plane = bed.plane("forward", Capacity::for_vips(VIPS + 1_000))?;
+    tables(&mut plane)?;
+    let one = |flows| Mix { flows, vips: 1, base: ONE_VIP };
+    let empty = ingress_run(wrapper::trivial(Kind::Xdp, XDP_TX as i32)?.as_raw_fd(), one(1), TCP, 0)?;
+    report("wrapper_ns", empty);
+    let program = program(&plane, "ingress")?;
+    for flows in [1, 4_096, 65_536, 262_144] {
+        let before = plane.counters()?.get(Counter::Packets);
+        let cost = ingress_run(program, one(flows), TCP, ENCAPSULATION)?;
+        let sent = plane.counters()?.get(Counter::Packets) - before;
+        ensure!(sent == u64::from(PACKETS) * RUNS as u64, "{sent} packets were sent on");
+        report(&format!("forward_tcp_{flows}"), cost - empty);
+    }
+    let cost = ingress_run(program, Mix { flows: 65_536, vips: VIPS, base: FIRST_VIP }, TCP, ENCAPSULATION)?;
+    report("forward_vips", cost - empty);
+    let cost = ingress_run(program, one(65_536), UDP, ENCAPSULATION)?;
+    report("forward_udp", cost - empty);
+
+    let deliver = self::program(&plane, "target")?;
+    for (name, protocol) in [("target_tcp", TCP), ("target_udp", UDP)] {
+        let returns = wrapper::trivial(Kind::Classifier, TC_ACT_REDIRECT as i32)?;
+        let empty = target_run(returns.as_raw_fd(), protocol, 0)?;
+        let before = plane.counters()?.get(Counter::Delivered);
+        let cost = target_run(deliver, protocol, ENCAPSULATION)?;
+        let delivered = plane.counters()?.get(Counter::Delivered) - before;
+        ensure!(delivered == u64::from(PACKETS) * RUNS as u64, "{delivered} packets were delivered");
+        report(&format!("{name}_wrapper_ns"), empty);
+        report(name, cost - empty);
+    }
+    plane.unload()?;
+    Ok(())
+}
+
+/// One VIP with 256 buckets, 65,000 with 64 buckets of their own each, and an instance that serves the first.
+fn tables(plane: &mut DataPlane) -> Result<()> {
+    ip("link add apv0a010141 type veth peer name inner")?;
+    let keys = |vip: u32| {
+        [Protocol::Tcp, Protocol::Udp].map(|protocol| VipKey { address: vip.into(), port: 80, protocol })
+    };
+    let table = |seed: u32, len: u32| {
+        let hop = |slot| Ipv4Addr::from(0x0a02_0000 + seed.wrapping_mul(31) % 60_000 + slot % 16);
+        let buckets: Vec<Bucket> = (0..len).map(|slot| Bucket::steady(hop(slot))).collect();
+        VipTable { local: buckets.clone(), buckets }
+    };
+    let first = table(1, 256);
+    let many: Vec<VipTable> = (0..VIPS).map(|vip| table(vip, 64)).collect();
+    let one = keys(ONE_VIP).into_iter().map(|key| (key, &first));
+    let tcp = many.iter().enumerate().map(|(vip, table)| (keys(FIRST_VIP + vip as u32)[0], table));
+    let failed = plane.set_vips(one.chain(tcp));
+    ensure!(failed.is_empty(), "{} tables failed, first {:?}", failed.len(), failed.first());
+    let ports = keys(ONE_VIP).map(|vip| Port { vip, container_port: 8080 }).to_vec();
+    plane.set_instance(&Instance { address: INSTANCE, host_interface: "apv0a010141".into(), ports })?;
+    Ok(())
+}
+
+fn program(plane: &DataPlane, name: &str) -> Result<RawFd> {
+    let program = plane.object().program(name).with_context(|| format!("no program {name}"))?;
+    Ok(program.fd()?.as_fd().as_raw_fd())
+}
+
+fn ingress_run(program: RawFd, mix: Mix, protocol: u8, strip: i32) -> Result<f64> {
+    let mut frame = frame(&client_packet(protocol));
+    if strip > 0 {
+        // As if the first packet had been wrapped already: the wrapper strips before it runs the program.
+        frame.splice(0..0, vec![0; strip as usize]);
+    }
+    run(&wrapper::around_ingress(program, mix, strip, 4)?, &frame, XDP_TX)
+}
+
+fn target_run(program: RawFd, protocol: u8, grow: i32) -> Result<f64> {
+    let inner = client_packet(protocol);
+    let mut outer = vec![0x04, 4, 0, 0, 0, 0, 3, 3];
+    outer.extend([0; 12]);
+    outer.extend(&inner);
+    let mut datagram: Vec<u8> = [50_000u16, 6080, outer.len() as u16 + 8, 0].map(u16::to_be_bytes).concat();
+    datagram.extend(outer);
+    let wrapped = frame(&packet(UDP, Ipv4Addr::new(10, 1, 9, 1), INSTANCE, &datagram));
+    let mix = Mix { flows: 1, vips: 1, base: ONE_VIP };
+    let start = if grow > 0 { frame(&inner) } else { wrapped.clone() };
+    run(&wrapper::around_target(program, mix, grow, &wrapped)?, &start, TC_ACT_REDIRECT)
+}
+
+/// Nanoseconds of one packet.
+fn run(wrapper: &Wrapper, frame: &[u8], verdict: u32) -> Result<f64> {
+    let mut costs = Vec::new();
+    for _ in 0..RUNS {
+        let (returned, _, cost) =
+            bpf::test_run(&wrapper.program, frame, PACKETS).context("BPF_PROG_TEST_RUN")?;
+        ensure!(returned == verdict, "the program returned {returned}, expected {verdict}");
+        costs.push(f64::from(cost));
+    }
+    Ok(median(costs))
+}
+
+/// An acknowledgement in mid-connection, or a datagram; 64 bytes of payload.
+fn client_packet(protocol: u8) -> Vec<u8> {
+    let mut segment: Vec<u8> = [1_024u16, 80].map(u16::to_be_bytes).concat();
+    if protocol == TCP {
+        segment.extend([1, 2, 3, 4, 5, 6, 7, 8, 0x50, 0x10, 0x20, 0, 0x12, 0x34, 0, 0]);
+    } else {
+        segment.extend([0, 72, 0x12, 0x34]);
+    }
+    segment.extend([7; 64]);
+    packet(protocol, Ipv4Addr::new(198, 51, 100, 9), ONE_VIP.into(), &segment)
+}
+
+fn packet(protocol: u8, source: Ipv4Addr, destination: Ipv4Addr, payload: &[u8]) -> Vec<u8> {
+    let [high, low] = (20 + payload.len() as u16).to_be_bytes();
+    let mut packet = vec![0x45, 0, high, low, 0, 0, 0x40, 0, 64, protocol, 0, 0];
+    packet.extend(source.octets());
+    packet.extend(destination.octets());
+    let sum: u32 = packet.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+    let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
+    packet[10..12].copy_from_slice(&sum.to_be_bytes());
+    packet.extend(payload);
+    packet
+}
+
+fn frame(packet: &[u8]) -> Vec<u8> {
+    [&MACS[..], &[8, 0], packet].concat()
+}
