@@ -10,6 +10,7 @@ mod registry;
 mod report;
 mod sample;
 mod server;
+mod upload;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -79,7 +79,13 @@ async fn pull(session: &Session, folder: &Path, args: ImagePullArgs) -> anyhow::
             pull_ms / 1e3,
         ));
     }
-    output::data(args.output.format, &pulled, || pulled.reference.to_string())
+    // The image can be used now; it is kept once it is on the disk.
+    output::data(args.output.format, &pulled, || pulled.reference.to_string())?;
+    store.settle().await;
+    if store.find(&reference)?.is_none() {
+        bail!("`{reference}` could not be kept in {}; the line above says why", folder.display());
+    }
+    Ok(())
 }
 
 /// What is printed of an image that was packed.

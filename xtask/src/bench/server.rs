@@ -11,6 +11,7 @@ use super::daemon::{Daemon, free_address};
 use super::images::inside;
 use super::payload;
 use super::sample::settle;
+use super::upload::Upload;
 use crate::shell;
 
 const USER: &str = "bench:bench-password";
@@ -119,35 +120,9 @@ impl Server {
         curl
     }
 
-    /// Starts an upload; where it goes on.
-    fn begin(&self, repository: &str) -> Result<String> {
-        let mut curl = self.curl(&[&format!("/v2/{repository}/blobs/uploads/")]);
-        curl.args([
-            "--request",
-            "POST",
-            "--data",
-            "",
-            "--output",
-            "/dev/null",
-            "--write-out",
-            "%header{location}",
-        ]);
-        location(&mut curl)
-    }
-
     /// Pushes a blob in one request.
-    pub(crate) fn push(&self, repository: &str, digest: &str, file: &[PathBuf]) -> Result<()> {
-        let at = with_digest(&self.begin(repository)?, digest);
-        let mut curl = self.curl(&[&at]);
-        curl.args([
-            "--request",
-            "PUT",
-            "--header",
-            "Content-Type: application/octet-stream",
-            "--upload-file",
-        ]);
-        curl.arg(&file[0]).args(["--output", "/dev/null"]);
-        shell::output(&mut curl).map(drop)
+    pub(crate) fn push(&self, repository: &str, digest: &str, file: &Path) -> Result<()> {
+        Upload::connect(self.daemon.address, self.authorization()?)?.whole(repository, digest, file)
     }
 
     /// Pushes a blob in parts of `size` bytes, the last one shorter.
@@ -158,26 +133,16 @@ impl Server {
         parts: &[PathBuf],
         size: u64,
     ) -> Result<()> {
-        let mut at = self.begin(repository)?;
-        for (number, part) in parts.iter().enumerate() {
-            let (first, length) = (number as u64 * size, std::fs::metadata(part)?.len());
-            let range = format!("Content-Range: {first}-{}", first + length - 1);
-            let mut curl = self.curl(&[&at]);
-            curl.args([
-                "--request",
-                "PATCH",
-                "--header",
-                &range,
-                "--header",
-                "Content-Type: application/octet-stream",
-            ]);
-            curl.arg("--upload-file").arg(part);
-            curl.args(["--output", "/dev/null", "--write-out", "%header{location}"]);
-            at = location(&mut curl)?;
+        Upload::connect(self.daemon.address, self.authorization()?)?.parts(repository, digest, parts, size)
+    }
+
+    /// What clients say who they are.
+    fn authorization(&self) -> Result<Option<String>> {
+        if !self.auth {
+            return Ok(None);
         }
-        let mut curl = self.curl(&[&with_digest(&at, digest)]);
-        curl.args(["--request", "PUT", "--header", "Content-Length: 0", "--output", "/dev/null"]);
-        shell::output(&mut curl).map(drop)
+        let encoded = shell::output(Command::new("base64").arg("-w0").stdin(text(USER)?))?;
+        Ok(Some(format!("Basic {encoded}")))
     }
 
     /// Pulls a blob over some connections at once.
@@ -197,7 +162,7 @@ impl Server {
         let config = br#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]}}"#;
         let (digest, file) = (payload::digest(config), self.data.with_extension("config"));
         std::fs::write(&file, config)?;
-        self.push(repository, &digest, &[file])?;
+        self.push(repository, &digest, &file)?;
         let manifest = format!(
             r#"{{"schemaVersion":2,"mediaType":"{KIND}","config":{{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"{digest}","size":{}}},"layers":[]}}"#,
             config.len()
@@ -224,9 +189,8 @@ impl Server {
             "-H",
             &format!("Accept: {KIND}"),
         ]);
-        if self.auth {
-            let encoded = shell::output(Command::new("base64").arg("-w0").stdin(text(USER)?))?;
-            wrk.args(["-H", &format!("Authorization: Basic {encoded}")]);
+        if let Some(authorization) = self.authorization()? {
+            wrk.args(["-H", &format!("Authorization: {authorization}")]);
         }
         let output = shell::output(wrk.arg(self.url(path)))?;
         anyhow::ensure!(!output.contains("Non-2xx"), "wrk got refusals: {output}");
@@ -243,17 +207,6 @@ impl Drop for Server {
         // The next run starts with an empty disk; the folder as a whole goes with the run.
         let _ = std::fs::remove_dir_all(&self.data);
     }
-}
-
-fn with_digest(location: &str, digest: &str) -> String {
-    let join = if location.contains('?') { '&' } else { '?' };
-    format!("{location}{join}digest={digest}")
-}
-
-fn location(curl: &mut Command) -> Result<String> {
-    let location = shell::output(curl)?.trim().to_owned();
-    anyhow::ensure!(!location.is_empty(), "`{}` gave no Location", shell::line(curl));
-    Ok(location)
 }
 
 /// All addresses inside a namespace of its own, else loopback.

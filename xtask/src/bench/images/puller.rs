@@ -1,9 +1,10 @@
 //! Cold pulls by us, podman and containerd: from nothing on disk to a mounted root file system that a program of the
 //! image runs in.
 
+use std::io::{BufRead as _, BufReader};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -51,7 +52,7 @@ impl Pull<'_> {
             Some(namespace) => inside(namespace, program, args),
             None => {
                 let mut command = Command::new(program);
-                command.args(args).stdin(std::process::Stdio::null());
+                command.args(args).stdin(Stdio::null());
                 command
             }
         }
@@ -62,11 +63,18 @@ impl Pull<'_> {
         std::fs::create_dir_all(&target)?;
         let begun = Instant::now();
         let mut pull = self.anyplace_pull(&store);
-        shell::output(pull.arg("--mount").arg(&target))?;
-        run_inside(&target)?;
-        let seconds = begun.elapsed().as_secs_f64();
+        let mut pull =
+            pull.arg("--mount").arg(&target).stdout(Stdio::piped()).spawn().context("start a pull")?;
+        // It says that the image is mounted, and then stays until all is on the disk; peers leave that to the kernel.
+        let output = BufReader::new(pull.stdout.take().context("the pull's output")?);
+        let mounted = output.lines().map_while(Result::ok).any(|line| line == "}");
+        let seconds = match mounted {
+            true => run_inside(&target).map(|()| begun.elapsed().as_secs_f64()),
+            false => Err(anyhow::anyhow!("it printed no result")),
+        };
+        anyhow::ensure!(pull.wait()?.success(), "the pull failed");
         unmount(&target)?;
-        Ok(seconds)
+        seconds
     }
 
     /// Our pull into a store.
