@@ -4,6 +4,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test's panic is its report")]
 
+#[allow(dead_code, reason = "each test file uses its own part")]
 #[path = "support/bed.rs"]
 mod bed;
 #[allow(dead_code, reason = "each test file uses its own part")]

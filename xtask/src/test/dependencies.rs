@@ -16,6 +16,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("anyplace-api", &["anyplace-model"]),
     ("anyplace-service", &["anyplace-api", "anyplace-model"]),
     ("anyplace-ebpf", &["anyplace-ebpf-common"]),
+    ("anyplace-ebpf-model", &["anyplace-ebpf-common"]),
     ("anyplace-global-core", &["anyplace-model"]),
     ("anyplace-location-core", &["anyplace-model"]),
     ("anyplace-registry-core", &["anyplace-model"]),

@@ -1,12 +1,12 @@
 //! A machine with two instances and a few VIPs, and the rows of packet tables that run on it.
 
-use std::net::Ipv4Addr;
+use std::{net::Ipv4Addr, path::PathBuf};
 
 use anyplace_ebpf::{
     Bucket, Counter, DataPlane, Instance, Options, Port, Protocol, VipKey, VipTable, flow_hash,
 };
 use anyplace_ebpf_common as common;
-use aya::programs::{Program, TestRun as _, TestRunOptions};
+use aya::programs::{Program, ProgramError, TestRun as _, TestRunOptions};
 
 use crate::{
     namespaces::{BpfFs, Namespace, object},
@@ -42,7 +42,7 @@ pub(crate) const CONTAINER_PORT: u16 = 8080;
 pub(crate) struct Bed {
     pub(crate) plane: DataPlane,
     pub(crate) namespace: Namespace,
-    _bpffs: BpfFs,
+    bpffs: BpfFs,
 }
 
 impl Bed {
@@ -60,7 +60,7 @@ impl Bed {
         };
         let plane =
             namespace.enter(|| DataPlane::load(options).unwrap_or_else(|error| panic!("{}", chain(&error))));
-        let mut bed = Self { plane, namespace, _bpffs: bpffs };
+        let mut bed = Self { plane, namespace, bpffs };
         bed.vip(80, bucket(THERE, THERE), bucket(HERE, HERE));
         bed.vip(81, bucket(THERE, THERE_TOO), bucket(THERE, THERE));
         bed.vip(82, bucket(HERE, HERE), bucket(HERE, HERE));
@@ -90,16 +90,12 @@ impl Bed {
 
     /// Runs one frame through a program.
     pub(crate) fn run(&self, program: &str, frame: &[u8]) -> (u32, Vec<u8>) {
-        let mut out = vec![0; 4096];
-        let options =
-            TestRunOptions { data_in: Some(frame), data_out: Some(&mut out), ..TestRunOptions::default() };
-        let result = self.namespace.enter(|| match self.plane.object().program(program).unwrap() {
-            Program::Xdp(program) => program.test_run(options).unwrap(),
-            Program::SchedClassifier(program) => program.test_run(options).unwrap(),
-            _ => panic!("{program} is of an unknown kind"),
-        });
-        out.truncate(result.data_size_out as usize);
-        (result.return_value, out)
+        self.namespace.enter(|| test_run(&self.plane, program, frame).unwrap())
+    }
+
+    /// Where the maps are pinned.
+    pub(crate) fn maps_folder(&self) -> PathBuf {
+        self.bpffs.path.join("anyplace").join(common::SCHEMA)
     }
 
     pub(crate) fn count(&self, counter: Counter) -> u64 {
@@ -121,6 +117,25 @@ impl Bed {
             assert_eq!(Some(self.count(counter) - 1), before, "{what}: counter {}", counter.name());
         }
     }
+}
+
+/// Runs one frame through a program: the verdict and the frame that comes out. An error is the kernel's, which takes no
+/// frame that is too short for its own headers.
+pub(crate) fn test_run(
+    plane: &DataPlane,
+    program: &str,
+    frame: &[u8],
+) -> Result<(u32, Vec<u8>), ProgramError> {
+    let mut out = vec![0; 4096];
+    let options =
+        TestRunOptions { data_in: Some(frame), data_out: Some(&mut out), ..TestRunOptions::default() };
+    let result = match plane.object().program(program).unwrap() {
+        Program::Xdp(program) => program.test_run(options)?,
+        Program::SchedClassifier(program) => program.test_run(options)?,
+        _ => panic!("{program} is of an unknown kind"),
+    };
+    out.truncate(result.data_size_out as usize);
+    Ok((result.return_value, out))
 }
 
 /// One row of the table.

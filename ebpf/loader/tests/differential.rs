@@ -1,0 +1,93 @@
+//! The programs against their model: the same packets and tables, and each verdict, packet, counter and flow compared.
+//!
+//! Tables are drawn anew for each few thousand packets. A difference is reported with the seed and the frame; once it
+//! is understood, the frame goes into `ebpf/model/corpus`, which is run here too.
+//!
+//! `ANYPLACE_SEED` replays a run, `ANYPLACE_PACKETS` makes it longer.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test's panic is its report")]
+
+#[allow(dead_code, reason = "each test file uses its own part")]
+#[path = "support/bed.rs"]
+mod bed;
+#[allow(dead_code, reason = "each test file uses its own part")]
+#[path = "support/namespaces.rs"]
+mod namespaces;
+#[allow(dead_code, reason = "each test file uses its own part")]
+#[path = "support/packets.rs"]
+mod packets;
+#[path = "support/random.rs"]
+mod random;
+#[path = "support/world.rs"]
+mod world;
+
+use std::{fs, path::Path};
+
+use anyplace_ebpf_model::Program;
+use namespaces::root_or_skip;
+use random::Random;
+use world::World;
+
+/// Packets of an ordinary run.
+const PACKETS: usize = 200_000;
+/// Packets for each set of tables.
+const PACKETS_A_TABLE: usize = 4_000;
+
+#[test]
+fn programs_and_model_agree_on_random_packets() {
+    if !root_or_skip() {
+        return;
+    }
+    let packets = std::env::var("ANYPLACE_PACKETS")
+        .map_or(PACKETS, |count| count.parse().expect("ANYPLACE_PACKETS is a number"));
+    let mut random = Random::from_environment();
+    let mut world = World::new();
+    let (mut done, mut refused) = (0, 0);
+    while done < packets {
+        world.draw_tables(&mut random);
+        for number in done..done + PACKETS_A_TABLE {
+            let (program, frame) = random::packet(&mut random);
+            if !world.check(program, &frame, &format!("packet {number}")) {
+                refused += 1;
+            }
+        }
+        done += PACKETS_A_TABLE;
+        world.check_state(&format!("before packet {done}"));
+    }
+    let coverage = world.coverage();
+    eprintln!("{done} packets, {refused} of them refused by the kernel before any program\n{coverage:?}");
+    assert!(refused < done / 10);
+    let missed: Vec<_> = coverage.iter().filter(|(_, count)| **count == 0).collect();
+    assert!(missed.is_empty(), "no packet came to {missed:?}");
+}
+
+#[test]
+fn programs_and_model_agree_on_the_corpus() {
+    if !root_or_skip() {
+        return;
+    }
+    let mut world = World::new();
+    world.draw_tables(&mut Random(1));
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/corpus");
+    let mut count = 0;
+    for entry in fs::read_dir(&folder).unwrap() {
+        let path = entry.unwrap().path();
+        for (number, line) in fs::read_to_string(&path).unwrap().lines().enumerate() {
+            let line = line.split('#').next().unwrap().trim();
+            let Some((program, hex)) = line.split_once(' ') else { continue };
+            let program = match program {
+                "ingress" => Program::Ingress,
+                "target" => Program::Target,
+                "reply" => Program::Reply,
+                other => panic!("{}:{}: program {other}", path.display(), number + 1),
+            };
+            let frame: Vec<u8> = (0..hex.len() / 2)
+                .map(|at| u8::from_str_radix(&hex[2 * at..2 * at + 2], 16).unwrap())
+                .collect();
+            world.check(program, &frame, &format!("{}:{}", path.display(), number + 1));
+            count += 1;
+        }
+    }
+    assert!(count > 0, "{} is empty", folder.display());
+    world.check_state("after the corpus");
+}

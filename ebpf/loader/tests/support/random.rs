@@ -1,0 +1,167 @@
+//! Random numbers, and random packets: valid ones whose fields come from small pools, so that flows meet again, and
+//! damaged ones.
+
+use std::net::Ipv4Addr;
+
+use anyplace_ebpf_model::Program;
+
+use crate::{
+    bed::{CLIENT, CONTAINER_PORT, FAR, GONE, HERE, HERE_TOO, MACHINE, OTHER, SENDER, THERE, THERE_TOO, VIP},
+    packets::{ACK, Ip, SYN, gue_raw, received, tcp, tcp_with_segment_size, udp, udp_without_checksum},
+};
+
+/// A second VIP.
+pub(crate) const VIP_TOO: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 2);
+/// Whatever a bucket or a hop list may name.
+pub(crate) const HOPS: [Ipv4Addr; 7] = [HERE, HERE_TOO, GONE, THERE, THERE_TOO, FAR, MACHINE];
+/// VIP ports that tables are made for; the one after them has none.
+pub(crate) const PORTS: std::ops::Range<u16> = 80..86;
+
+/// splitmix64.
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    /// From `ANYPLACE_SEED`, else from the clock.
+    pub(crate) fn from_environment() -> Self {
+        let seed = match std::env::var("ANYPLACE_SEED") {
+            Ok(seed) => seed.parse().expect("ANYPLACE_SEED is a number"),
+            Err(_) => std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64,
+        };
+        eprintln!("replay with ANYPLACE_SEED={seed}");
+        Self(seed)
+    }
+
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// A number below the bound.
+    pub(crate) fn below(&mut self, bound: usize) -> usize {
+        (self.next() % bound as u64) as usize
+    }
+
+    /// True `percent` times in a hundred.
+    pub(crate) fn chance(&mut self, percent: usize) -> bool {
+        self.below(100) < percent
+    }
+
+    pub(crate) fn pick<T: Copy>(&mut self, items: &[T]) -> T {
+        items[self.below(items.len())]
+    }
+
+    fn bytes(&mut self, length: usize) -> Vec<u8> {
+        (0..length).map(|_| self.next() as u8).collect()
+    }
+}
+
+/// A program and a frame for it.
+pub(crate) fn packet(random: &mut Random) -> (Program, Vec<u8>) {
+    let program = random.pick(&[Program::Ingress, Program::Target, Program::Target, Program::Reply]);
+    let made_for = if random.chance(2) { random.pick(&[Program::Ingress, Program::Target]) } else { program };
+    let packet = match made_for {
+        Program::Ingress => clients(random),
+        Program::Target => encapsulated(random),
+        Program::Reply => answer(random),
+    };
+    let mut frame = received(&packet);
+    if random.chance(30) {
+        damage(random, &mut frame);
+    }
+    (program, frame)
+}
+
+/// What a client sends.
+fn clients(random: &mut Random) -> Ip {
+    let client = Ipv4Addr::from(u32::from(CLIENT) + random.below(3) as u32);
+    let vip = if random.chance(4) { OTHER } else { random.pick(&[VIP, VIP, VIP_TOO]) };
+    let from = (client, 40_000 + random.below(5) as u16);
+    let to = (vip, PORTS.start + random.below(PORTS.len() + 1) as u16);
+    let packet = transport(random, from, to);
+    header(random, packet)
+}
+
+/// What an instance sends.
+fn answer(random: &mut Random) -> Ip {
+    let from = random.pick(&[HERE, HERE, HERE_TOO, GONE]);
+    let vip = random.below(2) as u16;
+    let port = CONTAINER_PORT + 100 * vip + random.below(PORTS.len() + 1) as u16;
+    let to = match random.below(12) {
+        0 => Ipv4Addr::new(169, 254, 1, 1),
+        1 => VIP,
+        2 => HERE,
+        _ => CLIENT,
+    };
+    let client_port = 40_000 + random.below(5) as u16;
+    let packet = transport(random, (from, port), (to, client_port));
+    header(random, packet)
+}
+
+/// What another machine sends.
+fn encapsulated(random: &mut Random) -> Ip {
+    let inner = clients(random);
+    let hop = if random.chance(3) { OTHER } else { random.pick(&HOPS) };
+    let next = if random.chance(3) { random.below(5) as u8 } else { random.below(4) as u8 };
+    let list: Vec<u8> =
+        (0..3).flat_map(|_| if random.chance(3) { OTHER } else { random.pick(&HOPS) }.octets()).collect();
+    let mut packet = gue_raw(SENDER, hop, next, 3, &list, &inner);
+    packet.ttl = random.pick(&[64, 64, 63, 2, 1, 0]);
+    packet
+}
+
+fn transport(random: &mut Random, from: (Ipv4Addr, u16), to: (Ipv4Addr, u16)) -> Ip {
+    let length = if random.chance(3) { 1380 + random.below(80) } else { random.below(24) };
+    let payload = random.bytes(length);
+    if random.chance(50) {
+        let flags = random.pick(&[SYN, SYN, ACK, ACK, ACK, ACK | 8, SYN | ACK, 4, ACK | 4, ACK | 1, 0, 0xff]);
+        if flags & SYN != 0 && random.chance(50) {
+            let size = 1300 + random.below(300) as u16;
+            return tcp_with_segment_size(from, to, flags, size);
+        }
+        tcp(from, to, flags, &payload)
+    } else if random.chance(10) {
+        udp_without_checksum(from, to, &payload)
+    } else {
+        udp(from, to, &payload)
+    }
+}
+
+/// A random IPv4 header around the same payload.
+fn header(random: &mut Random, mut packet: Ip) -> Ip {
+    packet.tos = random.next() as u8;
+    packet.id = random.below(4) as u16;
+    packet.ttl = random.pick(&[1, 2, 64, 255]);
+    packet.fragment = match random.below(20) {
+        0 => 0x2000,
+        1 => 0x2003,
+        2 => 0x0004,
+        3..12 => 0,
+        _ => 0x4000,
+    };
+    if random.chance(6) {
+        let words = random.below(11);
+        packet.options = vec![1; 4 * words];
+    }
+    packet
+}
+
+/// Damages a frame; most of it where headers are.
+fn damage(random: &mut Random, frame: &mut Vec<u8>) {
+    for _ in 0..=random.below(3) {
+        let at = random.below(frame.len().min(120));
+        match random.below(6) {
+            0 => frame[at] ^= 1 << random.below(8),
+            1 => frame[at] = random.next() as u8,
+            2 => frame[at] = random.pick(&[0, 0xff, 0x7f, 0x80]),
+            3 if at >= 14 => frame.truncate(at),
+            4 => {
+                let length = random.below(60);
+                frame.extend(random.bytes(length));
+            }
+            _ => frame.swap(at, at / 2),
+        }
+    }
+}

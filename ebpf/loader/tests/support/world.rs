@@ -1,0 +1,198 @@
+//! One machine twice: in the kernel's maps, and in the model.
+
+use std::{collections::BTreeMap, net::Ipv4Addr, sync::Mutex};
+
+use anyplace_ebpf::{Bucket, Counter, Instance, Port, Protocol, VipKey, VipTable};
+use anyplace_ebpf_model::{Flow, Machine, Program, Tables, Verdict, VipCount};
+use aya::maps::{HashMap, Map, MapData};
+
+use crate::{
+    bed::{
+        Bed, CONTAINER_PORT, HERE, HERE_TOO, MACHINE, TC_REDIRECT, TC_SHOT, TC_UNSPEC, VIP, XDP_DROP,
+        XDP_PASS, XDP_TX, hex, test_run,
+    },
+    random::{HOPS, PORTS, Random, VIP_TOO},
+};
+
+type FlowMap = HashMap<MapData, [u8; 16], [u8; 4]>;
+
+pub(crate) struct World {
+    bed: Bed,
+    model: Machine,
+    flows: Mutex<FlowMap>,
+    /// Counters before the present tables.
+    base: BTreeMap<&'static str, u64>,
+    /// Counters before any packet.
+    first: BTreeMap<&'static str, u64>,
+}
+
+impl World {
+    pub(crate) fn new() -> Self {
+        let bed = Bed::new();
+        let flows = Mutex::new(bed.map("FLOWS"));
+        let model = Machine::new(MACHINE, 1500);
+        let mut world = Self { bed, model, flows, base: BTreeMap::new(), first: BTreeMap::new() };
+        world.first = world.counters();
+        world
+    }
+
+    /// New tables, new instances, no flows.
+    pub(crate) fn draw_tables(&mut self, random: &mut Random) {
+        clear(&self.flows);
+        self.model = Machine::new(MACHINE, 1500);
+        for vip in [VIP, VIP_TOO] {
+            for port in PORTS {
+                for protocol in [Protocol::Tcp, Protocol::Udp] {
+                    self.draw_vip(random, VipKey { address: vip, port, protocol });
+                }
+            }
+        }
+        let World { bed, model, .. } = self;
+        for (address, name) in [(HERE, "apv0a010141"), (HERE_TOO, "apv0a010142")] {
+            if random.chance(20) {
+                bed.namespace.enter(|| bed.plane.remove_instance(address).unwrap());
+                continue;
+            }
+            let mut ports = Vec::new();
+            for (index, vip) in [VIP, VIP_TOO].into_iter().enumerate() {
+                for (port, protocol) in PORTS.flat_map(|port| [(port, Protocol::Tcp), (port, Protocol::Udp)])
+                {
+                    if random.chance(15) {
+                        continue;
+                    }
+                    let container_port = CONTAINER_PORT + 100 * index as u16 + port - PORTS.start;
+                    ports.push(Port { vip: VipKey { address: vip, port, protocol }, container_port });
+                    let number = number(protocol);
+                    model.ports.insert((address, (vip, port, number)), container_port);
+                    model.replies.insert((address, container_port, number), (vip, port));
+                }
+            }
+            let [a, b, c, d] = address.octets();
+            model.instances.insert(address, [0x02, 0x61, a, b, c, d]);
+            let instance = Instance { address, host_interface: name.into(), ports };
+            bed.namespace.enter(|| bed.plane.set_instance(&instance).unwrap());
+        }
+        self.base = self.counters();
+    }
+
+    fn draw_vip(&mut self, random: &mut Random, key: VipKey) {
+        // Gone first, so that its counters start at zero.
+        self.bed.plane.remove_vip(key).unwrap();
+        if random.chance(8) {
+            return;
+        }
+        let mut table = || -> Vec<Bucket> {
+            (0..random.below(6))
+                .map(|_| {
+                    let now = random.pick(&HOPS);
+                    let before = match random.below(4) {
+                        0 => random.pick(&HOPS),
+                        1 => Ipv4Addr::UNSPECIFIED,
+                        _ => now,
+                    };
+                    let now = if random.chance(4) { Ipv4Addr::UNSPECIFIED } else { now };
+                    Bucket { now, before }
+                })
+                .collect()
+        };
+        let tables = VipTable { buckets: table(), local: table() };
+        self.bed.plane.set_vip(key, &tables).unwrap();
+        let pairs = |buckets: &[Bucket]| buckets.iter().map(|bucket| (bucket.now, bucket.before)).collect();
+        let tables = Tables { full: pairs(&tables.buckets), local: pairs(&tables.local) };
+        self.model.vips.insert((key.address, key.port, number(key.protocol)), tables);
+    }
+
+    /// Runs a frame through both and compares; false if the kernel takes no such frame.
+    pub(crate) fn check(&mut self, program: Program, frame: &[u8], what: &str) -> bool {
+        let Ok((verdict, out)) = test_run(&self.bed.plane, program.name(), frame) else { return false };
+        let mut expected = frame.to_vec();
+        let wanted = self.model.run(program, &mut expected);
+        let tc = program != Program::Ingress;
+        let got = match (tc, verdict) {
+            (false, XDP_PASS) | (true, TC_UNSPEC) => Verdict::Pass,
+            (false, XDP_DROP) | (true, TC_SHOT) => Verdict::Drop,
+            (false, XDP_TX) => Verdict::Transmit,
+            (true, TC_REDIRECT) => Verdict::Redirect,
+            _ => panic!("{what}: verdict {verdict} of {}", program.name()),
+        };
+        let line = || format!("{what}\ncorpus line: {} {}", program.name(), hex(frame));
+        assert_eq!(got, wanted, "verdict (program, model) on {}", line());
+        // Nobody sees what is left of a dropped packet.
+        let same = got == Verdict::Drop || out == expected;
+        assert!(same, "packet\n program {}\n   model {}\non {}", hex(&out), hex(&expected), line());
+        let counted = self.counted();
+        let wanted: BTreeMap<_, _> = self.model_counters();
+        assert_eq!(counted, wanted, "counters since these tables (program, model) on {}", line());
+        true
+    }
+
+    /// Compares what isn't compared for each packet: counters by VIP, and flows.
+    pub(crate) fn check_state(&mut self, what: &str) {
+        for key in self.bed.plane.vips() {
+            let found = self.bed.plane.vip_counters(key).unwrap().unwrap();
+            let found =
+                VipCount { packets: found.packets, bytes: found.bytes, connections: found.connections };
+            let vip = (key.address, key.port, number(key.protocol));
+            let expected = self.model.vip_counters.get(&vip).copied().unwrap_or_default();
+            assert_eq!(found, expected, "{what}: counters of {key} (program, model)");
+        }
+        let expected: BTreeMap<Flow, Ipv4Addr> = self.model.flows.clone().into_iter().collect();
+        assert_eq!(read(&self.flows), expected, "{what}: flows (program, model)");
+    }
+
+    /// What the programs counted since the beginning, by name.
+    pub(crate) fn coverage(&self) -> BTreeMap<&'static str, u64> {
+        self.counters().into_iter().map(|(name, value)| (name, value - self.first[name])).collect()
+    }
+
+    fn counters(&self) -> BTreeMap<&'static str, u64> {
+        let totals = self.bed.plane.counters().unwrap();
+        totals.iter().map(|(counter, value)| (counter.name(), value)).collect()
+    }
+
+    /// Counters since the present tables, but those that stand still.
+    fn counted(&self) -> BTreeMap<&'static str, u64> {
+        let since = |(name, value): (&'static str, u64)| (name, value - self.base[name]);
+        self.counters().into_iter().map(since).filter(|(_, value)| *value > 0).collect()
+    }
+
+    fn model_counters(&self) -> BTreeMap<&'static str, u64> {
+        let all = Counter::ALL.iter().map(|counter| (counter.name(), self.model.counters[*counter as usize]));
+        all.filter(|(_, value)| *value > 0).collect()
+    }
+}
+
+fn clear(map: &Mutex<FlowMap>) {
+    let mut map = map.lock().unwrap();
+    let keys: Vec<[u8; 16]> = map.keys().collect::<Result<_, _>>().unwrap();
+    for key in keys {
+        map.remove(&key).unwrap();
+    }
+}
+
+fn read(map: &Mutex<FlowMap>) -> BTreeMap<Flow, Ipv4Addr> {
+    let map = map.lock().unwrap();
+    map.iter()
+        .map(|entry| {
+            let (key, value) = entry.unwrap();
+            let address = |at: usize| Ipv4Addr::new(key[at], key[at + 1], key[at + 2], key[at + 3]);
+            let port = |at: usize| u16::from_be_bytes([key[at], key[at + 1]]);
+            ((address(0), address(4), port(8), port(10), key[12]), Ipv4Addr::from(value))
+        })
+        .collect()
+}
+
+fn number(protocol: Protocol) -> u8 {
+    match protocol {
+        Protocol::Tcp => 6,
+        Protocol::Udp => 17,
+    }
+}
+
+impl Bed {
+    /// A flow table, past the loader.
+    pub(crate) fn map(&self, name: &str) -> FlowMap {
+        let map = MapData::from_pin(self.maps_folder().join(name)).unwrap();
+        Map::LruHashMap(map).try_into().unwrap()
+    }
+}

@@ -1,0 +1,139 @@
+//! Reading and changing packets byte by byte.
+
+use std::net::Ipv4Addr;
+
+use crate::Flow;
+
+/// Where an IP header stands in a frame.
+pub(crate) const ETHERNET: usize = 14;
+
+pub(crate) fn byte(frame: &[u8], at: usize) -> Option<u8> {
+    frame.get(at).copied()
+}
+
+pub(crate) fn word(frame: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_be_bytes([byte(frame, at)?, byte(frame, at + 1)?]))
+}
+
+pub(crate) fn address(frame: &[u8], at: usize) -> Option<Ipv4Addr> {
+    let bytes: [u8; 4] = frame.get(at..at + 4)?.try_into().ok()?;
+    Some(bytes.into())
+}
+
+pub(crate) fn put(frame: &mut [u8], at: usize, bytes: &[u8]) {
+    frame[at..at + bytes.len()].copy_from_slice(bytes);
+}
+
+/// An IPv4 header.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ip {
+    pub(crate) version: u8,
+    /// Length of the header in bytes, as it says itself.
+    pub(crate) header: usize,
+    pub(crate) tos: u8,
+    pub(crate) total: usize,
+    pub(crate) more: bool,
+    pub(crate) offset: u16,
+    pub(crate) ttl: u8,
+    pub(crate) protocol: u8,
+    pub(crate) source: Ipv4Addr,
+    pub(crate) destination: Ipv4Addr,
+}
+
+impl Ip {
+    /// Reads one; `None` if its fixed part isn't all there.
+    pub(crate) fn read(frame: &[u8], at: usize) -> Option<Self> {
+        let destination = address(frame, at + 16)?;
+        let fragment = word(frame, at + 6)?;
+        Some(Self {
+            version: byte(frame, at)? >> 4,
+            header: usize::from(byte(frame, at)? & 15) * 4,
+            tos: byte(frame, at + 1)?,
+            total: usize::from(word(frame, at + 2)?),
+            more: fragment & 0x2000 != 0,
+            offset: fragment & 0x1fff,
+            ttl: byte(frame, at + 8)?,
+            protocol: byte(frame, at + 9)?,
+            source: address(frame, at + 12)?,
+            destination,
+        })
+    }
+
+    pub(crate) fn is_fragment(&self) -> bool {
+        self.more || self.offset != 0
+    }
+
+    pub(crate) fn has_ports(&self) -> bool {
+        matches!(self.protocol, 6 | 17)
+    }
+}
+
+/// The flags of a TCP header.
+pub(crate) fn tcp_flags(frame: &[u8], transport: usize) -> Option<u8> {
+    byte(frame, transport + 13)
+}
+
+/// SYN without ACK, RST, FIN.
+pub(crate) fn opens(flags: u8) -> bool {
+    flags & 0x17 == 0x02
+}
+
+/// ACK without SYN, RST, FIN.
+pub(crate) fn continues(flags: u8) -> bool {
+    flags & 0x17 == 0x10
+}
+
+/// Sum of 16-bit words in ones' complement.
+pub(crate) fn sum(parts: &[&[u8]]) -> u16 {
+    let mut sum = 0u64;
+    for part in parts {
+        for pair in part.chunks(2) {
+            sum += u64::from(u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)]));
+        }
+    }
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    sum as u16
+}
+
+/// Changes a checksum for `from` that became `to` (the same even number of bytes), as the kernel's `csum_replace` does.
+pub(crate) fn replace_checksum(frame: &mut [u8], at: usize, from: &[u8], to: &[u8]) {
+    let add = |a: u32, b: u32| {
+        let (sum, carry) = a.overflowing_add(b);
+        sum + u32::from(carry)
+    };
+    let number = |bytes: &[u8]| bytes.iter().fold(0u32, |n, byte| (n << 8) | u32::from(*byte));
+    let old = !u32::from(u16::from_be_bytes([frame[at], frame[at + 1]]));
+    let sum = add(add(old, !number(from)), number(to));
+    let mut folded = (sum & 0xffff) + (sum >> 16);
+    folded = (folded & 0xffff) + (folded >> 16);
+    put(frame, at, &(!(folded as u16)).to_be_bytes());
+}
+
+/// The same for a UDP checksum, in which zero means none.
+pub(crate) fn replace_udp_checksum(frame: &mut [u8], at: usize, from: &[u8], to: &[u8]) {
+    if frame[at..at + 2] == [0, 0] {
+        return;
+    }
+    replace_checksum(frame, at, from, to);
+    if frame[at..at + 2] == [0, 0] {
+        put(frame, at, &[0xff, 0xff]);
+    }
+}
+
+/// Murmur3's finaliser over the tuple as it stands in the packet, read as little-endian numbers.
+pub(crate) fn flow_hash(flow: &Flow) -> u64 {
+    let mix = |mut h: u64| {
+        h ^= h >> 33;
+        h = h.wrapping_mul(0xff51_afd7_ed55_8ccd);
+        h ^= h >> 33;
+        h = h.wrapping_mul(0xc4ce_b9fe_1a85_ec53);
+        h ^ (h >> 33)
+    };
+    let &(source, vip, source_port, vip_port, protocol) = flow;
+    let address = |address: Ipv4Addr| u64::from(u32::from_le_bytes(address.octets()));
+    let port = |port: u16| u64::from(port.swap_bytes());
+    let rest = (port(source_port) << 24) | (port(vip_port) << 8) | u64::from(protocol);
+    mix(((address(source) << 32) | address(vip)) ^ mix(rest ^ 0x9e37_79b9_7f4a_7c15))
+}

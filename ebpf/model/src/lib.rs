@@ -1,0 +1,154 @@
+//! The data plane in plain Rust: a packet and the maps' contents in; a verdict, a packet and counters out.
+//!
+//! The oracle of the programs in `ebpf/programs`, for tests only. It shares no code with them, only numbers: the
+//! constants and the list of counters of `anyplace-ebpf-common`. It reads bytes where the programs read structures,
+//! speaks host byte order where they don't, and is written to be read, not to be fast. Where the kernel's helpers have
+//! habits (which of two zeroes a checksum becomes), it has the same.
+//!
+//! Tables are unbounded here: a test that fills a bounded map of the kernel's must expect differences.
+
+mod bytes;
+mod ingress;
+mod reply;
+mod target;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::Ipv4Addr,
+};
+
+use anyplace_ebpf_common::Counter;
+
+/// A program of the data plane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Program {
+    /// XDP on the uplink.
+    Ingress,
+    /// TCX ingress of the uplink.
+    Target,
+    /// TCX ingress of an instance's veth, outside.
+    Reply,
+}
+
+impl Program {
+    /// Its name in the object.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ingress => "ingress",
+            Self::Target => "target",
+            Self::Reply => "reply",
+        }
+    }
+}
+
+/// What happens to a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The stack's.
+    Pass,
+    /// Gone.
+    Drop,
+    /// Out of the interface that it came from.
+    Transmit,
+    /// To another interface.
+    Redirect,
+}
+
+/// A VIP's port.
+pub type Vip = (Ipv4Addr, u16, u8);
+/// A flow: client, VIP, client's port, VIP's port, protocol.
+pub type Flow = (Ipv4Addr, Ipv4Addr, u16, u16, u8);
+
+/// Owner now, owner before; 0.0.0.0 for nobody.
+pub type Bucket = (Ipv4Addr, Ipv4Addr);
+
+/// The tables of a VIP.
+#[derive(Clone, Debug, Default)]
+pub struct Tables {
+    /// For packets of clients.
+    pub full: Vec<Bucket>,
+    /// For packets of other locations.
+    pub local: Vec<Bucket>,
+}
+
+/// What ingress counts for one VIP.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VipCount {
+    /// Packets.
+    pub packets: u64,
+    /// Bytes from the IP header on.
+    pub bytes: u64,
+    /// SYNs.
+    pub connections: u64,
+}
+
+/// A machine: its maps, its counters.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    /// Its address.
+    pub address: Ipv4Addr,
+    /// MTU of the uplink.
+    pub mtu: usize,
+    /// The VIPs.
+    pub vips: BTreeMap<Vip, Tables>,
+    /// MAC addresses of the instances here.
+    pub instances: BTreeMap<Ipv4Addr, [u8; 6]>,
+    /// The port that an instance serves a VIP's port on.
+    pub ports: BTreeMap<(Ipv4Addr, Vip), u16>,
+    /// The VIP's port that an instance's port stands for.
+    pub replies: BTreeMap<(Ipv4Addr, u16, u8), (Ipv4Addr, u16)>,
+    /// Who owns a flow.
+    pub flows: HashMap<Flow, Ipv4Addr>,
+    /// Indexed by [`Counter`].
+    pub counters: Vec<u64>,
+    /// By VIP.
+    pub vip_counters: BTreeMap<Vip, VipCount>,
+}
+
+impl Machine {
+    /// A machine without VIPs and instances.
+    pub fn new(address: Ipv4Addr, mtu: usize) -> Self {
+        Self {
+            address,
+            mtu,
+            vips: BTreeMap::new(),
+            instances: BTreeMap::new(),
+            ports: BTreeMap::new(),
+            replies: BTreeMap::new(),
+            flows: HashMap::new(),
+            counters: vec![0; Counter::ALL.len()],
+            vip_counters: BTreeMap::new(),
+        }
+    }
+
+    /// Runs a frame through a program; the frame becomes what leaves it.
+    pub fn run(&mut self, program: Program, frame: &mut Vec<u8>) -> Verdict {
+        let result = match program {
+            Program::Ingress => self.ingress(frame),
+            Program::Target => self.target(frame),
+            Program::Reply => self.reply(frame),
+        };
+        result.unwrap_or_else(|reason| {
+            self.count(reason);
+            Verdict::Drop
+        })
+    }
+
+    fn count(&mut self, counter: Counter) {
+        self.add(counter, 1);
+    }
+
+    fn add(&mut self, counter: Counter, amount: u64) {
+        self.counters[counter as usize] += amount;
+    }
+
+    fn is_vip(&self, address: Ipv4Addr) -> bool {
+        self.vips.keys().any(|vip| vip.0 == address)
+    }
+}
+
+/// The bucket of a flow, if it has an owner.
+fn bucket(table: &[Bucket], flow: &Flow) -> Option<Bucket> {
+    let slot = ((bytes::flow_hash(flow) >> 32) * table.len() as u64) >> 32;
+    table.get(slot as usize).copied().filter(|(now, _)| !now.is_unspecified())
+}

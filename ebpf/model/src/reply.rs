@@ -1,0 +1,67 @@
+//! What instances send.
+
+use anyplace_ebpf_common::{Counter, ENCAPSULATION_BYTES};
+
+use crate::{
+    Machine, Verdict,
+    bytes::{ETHERNET, Ip, opens, put, replace_checksum, replace_udp_checksum, tcp_flags, word},
+};
+
+impl Machine {
+    pub(crate) fn reply(&mut self, frame: &mut [u8]) -> Result<Verdict, Counter> {
+        if word(frame, 12) != Some(0x0800) {
+            return Ok(Verdict::Pass);
+        }
+        let Some(ip) = Ip::read(frame, ETHERNET).filter(|ip| ip.version == 4 && ip.has_ports()) else {
+            return Ok(Verdict::Pass);
+        };
+        let health_check = ip.destination.is_link_local();
+        if ip.header != 20 || health_check || ip.offset != 0 {
+            return Ok(Verdict::Pass);
+        }
+        let transport = ETHERNET + ip.header;
+        let (Some(port), Some(_)) = (word(frame, transport), word(frame, transport + 2)) else {
+            return Ok(Verdict::Pass);
+        };
+        let Some(&(vip, vip_port)) = self.replies.get(&(ip.source, port, ip.protocol)) else {
+            return Ok(Verdict::Pass);
+        };
+        let flags = tcp_flags(frame, transport).filter(|_| ip.protocol == 6);
+        if flags.is_some_and(opens) {
+            return Ok(Verdict::Pass);
+        }
+        if ip.is_fragment() {
+            return Err(Counter::Fragment);
+        }
+        let checksum = transport + if ip.protocol == 6 { 16 } else { 6 };
+        if frame.len() < checksum + 2 {
+            return Err(Counter::HelperFailed);
+        }
+        let (from, to) = (ip.source.octets(), vip.octets());
+        replace_checksum(frame, ETHERNET + 10, &from, &to);
+        for (from, to) in [(&from[..], &to[..]), (&port.to_be_bytes(), &vip_port.to_be_bytes())] {
+            if ip.protocol == 6 {
+                replace_checksum(frame, checksum, from, to);
+            } else {
+                replace_udp_checksum(frame, checksum, from, to);
+            }
+        }
+        put(frame, ETHERNET + 12, &to);
+        put(frame, transport, &vip_port.to_be_bytes());
+        if flags.is_some_and(|flags| flags & 2 != 0) {
+            self.clamp(frame, transport + 20, checksum);
+        }
+        self.count(Counter::Replies);
+        Ok(Verdict::Redirect)
+    }
+
+    /// Lowers the segment size where the option comes first.
+    fn clamp(&self, frame: &mut [u8], options: usize, checksum: usize) {
+        let limit = self.mtu.saturating_sub(ENCAPSULATION_BYTES + 40) as u16;
+        let (Some(kind), Some(size)) = (word(frame, options), word(frame, options + 2)) else { return };
+        if kind == 0x0204 && size > limit {
+            replace_checksum(frame, checksum, &size.to_be_bytes(), &limit.to_be_bytes());
+            put(frame, options + 2, &limit.to_be_bytes());
+        }
+    }
+}
