@@ -8,6 +8,7 @@ mod images;
 mod payload;
 mod registry;
 mod report;
+mod router;
 mod sample;
 mod server;
 mod upload;
@@ -23,6 +24,7 @@ pub(crate) use report::Report;
 /// Names, and what they measure.
 pub(crate) const BENCHES: &[(&str, &str)] = &[
     ("registry", "push, pull, manifests and memory of the registry, beside docker-registry"),
+    ("router", "the data plane's cost for a packet, tables at scale, updates, memory"),
     ("images", "packing, pulling, mounting and prewarming, beside skopeo, podman and containerd"),
 ];
 
@@ -32,6 +34,7 @@ pub(crate) fn run(words: &[&str]) -> Result<ExitCode> {
     let mut report = Report::new(name, json);
     match name {
         "registry" => registry::run(&mut report, only)?,
+        "router" => router::run(&mut report, only)?,
         "images" => images::run(&mut report, only)?,
         _ => {
             let names: Vec<_> = BENCHES.iter().map(|(name, _)| *name).collect();

@@ -30,5 +30,6 @@ pub use anyplace_ebpf_common::{Counter, VipCounters, bucket_index, flow_hash};
 pub use attach::XdpMode;
 pub use counters::Totals;
 pub use error::Error;
+pub use maps::MapMemory;
 pub use plane::{Capacity, DataPlane, Options};
 pub use types::{Bucket, Instance, Port, Protocol, VipKey, VipTable};

@@ -177,13 +177,26 @@ pub(crate) fn sizes(folder: &Path, capacity: Capacity) -> Result<Sizes, Error> {
     Ok(sizes)
 }
 
-/// Kernel memory of each pinned map in bytes.
-pub(crate) fn memory(folder: &Path) -> Result<Vec<(&'static str, u64)>, Error> {
+/// What a map takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapMemory {
+    /// Its name.
+    pub map: &'static str,
+    /// Kernel memory in bytes.
+    pub bytes: u64,
+    /// Entries that fit; the memory is taken for all of them in most maps.
+    pub entries: u32,
+}
+
+/// Kernel memory of each pinned map.
+pub(crate) fn memory(folder: &Path) -> Result<Vec<MapMemory>, Error> {
     let mut found = Vec::new();
     for spec in ALL {
         let Some(map) = pinned(folder, spec)? else { continue };
         let failed = |source| Error::File { call: "read", path: "/proc/thread-self/fdinfo".into(), source };
-        found.push((spec.name, sys::map_memory(map.fd().as_fd()).map_err(failed)?));
+        let bytes = sys::map_memory(map.fd().as_fd()).map_err(failed)?;
+        let info = map.info().map_err(|source| spec.error("BPF_OBJ_GET_INFO_BY_FD", source))?;
+        found.push(MapMemory { map: spec.name, bytes, entries: info.max_entries() });
     }
     Ok(found)
 }

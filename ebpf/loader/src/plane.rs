@@ -11,7 +11,7 @@ use anyplace_ebpf_common as common;
 use aya::{Ebpf, EbpfLoader, util::KernelVersion};
 
 use crate::{
-    Error, XdpMode,
+    Error, MapMemory, XdpMode,
     attach::{self, INGRESS, Links, REPLY, TARGET},
     maps::{self, CONFIG, Maps, Plain},
     sys,
@@ -146,8 +146,8 @@ impl DataPlane {
         self.capacity
     }
 
-    /// Kernel memory in bytes of each map.
-    pub fn memory(&self) -> Result<Vec<(&'static str, u64)>, Error> {
+    /// The kernel memory of each map.
+    pub fn memory(&self) -> Result<Vec<MapMemory>, Error> {
         maps::memory(&self.folder)
     }
 

@@ -6,6 +6,7 @@
 mod bpf;
 mod forward;
 mod instructions;
+mod scale;
 mod wrapper;
 
 use std::{net::Ipv4Addr, path::PathBuf, process::Command};
@@ -22,7 +23,8 @@ use nix::{
 type Measure = fn(&Bed) -> Result<()>;
 
 /// What can be measured.
-const PARTS: [(&str, Measure); 2] = [("forward", forward::measure), ("instructions", instructions::measure)];
+const PARTS: [(&str, Measure); 3] =
+    [("forward", forward::measure), ("load", scale::measure), ("instructions", instructions::measure)];
 
 fn main() -> Result<()> {
     let parts: Vec<String> = std::env::args().skip(1).collect();

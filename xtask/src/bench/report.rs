@@ -62,6 +62,11 @@ impl Report {
         self.figures.push(figure);
     }
 
+    /// Adds a figure that can't be measured, because what it measures isn't there: it doesn't hold.
+    pub(crate) fn missing(&mut self, name: &str, unit: &'static str, op: Op, target: f64) {
+        self.add(&format!("{name} (missing)"), f64::NAN, unit, op, target, None);
+    }
+
     pub(crate) fn all_hold(&self) -> bool {
         self.figures.iter().all(Figure::holds)
     }
@@ -154,6 +159,10 @@ mod tests {
         assert_eq!(json["figures"][0]["peer_value"], 213.0);
         assert_eq!(json["figures"][1]["value"], 0.123);
         assert_eq!(json["figures"][1]["holds"], false);
+        report.missing("not there", "ns", Op::AtMost, 1.0);
+        let json = report.to_json();
+        assert_eq!(json["figures"][2]["value"], Value::Null);
+        assert_eq!(json["figures"][2]["holds"], false);
         assert_eq!(json["figures"][1]["peer"], Value::Null);
     }
 }

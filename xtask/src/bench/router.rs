@@ -1,0 +1,112 @@
+//! The state router: the cost of a packet in its eBPF programs, and its tables at scale.
+//!
+//! The measuring program is an example of the crate `anyplace-state-router`, since it loads eBPF; here it is run, and its
+//! results get their targets. Packets are timed by BPF_PROG_TEST_RUN on one pinned CPU, median of five runs of a
+//! million, less the cost of a wrapper that undoes the change (shown as a figure of its own).
+
+use std::collections::BTreeMap;
+use std::io::{BufRead as _, BufReader};
+use std::process::Stdio;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use super::report::Op;
+use super::{Report, wanted};
+use crate::shell;
+
+const PARTS: &[&str] = &["forward", "load", "instructions"];
+const EXAMPLE: &str = "router-bench";
+
+/// Figures of the measuring program: its name for it, ours, unit, target, peer.
+type Row = (&'static str, &'static str, &'static str, f64, Option<(&'static str, f64)>);
+
+/// Measured on this kind of machine, with its wrapper in.
+const KATRAN: &str = "Katran, GUE";
+
+/// Rows that are compared as they are; all are upper bounds.
+const ROWS: &[Row] = &[
+    ("wrapper_ns", "the wrapper's own cost, taken off below", "ns", 20.0, None),
+    ("forward_tcp_1", "forward, IPv4 TCP, 1 flow", "ns", 40.0, Some((KATRAN, 149.0))),
+    ("forward_tcp_4096", "forward, IPv4 TCP, 4k flows", "ns", 40.0, None),
+    ("forward_tcp_65536", "forward, IPv4 TCP, 64k flows", "ns", 40.0, Some((KATRAN, 290.0))),
+    ("forward_tcp_262144", "forward, IPv4 TCP, 256k flows", "ns", 40.0, Some((KATRAN, 340.0))),
+    ("forward_vips", "forward, 65,000 random VIPs", "ns", 350.0, None),
+    ("load_seconds", "100,000 VIPs x 16 backends from empty", "s", 3.0, None),
+    ("bytes_per_vip", "memory for each of 100,000 VIPs", "B", 1_024.0, None),
+    ("change_p99_us", "one VIP changed, until in the data plane, p99", "us", 100.0, None),
+    ("ingress_flow_bytes", "memory for each flow at ingress", "B", 0.0, None),
+    ("target_flow_bytes", "memory for each flow at the target", "B", 96.0, None),
+];
+
+/// Rows that are compared with IPv4 TCP over 64k flows: at most one and a half times as much.
+const RELATIVE: &[(&str, &str)] = &[
+    ("forward_udp", "forward, IPv4 UDP"),
+    ("forward_v6", "forward, IPv6 TCP"),
+    ("target_tcp", "target: decapsulate and deliver, TCP"),
+    ("target_udp", "target: decapsulate and deliver, UDP"),
+];
+
+pub(crate) fn run(report: &mut Report, only: Option<&str>) -> Result<()> {
+    let mut parts = Vec::new();
+    for part in PARTS {
+        if wanted(only, PARTS, part)? {
+            parts.push(*part);
+        }
+    }
+    let values = measure(&parts)?;
+    for (key, name, unit, target, peer) in ROWS {
+        if let Some(value) = values.get(*key) {
+            report.add(name, *value, unit, Op::AtMost, *target, *peer);
+        }
+    }
+    if let Some(base) = values.get("forward_tcp_65536") {
+        for (key, name) in RELATIVE {
+            match values.get(*key) {
+                Some(value) => report.add(name, *value, "ns", Op::AtMost, 1.5 * base, None),
+                None => report.missing(name, "ns", Op::AtMost, 1.5 * base),
+            }
+        }
+        let flows = ROWS.iter().filter(|row| row.0.starts_with("forward_tcp_"));
+        let costs: Vec<f64> = flows.filter_map(|row| values.get(row.0)).copied().collect();
+        let most = costs.iter().copied().fold(f64::MIN, f64::max);
+        let least = costs.iter().copied().fold(f64::MAX, f64::min);
+        report.add("forward, IPv4 TCP: most / least flows", most / least, "x", Op::AtMost, 1.1, None);
+    }
+    for (key, growth) in values.iter().filter_map(|(key, value)| Some((key.strip_prefix("growth_")?, value)))
+    {
+        let count = |kind: &str| values.get(&format!("{kind}_{key}")).copied().unwrap_or(f64::NAN);
+        let name =
+            format!("{key}: {} instructions, {} verified; growth", count("instructions"), count("verified"));
+        report.add(&name, *growth, "x", Op::AtMost, 1.1, None);
+    }
+    Ok(())
+}
+
+/// Runs the measuring program; its results by name.
+fn measure(parts: &[&str]) -> Result<BTreeMap<String, f64>> {
+    let package = ["-p", "anyplace-state-router", "--example", EXAMPLE];
+    let mut build = shell::cargo(&["build", "--release", "--quiet"])?;
+    eprintln!("building in release");
+    let status = build.args(package).status().context("start cargo")?;
+    ensure!(status.success(), "the release build of {EXAMPLE} failed");
+    let program = shell::root()?.join("target/release/examples").join(EXAMPLE);
+    let mut command = std::process::Command::new(&program);
+    command.args(parts).stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut child = command.spawn().with_context(|| format!("start {}", program.display()))?;
+    let output = child.stdout.take().context("the measuring program's output")?;
+    let mut values = BTreeMap::new();
+    for line in BufReader::new(output).lines() {
+        let line = line?;
+        let result: Value =
+            serde_json::from_str(&line).with_context(|| format!("found `{line}`, expected JSON"))?;
+        let (Some(figure), Some(value)) = (result["figure"].as_str(), result["value"].as_f64()) else {
+            bail!("found `{line}`, expected a figure and its value");
+        };
+        eprintln!("{figure} {value:.4}");
+        values.insert(figure.to_owned(), value);
+    }
+    let status = child.wait()?;
+    ensure!(status.success(), "{EXAMPLE} ended with {status}; it must run as root");
+    Ok(values)
+}
