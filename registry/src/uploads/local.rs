@@ -22,7 +22,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
 /// After so many bytes, the kernel is told to begin writing them, so that little is left to do when they are synced.
-const WRITE_BACK_BYTES: u64 = 8 << 20;
+const WRITE_BACK_BYTES: u64 = 2 << 20;
 /// Up to this size, hashing beside writing costs more than it gains.
 const HASH_INLINE_BYTES: u64 = 1 << 20;
 /// Batches that wait for the hash.
