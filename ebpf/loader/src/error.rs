@@ -92,6 +92,20 @@ pub enum Error {
         /// Why.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// Programs of a router with other map layouts are attached.
+    #[error(
+        "the data plane of another router version is in force: {} has layout {found}, this version has {expected}. \
+         Go on with the version that made it, or stop it and run `rm -r {}` (this detaches its programs; traffic stops \
+         until the next start fills the tables)", path.display(), path.display()
+    )]
+    OtherVersion {
+        /// Its folder.
+        path: PathBuf,
+        /// Its layout.
+        found: String,
+        /// Ours.
+        expected: &'static str,
+    },
     /// A pinned map has another layout.
     #[error(
         "the pinned map {} has {found}, this version expects {expected}: stop the router and run `rm -r {}` \

@@ -95,6 +95,7 @@ impl DataPlane {
             source,
         })?;
         let lock = lock(&folder)?;
+        check_versions(&options.pin_dir)?;
         let interface = |call| {
             let name = options.uplink.clone();
             move |source| Error::Interface { name, call, source }
@@ -202,6 +203,23 @@ fn check_system(pin_dir: &Path) -> Result<(), Error> {
         source,
     })?;
     if found == sys::BPF_FS_MAGIC { Ok(()) } else { Err(Error::NotBpffs { path: pin_dir.into(), found }) }
+}
+
+/// Refuses to start beside the attached programs of a router with other layouts: the kernel would refuse our own, and its
+/// message names no fix.
+fn check_versions(pin_dir: &Path) -> Result<(), Error> {
+    let failed = |source| Error::File { call: "readdir", path: pin_dir.into(), source };
+    for entry in fs::read_dir(pin_dir).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let is_version =
+            name.strip_prefix('v').is_some_and(|rest| rest.parse::<u32>().is_ok()) && name != common::SCHEMA;
+        let attached = fs::read_dir(entry.path().join("links")).is_ok_and(|mut links| links.next().is_some());
+        if is_version && attached {
+            return Err(Error::OtherVersion { path: entry.path(), found: name, expected: common::SCHEMA });
+        }
+    }
+    Ok(())
 }
 
 fn lock(folder: &Path) -> Result<File, Error> {
