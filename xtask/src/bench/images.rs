@@ -348,7 +348,8 @@ impl Bench {
                 work: &work,
             };
             let mut command = pull.anyplace_pull(&work.join("store"));
-            pulls.push(command.stdout(std::process::Stdio::piped()).spawn().context("start a pull")?);
+            command.stdout(std::process::Stdio::piped()).stderr(pull.log()?);
+            pulls.push(command.spawn().context("start a pull")?);
         }
         let mut layer_bytes = 0.0;
         for pull in pulls {

@@ -72,7 +72,7 @@ impl Pull<'_> {
             true => run_inside(&target).map(|()| begun.elapsed().as_secs_f64()),
             false => Err(anyhow::anyhow!("it printed no result")),
         };
-        anyhow::ensure!(pull.wait()?.success(), "the pull failed");
+        anyhow::ensure!(pull.wait()?.success(), "the pull failed; see {}", self.log_path().display());
         unmount(&target)?;
         seconds
     }
@@ -88,6 +88,15 @@ impl Pull<'_> {
             .arg(store)
             .args(["-o", "json"]);
         pull
+    }
+
+    /// Progress and errors of our pull.
+    pub(crate) fn log(&self) -> Result<std::fs::File> {
+        std::fs::File::create(self.log_path()).context("make the pull's log")
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.work.join("pull.log")
     }
 
     fn podman(&self) -> Result<f64> {
