@@ -1,5 +1,6 @@
 //! The command line: what can be asked, and its help.
 
+mod access;
 mod images;
 mod registry;
 
@@ -9,6 +10,7 @@ use anyplace_model::{DeploymentName, DurationMs, InstanceId, JobName, LocationId
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 
 use crate::output::Format;
+pub(crate) use access::{AccountCommand, AccountSetArgs, AuditArgs, TeamCommand, TeamSetArgs};
 pub(crate) use images::{BuildArgs, PushArgs, SendArgs};
 pub(crate) use registry::{RegistryArgs, RegistryCommand, RunArgs};
 

@@ -30,7 +30,9 @@ use tokio_util::sync::CancellationToken;
 use crate::errors::{Answer, Refusal};
 use crate::storage::Storage;
 use accounts::Accounts;
-pub(crate) use audit::{Audit, Event};
+pub use accounts::{AccountSpec, AccountView, Team, TeamView, check_account_name};
+pub(crate) use audit::Audit;
+pub use audit::{Event, TAIL_MAX};
 use limits::Limits;
 use token::{Bad, Claims, Signer};
 use users::Users;
@@ -347,7 +349,12 @@ fn denied(who: &Who, need: &Need) -> String {
 }
 
 fn humantime(at: SystemTime) -> String {
-    jiff::Timestamp::try_from(at).map_or_else(|_| String::new(), |at| format!("{at:.3}"))
+    jiff::Timestamp::try_from(at).map_or_else(|_| String::new(), written)
+}
+
+/// A moment as the audit record has it.
+fn written(at: jiff::Timestamp) -> String {
+    format!("{at:.3}")
 }
 
 /// Seconds since 1970.

@@ -30,11 +30,16 @@ mod tags;
 mod uploads;
 mod upstream;
 
-pub use access::Config as AccessConfig;
+pub use access::{
+    AccountSpec, AccountView, Config as AccessConfig, Event as AuditEvent, TAIL_MAX as AUDIT_TAIL_MAX, Team,
+    TeamView, check_account_name,
+};
 pub use admin::{
     GcRequest, RepositoryPage, RepositoryUsage, RepositoryView, TagView, TrashView, Undelete, Undeleted,
     UsageView,
 };
+pub use anyplace_registry_core::access::Grant;
+pub use anyplace_registry_core::pattern::Pattern;
 pub use cache::counters::CacheCounters;
 pub use config::{CacheConfig, Config, Upstream};
 pub use gc::{GcConfig, GcPhase, GcReport, GcSeen, GcSpared, GcStatus, RetentionConfig, RuleConfig};

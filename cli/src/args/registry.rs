@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyplace_images::Reference;
 use clap::{Args, Subcommand, ValueHint};
 
-use super::OutputArg;
+use super::{AccountCommand, AuditArgs, OutputArg, TeamCommand};
 
 /// The role, or a question to a registry that runs.
 #[derive(Debug, Args)]
@@ -69,6 +69,14 @@ pub(crate) enum RegistryCommand {
         #[command(flatten)]
         output: OutputArg,
     },
+    /// Accounts of people and machines: what they may do
+    #[command(subcommand)]
+    Account(AccountCommand),
+    /// Teams: their repositories, quotas and rates
+    #[command(subcommand)]
+    Team(TeamCommand),
+    /// Show who pushed, deleted and set what
+    Audit(AuditArgs),
 }
 
 /// Beginning something long, and following it.

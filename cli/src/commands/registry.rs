@@ -1,5 +1,6 @@
 //! `registry ...`: what operators ask a registry.
 
+mod access;
 mod admin;
 mod print;
 
@@ -27,6 +28,9 @@ pub(super) async fn run(session: &Session, command: RegistryCommand) -> anyhow::
     match command {
         RegistryCommand::Gc { dry_run, run } => return gc(&admin, dry_run, run).await,
         RegistryCommand::Scrub { run } => return scrub(&admin, run).await,
+        RegistryCommand::Account(command) => return access::account(&admin, command).await,
+        RegistryCommand::Team(command) => return access::team(&admin, command).await,
+        RegistryCommand::Audit(args) => return access::audit(&admin, args).await,
         RegistryCommand::Du { repository, output } => {
             let usage: UsageView = admin.get("/v1/du", &about(repository)).await?;
             output::data(output.format, &usage, || print::usage(&usage))?;

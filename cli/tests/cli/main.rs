@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test's helpers may fail the test")]
 
+mod access;
 mod bad_input;
 mod contexts;
 mod examples;

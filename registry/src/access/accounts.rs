@@ -37,44 +37,66 @@ pub(crate) struct Account {
 }
 
 /// What an account should be.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct AccountSpec {
+pub struct AccountSpec {
+    /// Whose rate and quota count.
     #[serde(default)]
-    pub(crate) team: Option<String>,
-    pub(crate) grants: Vec<Grant>,
+    pub team: Option<String>,
+    /// What it may do; at least one.
+    pub grants: Vec<Grant>,
     /// How long it is good, in seconds.
     #[serde(default)]
-    pub(crate) ttl_s: Option<u64>,
+    pub ttl_s: Option<u64>,
 }
 
 /// An account as it is shown.
-#[derive(Clone, Debug, Serialize)]
-pub(crate) struct AccountView {
-    name: String,
-    team: Option<String>,
-    grants: Vec<Grant>,
-    expires_s: Option<u64>,
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct AccountView {
+    /// Its name.
+    pub name: String,
+    /// Its team.
+    pub team: Option<String>,
+    /// What it may do.
+    pub grants: Vec<Grant>,
+    /// Until when it is good, in seconds since 1970; for ever without.
+    pub expires_s: Option<u64>,
     /// Only in the answer that made it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    secret: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret: Option<String>,
 }
 
 /// What a team owns, and its bounds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct Team {
+pub struct Team {
+    /// Its name; the path says it in a request.
     #[serde(default)]
-    pub(crate) name: String,
+    pub name: String,
     /// Its repositories: pushes to them count against the quota.
     #[serde(default)]
-    pub(crate) repositories: Vec<Pattern>,
+    pub repositories: Vec<Pattern>,
     /// Bytes that its repositories may hold.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) quota_bytes: Option<u64>,
+    pub quota_bytes: Option<u64>,
     /// Requests a second by its accounts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) requests_per_s: Option<u32>,
+    pub requests_per_s: Option<u32>,
+}
+
+/// A team as it is shown.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TeamView {
+    /// Its name.
+    pub name: String,
+    /// Its repositories.
+    pub repositories: Vec<Pattern>,
+    /// Bytes that its repositories may hold.
+    pub quota_bytes: Option<u64>,
+    /// Requests a second by its accounts.
+    pub requests_per_s: Option<u32>,
+    /// Bytes that its repositories hold, where there is a quota.
+    pub used_bytes: Option<u64>,
 }
 
 /// What is known at one moment.
@@ -185,7 +207,9 @@ impl Accounts {
         if self.known().accounts.values().any(|account| account.team.as_deref() == Some(name)) {
             return Err(invalid(
                 "team",
-                format!("`{name}` has accounts; delete them or give them another team first"),
+                format!(
+                    "`{name}` has accounts; remove them (`anyplace registry account rm`) or give them another team first"
+                ),
             ));
         }
         if !self.storage.delete_document(&format!("teams/{name}")).await? {
@@ -206,15 +230,19 @@ fn view(account: &Account, secret: Option<String>) -> AccountView {
 }
 
 fn check_name(what: &'static str, name: &str) -> Answer<()> {
+    check_account_name(name).map_err(|message| invalid(what, message))
+}
+
+/// Whether this can be the name of an account or a team; else what is wrong with it.
+pub fn check_account_name(name: &str) -> std::result::Result<(), String> {
     let valid = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-_.".contains(c);
     let good =
         !name.is_empty() && name.len() <= NAME_MAX && name.chars().all(valid) && !name.starts_with('.');
     if good {
         return Ok(());
     }
-    Err(invalid(
-        what,
-        format!("`{name}` is no name; expected at most {NAME_MAX} of a-z, 0-9, `-`, `_` and `.`"),
+    Err(format!(
+        "`{name}` is no name; expected 1 to {NAME_MAX} of a-z, 0-9, `-`, `_` and `.`, not beginning with `.`"
     ))
 }
 

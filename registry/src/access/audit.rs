@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::Context as _;
+use anyplace_registry_core::pattern::Pattern;
 use serde::{Deserialize, Serialize};
 
 /// A file of this size is closed: some 250,000 events.
@@ -17,28 +18,58 @@ const FILE_MAX_BYTES: u64 = 64 << 20;
 /// Closed files that are kept.
 const FILES_KEPT: u32 = 8;
 /// Most events that are read at once.
-pub(crate) const TAIL_MAX: usize = 10_000;
+pub const TAIL_MAX: usize = 10_000;
 
 /// Something that was changed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Event {
-    /// When, RFC 3339.
-    pub(crate) at: String,
+pub struct Event {
+    /// When: RFC 3339 in UTC with milliseconds, so that texts are in the order of their times.
+    pub at: String,
     /// Account.
-    pub(crate) account: String,
+    pub account: String,
     /// Its team.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) team: Option<String>,
+    pub team: Option<String>,
     /// `push-manifest`, `push-blob`, `delete-manifest`, `delete-blob`, `set-account`, `delete-account`, ...
-    pub(crate) action: String,
+    pub action: String,
     /// Repository, or name of what was changed.
-    pub(crate) subject: String,
+    pub subject: String,
     /// Tag or digest as the request named it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) reference: Option<String>,
+    pub reference: Option<String>,
     /// Digest of the content.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) digest: Option<String>,
+    pub digest: Option<String>,
+}
+
+impl Event {
+    /// Whether it is about the content of a repository, and not about an account or a team.
+    fn is_about_content(&self) -> bool {
+        !(self.action.ends_with("-account") || self.action.ends_with("-team"))
+    }
+}
+
+/// Which events are asked for.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Wanted {
+    /// None before it; written as [`Event::at`] is.
+    pub(crate) since: Option<String>,
+    /// Only of these repositories.
+    pub(crate) repositories: Option<Pattern>,
+}
+
+impl Wanted {
+    fn has(&self, event: &Event) -> bool {
+        !self.is_too_old(event)
+            && self
+                .repositories
+                .as_ref()
+                .is_none_or(|pattern| event.is_about_content() && pattern.matches(&event.subject))
+    }
+
+    fn is_too_old(&self, event: &Event) -> bool {
+        self.since.as_ref().is_some_and(|since| event.at < *since)
+    }
 }
 
 /// The record.
@@ -90,8 +121,8 @@ impl Audit {
         self.path.with_extension(format!("log.{number}"))
     }
 
-    /// The last events, oldest first.
-    pub(crate) fn tail(&self, count: usize) -> io::Result<Vec<Event>> {
+    /// The last of the wanted events, oldest first.
+    pub(crate) fn tail(&self, count: usize, of: &Wanted) -> io::Result<Vec<Event>> {
         let count = count.min(TAIL_MAX);
         let mut events: Vec<Event> = Vec::new();
         let files =
@@ -107,15 +138,24 @@ impl Audit {
             };
             let wanted = count - events.len();
             let mut last = std::collections::VecDeque::new();
+            let mut goes_back_far_enough = false;
             for line in BufReader::new(file).lines() {
                 // A line that a crash cut off says nothing.
-                let Ok(event) = serde_json::from_str(&line?) else { continue };
+                let Ok(event) = serde_json::from_str::<Event>(&line?) else { continue };
+                goes_back_far_enough |= of.is_too_old(&event);
+                if !of.has(&event) {
+                    continue;
+                }
                 last.push_back(event);
                 if last.len() > wanted {
                     last.pop_front();
                 }
             }
             events.splice(0..0, last);
+            // Files before this one are older still.
+            if goes_back_far_enough {
+                break;
+            }
         }
         Ok(events)
     }
@@ -154,8 +194,14 @@ mod tests {
         file.write_all(b"{\"at\":\"20\n").unwrap();
         let audit = Audit::open(dir.path()).unwrap();
         audit.record(&event(3));
-        let subjects =
-            |count| audit.tail(count).unwrap().into_iter().map(|it| it.subject).collect::<Vec<_>>();
+        let subjects = |count| {
+            audit
+                .tail(count, &Wanted::default())
+                .unwrap()
+                .into_iter()
+                .map(|it| it.subject)
+                .collect::<Vec<_>>()
+        };
         assert_eq!(subjects(2), ["app-2", "app-3"]);
         assert_eq!(subjects(100).len(), 4);
     }
@@ -168,8 +214,27 @@ mod tests {
             audit.open.lock().unwrap().size = FILE_MAX_BYTES;
             audit.record(&event(number));
         }
-        let kept = audit.tail(100).unwrap();
+        let kept = audit.tail(100, &Wanted::default()).unwrap();
         assert_eq!(kept.len(), 1 + FILES_KEPT as usize);
         assert_eq!(kept.last().unwrap().subject, "app-11");
+    }
+
+    #[test]
+    fn events_are_picked_by_time_and_repository_over_closed_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let audit = Audit::open(dir.path()).unwrap();
+        for number in 0..6 {
+            audit.open.lock().unwrap().size = FILE_MAX_BYTES;
+            audit.record(&Event { at: format!("2026-11-24T00:00:0{number}.000Z"), ..event(number) });
+        }
+        audit.record(&Event { at: "2026-11-24T00:00:06.000Z".into(), action: "set-team".into(), ..event(4) });
+        let subjects = |count, since: Option<&str>, pattern: Option<&str>| {
+            let repositories = pattern.map(|pattern| Pattern::try_from(pattern.to_owned()).unwrap());
+            let wanted = Wanted { since: since.map(str::to_owned), repositories };
+            audit.tail(count, &wanted).unwrap().into_iter().map(|it| it.subject).collect::<Vec<_>>()
+        };
+        assert_eq!(subjects(9, Some("2026-11-24T00:00:04.000Z"), None), ["app-4", "app-5", "app-4"]);
+        assert_eq!(subjects(9, Some("2026-11-24T00:00:03.500Z"), Some("app-4")), ["app-4"]);
+        assert_eq!(subjects(2, None, Some("app-?")), ["app-4", "app-5"]);
     }
 }

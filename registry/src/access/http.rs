@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use anyplace_registry_core::access::Scope;
+use anyplace_registry_core::pattern::Pattern;
 use axum::Json;
 use axum::Router;
 use axum::extract::{Path, Query, Request, State};
@@ -12,8 +13,9 @@ use axum::routing::{get, put};
 use serde::Deserialize;
 use serde_json::json;
 
-use super::accounts::{AccountSpec, Team};
-use super::{Access, Need, Who, audit, now_s};
+use super::accounts::{AccountSpec, Team, TeamView};
+use super::audit::Wanted;
+use super::{Access, Need, Who, now_s};
 use crate::errors::{Answer, Refusal, internal};
 use crate::server::App;
 
@@ -125,10 +127,13 @@ async fn teams(State(app): State<Arc<App>>, request: Request) -> Response {
         let known = app.access.accounts.known();
         let view = |team: &Team| {
             let used = app.access.limits.used(&team.name);
-            json!({
-                "name": team.name, "repositories": team.repositories, "quota_bytes": team.quota_bytes,
-                "requests_per_s": team.requests_per_s, "used_bytes": team.quota_bytes.map(|_| used),
-            })
+            TeamView {
+                name: team.name.clone(),
+                repositories: team.repositories.clone(),
+                quota_bytes: team.quota_bytes,
+                requests_per_s: team.requests_per_s,
+                used_bytes: team.quota_bytes.map(|_| used),
+            }
         };
         Json(known.teams.values().map(view).collect::<Vec<_>>()).into_response()
     };
@@ -161,6 +166,8 @@ async fn delete_team(State(app): State<Arc<App>>, Path(name): Path<String>, requ
 struct Tail {
     #[serde(default = "tail_default")]
     tail: usize,
+    since: Option<jiff::Timestamp>,
+    repository: Option<Pattern>,
 }
 
 fn tail_default() -> usize {
@@ -170,12 +177,14 @@ fn tail_default() -> usize {
 async fn tail(State(app): State<Arc<App>>, request: Request) -> Response {
     let result = async move {
         operator(&app, &request)?;
-        let Query(Tail { tail }) = Query::try_from_uri(request.uri()).map_err(|error| {
-            Refusal::new(StatusCode::BAD_REQUEST, "UNSUPPORTED", format!("{error}; expected ?tail=NUMBER"))
-        })?;
+        let Query(Tail { tail, since, repository }) =
+            Query::try_from_uri(request.uri()).map_err(|error| {
+                let expected = "?tail=NUMBER, &since=TIME (RFC 3339) and &repository=PATTERN";
+                Refusal::new(StatusCode::BAD_REQUEST, "UNSUPPORTED", format!("{error}; expected {expected}"))
+            })?;
+        let wanted = Wanted { since: since.map(super::written), repositories: repository };
         let app = app.clone();
-        let events =
-            tokio::task::spawn_blocking(move || app.access.audit.tail(tail.min(audit::TAIL_MAX))).await;
+        let events = tokio::task::spawn_blocking(move || app.access.audit.tail(tail, &wanted)).await;
         let events = events.map_err(|error| internal("reading the audit record", error))?;
         let events = events.map_err(|error| internal("reading the audit record", error))?;
         Ok(Json(events).into_response())
