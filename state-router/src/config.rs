@@ -1,7 +1,11 @@
 //! The router's configuration file.
 
-use std::{net::Ipv4Addr, path::PathBuf};
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
+};
 
+use anyplace_ebpf::Capacity;
 use anyplace_model::MachineId;
 use serde::Deserialize;
 
@@ -24,6 +28,13 @@ pub struct Config {
     /// A folder on a bpffs, for this machine alone.
     #[serde(default = "pin_dir")]
     pub pin_dir: PathBuf,
+    /// Where `GET /metrics` answers.
+    #[serde(default = "listen")]
+    pub listen: SocketAddr,
+    /// Ports of virtual IPs that fit. Sizes the kernel's maps when they are made (about 0.8 KiB each, at least 12 MiB); a
+    /// change takes effect once the pinned maps are gone, after a reboot for instance.
+    #[serde(default = "max_vip_ports")]
+    pub max_vip_ports: u32,
     /// The BGP daemon; without it, something else must bring packets for VIPs to the machine.
     #[serde(default)]
     pub bgp: Option<BgpConfig>,
@@ -37,6 +48,14 @@ pub struct BgpConfig {
     pub include: PathBuf,
     /// Bird's control socket.
     pub control_socket: PathBuf,
+}
+
+fn listen() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], 7630))
+}
+
+fn max_vip_ports() -> u32 {
+    Capacity::default().vips
 }
 
 fn pin_dir() -> PathBuf {

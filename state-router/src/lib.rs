@@ -8,6 +8,7 @@
 
 mod bgp;
 mod config;
+mod metrics;
 mod plane;
 mod routes;
 
@@ -15,7 +16,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use anyplace_api::{Client, WatchEvent, Watcher};
-use anyplace_ebpf::{DataPlane, Options};
+use anyplace_ebpf::{Capacity, DataPlane, Options};
 use anyplace_model::RouteRecord;
 use tokio_util::sync::CancellationToken;
 
@@ -24,6 +25,7 @@ pub use config::{BgpConfig, Config};
 use crate::bgp::Bgp;
 #[doc(hidden)]
 pub use crate::{
+    metrics::render as render_metrics,
     plane::{Change, Plane},
     routes::Routes,
 };
@@ -41,13 +43,23 @@ const BATCH: usize = 1_024;
 pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<()> {
     let token = anyplace_service::read_token(&config.token_file)?;
     let client = Client::new(&config.location_scheduler, Some(token)).context("location_scheduler")?;
-    let data_plane = DataPlane::load(Options {
+    let options = Options {
         uplink: config.uplink.clone(),
         address: config.address,
         pin_dir: config.pin_dir.clone(),
         object: None,
-    })
-    .context("the data plane can't be loaded")?;
+    };
+    let capacity = Capacity::for_vips(config.max_vip_ports);
+    let data_plane = DataPlane::load_for(options, capacity).context("the data plane can't be loaded")?;
+    if data_plane.capacity() != capacity {
+        let found = data_plane.capacity().vips;
+        tracing::warn!(
+            found,
+            configured = capacity.vips,
+            "max_vip_ports takes effect once the pinned maps are gone"
+        );
+    }
+    let metrics = metrics::serve(config.listen, config.pin_dir.clone(), shutdown.clone());
     tracing::info!(uplink = config.uplink, mode = ?data_plane.xdp_mode(), "data plane loaded");
     let mut plane = Plane::new(data_plane, config.machine.clone());
     let mut bgp = config.bgp.clone().map(Bgp::new);
@@ -104,7 +116,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         }
         announced = announce(bgp.as_mut(), &routes).await;
     }
-    Ok(())
+    metrics.await.context("the metrics' listener panicked")
 }
 
 /// Brings the routes of the last run into the data plane.

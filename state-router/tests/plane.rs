@@ -8,9 +8,9 @@ mod namespaces;
 
 use std::net::Ipv4Addr;
 
-use anyplace_ebpf::{Capacity, DataPlane, Options, Protocol, VipKey};
+use anyplace_ebpf::{Capacity, DataPlane, Meters, Options, Protocol, VipKey};
 use anyplace_model::Route;
-use anyplace_state_router::{Change, Plane};
+use anyplace_state_router::{Change, Plane, render_metrics};
 use namespaces::{BpfFs, Namespace, object, root_or_skip};
 use serde_json::json;
 
@@ -109,6 +109,15 @@ fn only_what_changed_is_changed_and_what_fails_is_tried_again() {
     machine.namespace.enter(|| plane.finish(|known| known == vip(2)));
     assert_eq!(plane.data_plane().vips(), [key(2, 81)]);
     assert_eq!(instances(&plane), []);
+
+    // Its counters are there as text; VIPs without packets are left out.
+    let meters = Meters::open(&machine.bpffs.path.join("anyplace")).unwrap();
+    let text = render_metrics(&meters).unwrap();
+    assert!(
+        text.contains("# TYPE anyplace_router_packets_total counter\nanyplace_router_packets_total 0\n"),
+        "{text}"
+    );
+    assert!(text.ends_with("# TYPE anyplace_router_vip_connections_total counter\n"), "{text}");
 
     // The instance comes to this VIP, and leaves it.
     machine.apply(&mut plane, vec![put(2, &[81], &[HERE])]);

@@ -1,11 +1,16 @@
 //! Adding up what the programs counted.
 
-use anyplace_ebpf_common::{Counter, VipCounters};
-use aya::util::nr_cpus;
+use std::{collections::BTreeMap, path::Path};
+
+use anyplace_ebpf_common::{self as common, Counter, VipCounters};
+use aya::{
+    maps::{MapData, PerCpuArray, PerCpuValues},
+    util::nr_cpus,
+};
 
 use crate::{
     DataPlane, Error, VipKey,
-    maps::{COUNTERS, Plain, VIP_COUNTERS},
+    maps::{COUNTERS, Plain, Table, VIP_COUNTERS, VIPS, open},
 };
 
 /// The global counters, summed over all CPUs. They only grow, also across restarts of the router.
@@ -27,32 +32,12 @@ impl Totals {
 impl DataPlane {
     /// The machine's counters.
     pub fn counters(&self) -> Result<Totals, Error> {
-        let cpus =
-            self.maps.counters.get(&0, 0).map_err(|source| COUNTERS.error("bpf_map_lookup_elem", source))?;
-        let mut totals = [0; Counter::ALL.len()];
-        for Plain(cpu) in cpus.iter() {
-            for (total, value) in totals.iter_mut().zip(cpu.values) {
-                *total += value;
-            }
-        }
-        Ok(Totals(totals))
+        totals(&self.maps.counters)
     }
 
     /// What entered at this machine for one VIP port; `None` if it is not set.
     pub fn vip_counters(&self, key: VipKey) -> Result<Option<VipCounters>, Error> {
-        let Some(value) = self.vip_value(key) else { return Ok(None) };
-        let cpus = self
-            .maps
-            .vip_counters
-            .get(&value.counter, 0)
-            .map_err(|source| VIP_COUNTERS.error("bpf_map_lookup_elem", source))?;
-        let mut total = VipCounters::default();
-        for Plain(cpu) in cpus.iter() {
-            total.packets += cpu.packets;
-            total.bytes += cpu.bytes;
-            total.connections += cpu.connections;
-        }
-        Ok(Some(total))
+        self.vip_value(key).map(|value| vip_total(&self.maps.vip_counters, value.counter)).transpose()
     }
 
     /// Sets a VIP's counters to zero, before a new VIP gets the slot.
@@ -70,4 +55,62 @@ impl DataPlane {
             .set(index, zeroes, 0)
             .map_err(|source| VIP_COUNTERS.error("bpf_map_update_elem", source))
     }
+}
+
+/// Reads the counters beside the router, through the pinned maps.
+pub struct Meters {
+    counters: PerCpuArray<MapData, Plain<common::Counters>>,
+    vips: Table<common::VipKey, common::VipValue>,
+    vip_counters: PerCpuArray<MapData, Plain<VipCounters>>,
+}
+
+impl Meters {
+    /// Of the data plane that is pinned below `pin_dir`.
+    pub fn open(pin_dir: &Path) -> Result<Self, Error> {
+        let folder = pin_dir.join(common::SCHEMA);
+        Ok(Self {
+            counters: open(&folder, &COUNTERS)?,
+            vips: Table::open(&folder, &VIPS)?,
+            vip_counters: open(&folder, &VIP_COUNTERS)?,
+        })
+    }
+
+    /// The machine's counters.
+    pub fn totals(&self) -> Result<Totals, Error> {
+        totals(&self.counters)
+    }
+
+    /// What entered at this machine for each VIP port.
+    pub fn vips(&self) -> Result<BTreeMap<VipKey, VipCounters>, Error> {
+        let mut found = BTreeMap::new();
+        for (key, value) in self.vips.entries()? {
+            if let Some(key) = VipKey::from_map(&key) {
+                found.insert(key, vip_total(&self.vip_counters, value.counter)?);
+            }
+        }
+        Ok(found)
+    }
+}
+
+fn totals(map: &PerCpuArray<MapData, Plain<common::Counters>>) -> Result<Totals, Error> {
+    let cpus: PerCpuValues<_> =
+        map.get(&0, 0).map_err(|source| COUNTERS.error("bpf_map_lookup_elem", source))?;
+    let mut totals = [0; Counter::ALL.len()];
+    for Plain(cpu) in cpus.iter() {
+        for (total, value) in totals.iter_mut().zip(cpu.values) {
+            *total += value;
+        }
+    }
+    Ok(Totals(totals))
+}
+
+fn vip_total(map: &PerCpuArray<MapData, Plain<VipCounters>>, index: u32) -> Result<VipCounters, Error> {
+    let cpus = map.get(&index, 0).map_err(|source| VIP_COUNTERS.error("bpf_map_lookup_elem", source))?;
+    let mut total = VipCounters::default();
+    for Plain(cpu) in cpus.iter() {
+        total.packets += cpu.packets;
+        total.bytes += cpu.bytes;
+        total.connections += cpu.connections;
+    }
+    Ok(total)
 }

@@ -28,7 +28,7 @@ mod vips;
 
 pub use anyplace_ebpf_common::{Counter, VipCounters, bucket_index, flow_hash};
 pub use attach::XdpMode;
-pub use counters::Totals;
+pub use counters::{Meters, Totals};
 pub use error::Error;
 pub use maps::MapMemory;
 pub use plane::{Capacity, DataPlane, Options};

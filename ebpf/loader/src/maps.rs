@@ -34,6 +34,11 @@ impl<K: common::Layout, V: common::Layout> Table<K, V> {
         Ok(Self { name: spec.name, limit, map })
     }
 
+    /// A map that is pinned.
+    pub(crate) fn open(folder: &Path, spec: &Spec) -> Result<Self, Error> {
+        Ok(Self { name: spec.name, limit: spec.entries, map: open(folder, spec)? })
+    }
+
     /// Adds or replaces an entry; a program sees the old value or the new one, never a mixture.
     pub(crate) fn set(&mut self, key: K, value: V) -> Result<(), Error> {
         let result = self.map.insert(Plain(key), Plain(value), 0);
@@ -206,6 +211,12 @@ pub(crate) fn has_counters(folder: &Path) -> bool {
     folder.join(VIP_COUNTERS.name).exists()
 }
 
+/// A pinned map with its type.
+pub(crate) fn open<T: TryFrom<Map, Error = MapError>>(folder: &Path, spec: &Spec) -> Result<T, Error> {
+    let map = pinned(folder, spec)?.ok_or(Error::Missing { kind: "pinned map", name: spec.name })?;
+    Map::from_map_data(map).and_then(T::try_from).map_err(|source| spec.error("open", source))
+}
+
 fn pinned(folder: &Path, spec: &Spec) -> Result<Option<MapData>, Error> {
     let path = folder.join(spec.name);
     if !path.exists() {
@@ -238,7 +249,7 @@ impl Spec {
 }
 
 pub(crate) const CONFIG: Spec = Spec::new::<u32, common::Config>("CONFIG", 1);
-const VIPS: Spec = Spec::new::<common::VipKey, common::VipValue>("VIPS", common::MAX_VIPS);
+pub(crate) const VIPS: Spec = Spec::new::<common::VipKey, common::VipValue>("VIPS", common::MAX_VIPS);
 const BUCKETS: Spec = Spec::new::<u32, common::Bucket>("BUCKETS", common::ARENA_BUCKETS);
 const INSTANCES: Spec = Spec::new::<u32, common::InstanceValue>("INSTANCES", common::MAX_INSTANCES);
 const PORTS: Spec = Spec::new::<common::PortKey, common::PortValue>("PORTS", common::MAX_PORTS);

@@ -20,7 +20,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyplace_ebpf::{Bucket, DataPlane, Error, Instance, Options, Port, Protocol, VipKey, VipTable, XdpMode};
+use anyplace_ebpf::{
+    Bucket, Counter, DataPlane, Error, Instance, Meters, Options, Port, Protocol, VipKey, VipTable, XdpMode,
+};
 use namespaces::{BpfFs, Namespace, object, root_or_skip};
 
 /// Routers that take over from one another.
@@ -163,6 +165,10 @@ fn a_hundred_upgrades_lose_no_packet() {
     });
     eprintln!("{UPGRADES} upgrades: {lost} of {sent} packets lost, {rate:.0} packets/s both ways");
     assert_eq!(lost, 0, "of {sent} packets");
+    // The counters went on counting, and can be read beside any router.
+    let meters = Meters::open(&bed.pin_dir()).unwrap();
+    assert_eq!(meters.totals().unwrap().get(Counter::Delivered), sent);
+    assert_eq!(meters.vips().unwrap()[&VIP].packets, sent);
     assert!(sent > UPGRADES as u64, "packets were under way at each upgrade: {sent}");
 }
 
