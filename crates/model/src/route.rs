@@ -30,6 +30,19 @@ pub struct Route {
     pub local: Vec<Endpoint>,
     /// Other locations with ready instances, nearest first.
     pub remote: Vec<RemoteLocation>,
+    /// When the shares of other locations last changed, on the same clock as the endpoints' times.
+    #[serde(default)]
+    pub shared_ms: u64,
+}
+
+/// A share of all new connections of a virtual IP that enter a location is given in parts of this.
+pub const WHOLE_SHARE: u16 = 4_096;
+
+/// The weight of an instance that takes its full part of new connections.
+pub const FULL_WEIGHT: u16 = 100;
+
+const fn full_weight() -> u16 {
+    FULL_WEIGHT
 }
 
 /// One instance behind a virtual IP.
@@ -53,6 +66,13 @@ pub struct Endpoint {
     /// When it last stopped taking them; 0 while it takes them.
     #[serde(default)]
     pub stopped_ms: u64,
+    /// Its place in the table: the lowest number that no other instance of the virtual IP in this location has. Tables
+    /// whose slots have no gaps move the fewest buckets.
+    #[serde(default)]
+    pub slot: u16,
+    /// How many new connections it takes, relative to others.
+    #[serde(default = "full_weight")]
+    pub weight: u16,
 }
 
 /// Another location that serves a virtual IP.
@@ -67,6 +87,13 @@ pub struct RemoteLocation {
     /// Addresses of its live machines.
     #[schema(value_type = Vec<String>)]
     pub ingress: Vec<Ipv4Addr>,
+    /// Its share of new connections, in parts of [`WHOLE_SHARE`]; those that are left stay in the location. Where
+    /// nothing is ready in the location and no share is given, the nearest gets all.
+    #[serde(default)]
+    pub share: u16,
+    /// Its share until `shared_ms`.
+    #[serde(default)]
+    pub earlier_share: u16,
 }
 
 /// What the location announces to its BGP neighbours.

@@ -9,7 +9,11 @@ mod endings;
 mod images;
 mod jobs;
 
-use std::{cmp::Reverse, collections::BTreeMap, net::Ipv4Addr};
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet},
+    net::Ipv4Addr,
+};
 
 use anyplace_model::{
     Assignment, AttemptId, DeploymentName, DeploymentSpec, InstanceId, JobSpec, MachineId, Refusal, Workload,
@@ -116,8 +120,11 @@ impl Plan {
             let held = state.reservations.get(instance)?.clone();
             Some(Change::Put(Box::new(Reservation { generation: *generation, ..held })))
         }));
+        let mut slots = Slots::of(state);
         for start in &self.starts {
-            changes.extend(reserve(state, start, name(start)).map(|made| Change::Put(Box::new(made))));
+            let Some(mut made) = reserve(state, start, name(start)) else { continue };
+            made.slot = made.vip.map_or(0, |vip| slots.take(vip));
+            changes.push(Change::Put(Box::new(made)));
         }
         changes
     }
@@ -260,6 +267,29 @@ fn misfit(reason: anyplace_model::ReasonCode, note: String) -> Misfit {
     Misfit { reason, have: 0, note }
 }
 
+/// The slots of each virtual IP's tables that instances with connections have.
+struct Slots(BTreeMap<Ipv4Addr, BTreeSet<u16>>);
+
+impl Slots {
+    fn of(state: &State) -> Self {
+        let mut slots = BTreeMap::<_, BTreeSet<u16>>::new();
+        for held in state.reservations.values() {
+            if let (Some(vip), Stage::Serving | Stage::Draining { .. }) = (held.vip, held.stage) {
+                slots.entry(vip).or_default().insert(held.slot);
+            }
+        }
+        Self(slots)
+    }
+
+    /// Takes the lowest slot that is free.
+    fn take(&mut self, vip: Ipv4Addr) -> u16 {
+        let taken = self.0.entry(vip).or_default();
+        let free = (0..u16::MAX).find(|slot| !taken.contains(slot)).unwrap_or(u16::MAX);
+        taken.insert(free);
+        free
+    }
+}
+
 /// The reservation for a start; nothing if what it belongs to isn't wanted any more.
 fn reserve(state: &State, start: &Start, instance: InstanceId) -> Option<Reservation> {
     let common = |assignment: Assignment, vip: Option<Ipv4Addr>| Reservation {
@@ -268,6 +298,7 @@ fn reserve(state: &State, start: &Start, instance: InstanceId) -> Option<Reserva
         created_ms: state.now_ms,
         stage: Stage::Serving,
         generation: start.generation,
+        slot: 0,
         assignment,
     };
     let location = state.site.location.clone();

@@ -6,7 +6,8 @@ use std::{
 };
 
 use anyplace_model::{
-    Announcement, DeploymentName, Endpoint, Port, RemoteLocation, RemoteRoute, Route, RouteRecord,
+    Announcement, DeploymentName, Endpoint, FULL_WEIGHT, Port, RemoteLocation, RemoteRoute, Route,
+    RouteRecord,
 };
 
 use crate::state::{Observed, Site, Stage, State};
@@ -69,7 +70,10 @@ fn vips(state: &State) -> BTreeMap<Ipv4Addr, Route> {
     let mut claim = |vip: Ipv4Addr, deployment, ports: &[Port]| match owners.entry(vip) {
         Entry::Vacant(entry) => {
             entry.insert(deployment);
-            vips.insert(vip, Route { vip, ports: ports.to_vec(), local: Vec::new(), remote: Vec::new() });
+            vips.insert(
+                vip,
+                Route { vip, ports: ports.to_vec(), local: Vec::new(), remote: Vec::new(), shared_ms: 0 },
+            );
         }
         // Where a virtual IP went to another deployment, what is left of the one before gets no traffic.
         Entry::Occupied(_) => {}
@@ -106,6 +110,8 @@ fn vips(state: &State) -> BTreeMap<Ipv4Addr, Route> {
                 draining,
                 began_ms: 0,
                 stopped_ms: 0,
+                slot: held.slot,
+                weight: FULL_WEIGHT,
             });
         }
     }
@@ -133,6 +139,8 @@ fn elsewhere(site: &Site, remote: &RemoteRoute) -> Vec<RemoteLocation> {
             distance_km: distance_km((site.latitude, site.longitude), (backend.latitude, backend.longitude)),
             ready: backend.ready,
             ingress: backend.ingress.clone(),
+            share: 0,
+            earlier_share: 0,
         })
         .collect();
     locations

@@ -133,6 +133,9 @@ pub struct Reservation {
     /// The newest generation of the desired record that it satisfies. The machine knows only the one that it was
     /// started for: a change that the instance itself can't notice (such as of the count) doesn't restart it.
     pub generation: u64,
+    /// The instance's place in the tables of its virtual IP: the lowest number that was free when it was made.
+    #[serde(default)]
+    pub slot: u16,
     /// What the machine is told.
     pub assignment: Assignment,
 }

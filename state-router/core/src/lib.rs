@@ -1,23 +1,28 @@
 //! Chooses the backends of each bucket of a virtual IP. Pure: a route in, tables out.
 //!
-//! The rule is a function of the route alone, so that all routers of a location build the same tables, also one that
-//! started a moment ago. Each bucket ranks the instances by a hash of bucket and address (rendezvous hashing); the first
-//! *ready* one owns the bucket. The hop before is who owned it until its last change of owner: the route says when each
-//! instance began or stopped taking new connections, so those changes are undone, the latest first, until another
-//! owner appears. An instance that began stops, one that drains takes connections again.
+//! Tables are a function of the route alone, so that all routers of a location build the same ones, also a router that
+//! started a moment ago. Buckets are apportioned exactly by weight among the location's instances that take new
+//! connections and the other locations that have a share of them ([`apportion`]); a bucket of another location goes to
+//! one of its machines, which will choose the instance.
 //!
-//! While any local instance is ready, new connections stay in the location; else they go to the nearest other one;
-//! only where nothing is ready anywhere they go to instances that drain.
+//! The hop before is who owned the bucket until its last change of owner: the route says when each instance began or
+//! stopped taking new connections, and when shares changed, so those changes are undone, the latest first, until
+//! another owner appears. An instance that began stops, one that drains takes connections again.
+//!
+//! Where no share is given, new connections stay in the location while any instance is ready; else they go to the nearest
+//! other location; only where nothing is ready anywhere they go to instances that drain.
 //!
 //! This crate must not know about deployments, images, sockets or maps.
 
+mod apportion;
+
 use std::{cmp::Reverse, net::Ipv4Addr};
 
-use anyplace_model::{Endpoint, Route};
+use anyplace_model::{Endpoint, RemoteLocation, Route, WHOLE_SHARE};
 
-/// Buckets of a VIP with at least one backend. A location's instances of one VIP are tens at most for now; with
-/// 256 buckets the largest share of 16 backends is within 60 % of the mean (tested). A bucket costs 8 bytes.
-pub const BUCKETS: usize = 256;
+pub use apportion::{MAX_BUCKETS, MIN_BUCKETS};
+
+use apportion::{Base, MAX_SLOTS, quotas, rank};
 
 /// One bucket: where its new flows go, and where its older flows may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,103 +44,243 @@ pub struct Tables {
 
 /// Builds the tables of a route.
 pub fn tables(route: &Route) -> Tables {
-    let candidates: Vec<&Endpoint> = route.local.iter().filter(|it| it.ready || it.draining).collect();
-    let ready: Vec<Ipv4Addr> = candidates.iter().filter(|it| is_ready(it)).map(|it| it.address).collect();
-    let changes = changes(&candidates);
-    let remote = nearest(route);
-    // With nothing ready, draining instances keep serving the flows that they have, and a relayed flow must still
-    // find them.
-    let all: Vec<Ipv4Addr> = candidates.iter().map(|it| it.address).collect();
-    let local = table(if ready.is_empty() { &all } else { &ready }, &ready, &changes, &[]);
-    let full = if !ready.is_empty() {
-        // Flows that went abroad before the first local instance was ready stay there.
-        table(&ready, &ready, &changes, &remote)
-    } else if !remote.is_empty() {
-        // Flows of a draining local instance stay with it while new ones leave.
-        table(&remote, &[], &changes, &[])
+    let slots = slots(route);
+    let here = Candidates { slots: &slots, remote: &[] };
+    let ready = here.now();
+    let local = if ready.weighs_nothing() {
+        // With nothing ready, draining instances keep serving the flows that they have, and a relayed flow must still
+        // find them.
+        here.table(&Moment { taking: taking(&slots, |it| it.ready || it.draining), shares: vec![] }, &[])
     } else {
-        local.clone()
+        here.table(&ready, &here.changes(0))
     };
+    let serving = serving(route);
+    if serving.is_empty() {
+        return Tables { full: local.clone(), local };
+    }
+    let all = Candidates { slots: &slots, remote: &serving };
+    let full = all.table(&all.now(), &all.changes(route.shared_ms));
     Tables { full, local }
 }
 
-/// An instance began or stopped taking new connections.
-struct Change {
-    at_ms: u64,
-    address: Ipv4Addr,
-    began: bool,
-}
-
-/// What led to the candidates, the latest change first; of those at one time, in an order that all routers share.
-fn changes(candidates: &[&Endpoint]) -> Vec<Change> {
-    let mut changes = Vec::with_capacity(2 * candidates.len());
-    for endpoint in candidates {
-        let address = endpoint.address;
-        changes.push(Change { at_ms: endpoint.began_ms, address, began: true });
-        if !is_ready(endpoint) {
-            changes.push(Change { at_ms: endpoint.stopped_ms, address, began: false });
+/// The location's instances by slot. Instances without one, or with one that another has, get the lowest that is free.
+fn slots(route: &Route) -> Vec<Option<&Endpoint>> {
+    let mut order: Vec<&Endpoint> = route.local.iter().collect();
+    order.sort_by_key(|it| (it.slot, it.address));
+    let mut slots: Vec<Option<&Endpoint>> = Vec::with_capacity(order.len());
+    let mut homeless = Vec::new();
+    for endpoint in order {
+        let slot = usize::from(endpoint.slot);
+        if slot < slots.len() || slot >= MAX_SLOTS {
+            homeless.push(endpoint);
+        } else {
+            slots.resize(slot, None);
+            slots.push(Some(endpoint));
         }
     }
-    // An instance stops after it began, also where both times are unknown.
-    changes.sort_unstable_by_key(|change| (Reverse(change.at_ms), change.began, change.address));
-    changes
+    let mut free = 0;
+    for endpoint in homeless {
+        while slots.get(free).is_some_and(Option::is_some) {
+            free += 1;
+        }
+        match slots.get_mut(free) {
+            Some(slot) => *slot = Some(endpoint),
+            None => slots.push(Some(endpoint)),
+        }
+    }
+    slots
+}
+
+/// Locations that have ready instances and machines to send to, nearest first.
+fn serving(route: &Route) -> Vec<&RemoteLocation> {
+    let mut serving: Vec<&RemoteLocation> =
+        route.remote.iter().filter(|remote| remote.ready > 0 && !remote.ingress.is_empty()).collect();
+    serving.sort_by(|a, b| a.distance_km.total_cmp(&b.distance_km).then_with(|| a.location.cmp(&b.location)));
+    serving
 }
 
 fn is_ready(endpoint: &Endpoint) -> bool {
     endpoint.ready && !endpoint.draining
 }
 
-/// Addresses of the nearest location that has ready instances and machines to send to.
-fn nearest(route: &Route) -> Vec<Ipv4Addr> {
-    route
-        .remote
-        .iter()
-        .filter(|remote| remote.ready > 0 && !remote.ingress.is_empty())
-        .min_by(|a, b| a.distance_km.total_cmp(&b.distance_km).then_with(|| a.location.cmp(&b.location)))
-        .map(|remote| remote.ingress.clone())
-        .unwrap_or_default()
+/// The weight of each slot for which `takes` holds; 0 for others.
+fn taking(slots: &[Option<&Endpoint>], takes: impl Fn(&Endpoint) -> bool) -> Vec<u64> {
+    let weight = |endpoint: &&Endpoint| u64::from(endpoint.weight.max(1));
+    slots.iter().map(|slot| slot.filter(|it| takes(it)).as_ref().map_or(0, weight)).collect()
 }
 
-/// A table of `owners`; `ready` and `changes` say how it came to be, `fallback` who had the flows before all that.
-fn table(owners: &[Ipv4Addr], ready: &[Ipv4Addr], changes: &[Change], fallback: &[Ipv4Addr]) -> Vec<Bucket> {
-    (0..BUCKETS as u64)
-        .map_while(|bucket| {
-            let now = first(bucket, owners)?;
-            let before = before(bucket, now, ready, changes).or_else(|| first(bucket, fallback));
-            Some(Bucket { now, before })
-        })
-        .collect()
+/// All that could own a bucket.
+struct Candidates<'a> {
+    slots: &'a [Option<&'a Endpoint>],
+    remote: &'a [&'a RemoteLocation],
 }
 
-/// Who owned a bucket before `now`, as far as the changes tell.
-fn before(bucket: u64, now: Ipv4Addr, ready: &[Ipv4Addr], changes: &[Change]) -> Option<Ipv4Addr> {
-    let mut then = ready.to_vec();
-    for change in changes {
-        if change.began {
-            then.retain(|address| *address != change.address);
-        } else {
-            then.push(change.address);
-        }
-        match first(bucket, &then) {
-            Some(owner) if owner != now => return Some(owner),
-            _ => {}
+/// Who took which part of new connections at one time.
+#[derive(Clone)]
+struct Moment {
+    /// Weight of each slot; 0 where it took none.
+    taking: Vec<u64>,
+    /// Share of each other location.
+    shares: Vec<u64>,
+}
+
+impl Moment {
+    fn weighs_nothing(&self) -> bool {
+        self.taking.iter().chain(&self.shares).all(|weight| *weight == 0)
+    }
+}
+
+/// A step in the history of a table; those of one time are one change.
+struct Change {
+    /// In milliseconds, and whether it came before other steps of that millisecond.
+    time: (u64, bool),
+    step: Step,
+}
+
+/// What changed.
+enum Step {
+    /// An instance began or stopped taking new connections.
+    Instance { slot: usize, began: bool },
+    /// The shares of other locations changed.
+    Shares,
+}
+
+impl Candidates<'_> {
+    fn now(&self) -> Moment {
+        Moment {
+            taking: taking(self.slots, is_ready),
+            shares: self.remote.iter().map(|remote| u64::from(remote.share)).collect(),
         }
     }
-    None
+
+    /// What led to now, the latest first.
+    fn changes(&self, shared_ms: u64) -> Vec<Change> {
+        let mut changes = Vec::with_capacity(2 * self.slots.len() + 1);
+        for (slot, endpoint) in self.slots.iter().enumerate() {
+            let Some(endpoint) = endpoint.filter(|it| it.ready || it.draining) else { continue };
+            let stopped = !is_ready(endpoint);
+            // An instance stops after it began, also where both times are unknown.
+            let time = (endpoint.began_ms, stopped && endpoint.began_ms >= endpoint.stopped_ms);
+            changes.push(Change { time, step: Step::Instance { slot, began: true } });
+            if stopped {
+                let time = (endpoint.stopped_ms, false);
+                changes.push(Change { time, step: Step::Instance { slot, began: false } });
+            }
+        }
+        if self.remote.iter().any(|remote| remote.share != remote.earlier_share) {
+            changes.push(Change { time: (shared_ms, false), step: Step::Shares });
+        }
+        changes.sort_by_key(|change| (Reverse(change.time.0), change.time.1));
+        changes
+    }
+
+    /// The table of `now`; `changes` say how it came to be.
+    fn table(&self, now: &Moment, changes: &[Change]) -> Vec<Bucket> {
+        let Some(owners) = self.owners(now) else { return Vec::new() };
+        let mut table: Vec<Bucket> = owners
+            .iter()
+            .enumerate()
+            .map(|(bucket, owner)| Bucket { now: self.hop(*owner, bucket, owners.len()), before: None })
+            .collect();
+        let mut unknown: Vec<usize> = (0..table.len()).collect();
+        let mut then = now.clone();
+        let mut changes = changes.iter().peekable();
+        while let Some(Change { time, step }) = changes.next().filter(|_| !unknown.is_empty()) {
+            match step {
+                Step::Instance { slot, began: true } => then.taking[*slot] = 0,
+                Step::Instance { slot, began: false } => {
+                    then.taking[*slot] = self.slots[*slot].map_or(0, |it| u64::from(it.weight.max(1)));
+                }
+                Step::Shares => {
+                    then.shares = self.remote.iter().map(|it| u64::from(it.earlier_share)).collect();
+                }
+            }
+            if changes.peek().is_some_and(|next| next.time == *time) {
+                continue;
+            }
+            // Flows that went abroad before the first local instance was ready stay there.
+            let Some(owners) = self.owners(&then) else { continue };
+            unknown.retain(|bucket| {
+                let now = table[*bucket].now;
+                let before = corresponding(*bucket, table.len(), owners.len())
+                    .map(|bucket| self.hop(owners[bucket], bucket, owners.len()))
+                    .find(|hop| *hop != now);
+                table[*bucket].before = before;
+                before.is_none()
+            });
+        }
+        table
+    }
+
+    /// The owner of each bucket. Where nobody took connections it is the nearest other location, if there is one.
+    fn owners(&self, moment: &Moment) -> Option<Vec<Owner>> {
+        let mut moment = moment.clone();
+        if moment.weighs_nothing() {
+            *moment.shares.first_mut()? = u64::from(WHOLE_SHARE);
+        }
+        // Slots behind the last that takes connections leave no trace, so it doesn't matter when they came and went.
+        let used = moment.taking.iter().rposition(|weight| *weight > 0).map_or(0, |last| last + 1);
+        let sum: u64 = moment.taking.iter().sum();
+        let shared: u64 = moment.shares.iter().sum();
+        let kept = u64::from(WHOLE_SHARE).saturating_sub(shared);
+        let taking = &moment.taking[..used];
+        let (mut weights, mut keys) = (Vec::new(), Vec::new());
+        weights.extend(taking.iter().map(|weight| weight * kept));
+        keys.extend(0..used as u64);
+        // Shares count as parts of the whole only beside local instances.
+        weights.extend(moment.shares.iter().map(|share| share * sum.max(1)));
+        keys.extend(self.remote.iter().map(|remote| name_key(remote)));
+        let base = Base::of(used);
+        let owners = base.assign(&keys, &quotas(&weights, base.len()));
+        let owner = |index: u16| match usize::from(index).checked_sub(used) {
+            None => Owner::Slot(usize::from(index)),
+            Some(remote) => Owner::Remote(remote),
+        };
+        Some(owners.into_iter().map(owner).collect())
+    }
+
+    /// The address to which an owner's bucket of a table of `len` is sent.
+    fn hop(&self, owner: Owner, bucket: usize, len: usize) -> Ipv4Addr {
+        let address = match owner {
+            Owner::Slot(slot) => self.slots[slot].map(|endpoint| endpoint.address),
+            Owner::Remote(remote) => {
+                let bucket = (bucket * (MAX_BUCKETS / len)) as u64;
+                let machines = self.remote[remote].ingress.iter().copied();
+                machines.max_by_key(|address| (rank(bucket, u64::from(u32::from(*address))), *address))
+            }
+        };
+        // Owners have a weight, and only instances and locations with machines have one.
+        address.unwrap_or(Ipv4Addr::UNSPECIFIED)
+    }
 }
 
-/// The best-ranked address of a bucket.
-fn first(bucket: u64, addresses: &[Ipv4Addr]) -> Option<Ipv4Addr> {
-    addresses.iter().copied().max_by_key(|address| (rank(bucket, *address), *address))
+/// Who owns a bucket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Owner {
+    Slot(usize),
+    Remote(usize),
 }
 
-/// A hash of bucket and address: the finaliser of splitmix64, whose output bits all depend on all input bits.
-fn rank(bucket: u64, address: Ipv4Addr) -> u64 {
-    let mut x = (bucket << 32 | u64::from(u32::from(address))).wrapping_add(0x9e37_79b9_7f4a_7c15);
-    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
+/// The buckets of a table of `other` in which the flows of a bucket of a table of `len` are.
+fn corresponding(bucket: usize, len: usize, other: usize) -> std::ops::Range<usize> {
+    if other > len {
+        let scale = other / len;
+        bucket * scale..(bucket + 1) * scale
+    } else {
+        let bucket = bucket / (len / other);
+        bucket..bucket + 1
+    }
 }
 
+/// Names a location among a table's backends: FNV-1a of its name, above the numbers of slots, below those of buckets.
+fn name_key(remote: &RemoteLocation) -> u64 {
+    let hash = remote.location.as_str().bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    });
+    (hash & 0xffff_ffff_ffff) | (1 << 47)
+}
+
+#[cfg(test)]
+mod seed;
 #[cfg(test)]
 mod tests;

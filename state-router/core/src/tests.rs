@@ -3,7 +3,9 @@ use std::{
     num::NonZeroU16,
 };
 
-use anyplace_model::{Endpoint, InstanceId, LocationId, MachineId, Port, Protocol, RemoteLocation};
+use anyplace_model::{
+    Endpoint, FULL_WEIGHT, InstanceId, LocationId, MachineId, Port, Protocol, RemoteLocation, WHOLE_SHARE,
+};
 use proptest::prelude::*;
 
 use super::*;
@@ -17,6 +19,8 @@ fn endpoint(index: u8, ready: bool, draining: bool) -> Endpoint {
         draining,
         began_ms: 0,
         stopped_ms: 0,
+        slot: u16::from(index),
+        weight: FULL_WEIGHT,
     }
 }
 
@@ -26,12 +30,14 @@ fn remote(index: u8, distance_km: f64, ready: u32, ingress: u8) -> RemoteLocatio
         distance_km,
         ready,
         ingress: (0..ingress).map(|machine| Ipv4Addr::new(10, index, machine, 1)).collect(),
+        share: 0,
+        earlier_share: 0,
     }
 }
 
 fn route(local: Vec<Endpoint>, remote: Vec<RemoteLocation>) -> Route {
     let port = Port { port: NonZeroU16::MIN, container_port: None, protocol: Protocol::Tcp };
-    Route { vip: Ipv4Addr::new(203, 0, 113, 1), ports: vec![port], local, remote }
+    Route { vip: Ipv4Addr::new(203, 0, 113, 1), ports: vec![port], local, remote, shared_ms: 0 }
 }
 
 prop_compose! {
@@ -44,6 +50,11 @@ prop_compose! {
             remotes.into_iter().map(|(index, (km, ready, ingress))| remote(index, km, ready, ingress)).collect(),
         )
     }
+}
+
+/// The buckets of a table as flows see them: as if it had the largest size.
+fn spread(table: &[Bucket]) -> impl Iterator<Item = &Bucket> {
+    table.iter().flat_map(|bucket| std::iter::repeat_n(bucket, MAX_BUCKETS / table.len()))
 }
 
 /// The oracle: who may get new flows, stated as sets, without hashing.
@@ -75,13 +86,17 @@ proptest! {
     }
 
     #[test]
-    fn a_new_instance_takes_buckets_only_for_itself_and_their_flows_are_found(route in any_route(), added in 31_u8..60) {
+    fn a_new_instance_takes_buckets_only_for_itself_and_their_flows_are_found(mut route in any_route(), added in 31_u8..60) {
+        // The location scheduler gives slots without gaps.
+        route.local.retain(|it| it.ready && !it.draining);
+        (0..).zip(&mut route.local).for_each(|(slot, it)| it.slot = slot);
         let before = tables(&route);
         let mut changed = route.clone();
-        changed.local.push(Endpoint { began_ms: 1, ..endpoint(added, true, false) });
+        let slot = route.local.len() as u16;
+        changed.local.push(Endpoint { began_ms: 1, slot, ..endpoint(added, true, false) });
         let after = tables(&changed);
         let new = Ipv4Addr::new(10, 1, 1, added);
-        for (old, now) in before.full.iter().zip(&after.full) {
+        for (old, now) in spread(&before.full).zip(spread(&after.full)) {
             if old.now != now.now {
                 prop_assert_eq!(now.now, new);
                 // Where nothing was ready here, its flows are with the nearest other location.
@@ -95,17 +110,18 @@ proptest! {
 
     #[test]
     fn draining_moves_only_the_drained_buckets_and_their_flows_are_found(
-        indexes in prop::collection::btree_set(1_u8..30, 2..10),
+        count in 2_u8..30, gone in 0_u8..29,
     ) {
-        let all: Vec<Endpoint> = indexes.iter().map(|index| endpoint(*index, true, false)).collect();
+        let all: Vec<Endpoint> = (0..count).map(|index| endpoint(index, true, false)).collect();
         let before = tables(&route(all.clone(), vec![]));
         let mut drained = all;
-        drained[0].draining = true;
-        drained[0].ready = false;
-        drained[0].stopped_ms = 1;
-        let gone = drained[0].address;
+        let gone = usize::from(gone % count);
+        drained[gone].draining = true;
+        drained[gone].ready = false;
+        drained[gone].stopped_ms = 1;
+        let gone = drained[gone].address;
         let after = tables(&route(drained, vec![]));
-        for (old, now) in before.full.iter().zip(&after.full) {
+        for (old, now) in spread(&before.full).zip(spread(&after.full)) {
             if old.now == gone {
                 prop_assert_eq!(now.before, Some(gone));
             } else {
@@ -122,7 +138,7 @@ proptest! {
     #[test]
     fn the_hop_before_is_the_last_other_owner(steps in prop::collection::vec((1_u8..9, 0_u8..2), 1..40)) {
         let mut instances = BTreeMap::<u8, Endpoint>::new();
-        let mut owners: Vec<Vec<Ipv4Addr>> = vec![Vec::new(); BUCKETS];
+        let mut owners: Vec<Vec<Ipv4Addr>> = vec![Vec::new(); MIN_BUCKETS];
         for (since, (index, step)) in (1_u64..).zip(steps) {
             match (step, instances.get(&index).map(|it| it.draining)) {
                 (0, None) => drop(instances.insert(index, Endpoint { began_ms: since, ..endpoint(index, true, false) })),
@@ -148,20 +164,46 @@ proptest! {
 }
 
 #[test]
-fn buckets_are_shared_about_equally() {
-    for count in [2_u8, 3, 5, 8, 16] {
-        let tables = tables(&route((1..=count).map(|index| endpoint(index, true, false)).collect(), vec![]));
-        let mut shares = BTreeMap::<Ipv4Addr, usize>::new();
-        for bucket in &tables.full {
-            *shares.entry(bucket.now).or_default() += 1;
-        }
-        let mean = BUCKETS as f64 / f64::from(count);
-        assert_eq!(shares.len(), usize::from(count));
-        for share in shares.into_values() {
-            let off = (share as f64 / mean - 1.0).abs();
-            assert!(off < 0.6, "{count} backends: {share} of {mean}");
+fn weights_and_shares_are_met_to_the_bucket() {
+    let mut local: Vec<Endpoint> = (1..=5).map(|index| endpoint(index, true, false)).collect();
+    local[4].weight = FULL_WEIGHT / 2;
+    let mut away = remote(102, 100.0, 1, 3);
+    away.share = WHOLE_SHARE / 4;
+    let table = tables(&route(local, vec![away])).full;
+    let count = |own: &dyn Fn(Ipv4Addr) -> bool| table.iter().filter(|bucket| own(bucket.now)).count();
+    assert_eq!(table.len(), MIN_BUCKETS);
+    assert_eq!(count(&|it| it.octets()[1] == 102), 16, "a quarter");
+    assert_eq!(count(&|it| it.octets()[3] == 5 && it.octets()[1] == 1), 5, "half of what others have");
+    assert!((1..=4).all(|index| (10..=11).contains(&count(&|it| it == Ipv4Addr::new(10, 1, 1, index)))));
+}
+
+#[test]
+fn flows_stay_where_a_share_was_before_it_changed() {
+    let local: Vec<Endpoint> = (1..=4).map(|index| endpoint(index, true, false)).collect();
+    let with = |share, earlier_share| {
+        let mut route = route(local.clone(), vec![remote(102, 100.0, 1, 2), remote(103, 200.0, 1, 1)]);
+        (route.remote[0].share, route.remote[0].earlier_share, route.shared_ms) = (share, earlier_share, 5);
+        tables(&route).full
+    };
+    for (old, new) in [(0, 1_024), (1_024, 400), (2_000, 0)] {
+        for (before, now) in with(old, old).iter().zip(&with(new, old)) {
+            if before.now != now.now {
+                assert_eq!(now.before, Some(before.now), "from {old} to {new}");
+            }
         }
     }
+}
+
+#[test]
+fn slots_that_two_claim_are_given_away_in_order() {
+    let mut local: Vec<Endpoint> = (1..=4).map(|index| endpoint(index, true, false)).collect();
+    local.iter_mut().for_each(|it| it.slot = 0);
+    local[3].slot = u16::MAX;
+    let forward = tables(&route(local.clone(), vec![]));
+    local.reverse();
+    assert_eq!(forward, tables(&route(local, vec![])), "whatever the order of the route");
+    let owners: BTreeSet<_> = forward.full.iter().map(|bucket| bucket.now).collect();
+    assert_eq!((owners.len(), forward.full.len()), (4, MIN_BUCKETS));
 }
 
 #[test]
