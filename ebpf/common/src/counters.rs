@@ -36,8 +36,16 @@ counters! {
     Relayed => "relayed",
     /// Replies rewritten and sent.
     Replies => "replies",
-    /// Flows recorded as owned by an instance of this machine.
+    /// Flows established at an instance of this machine: more than their first packet was seen.
     NewFlows => "new_flows",
+    /// Flows of which one packet was seen: a SYN, a datagram, or the middle of a connection that was forgotten.
+    Embryonic => "embryonic",
+    /// ICMP errors about a VIP's packets, sent on to the instance that sent those.
+    IcmpErrors => "icmp_errors",
+    /// Echo requests to a VIP that were answered.
+    EchoReplies => "echo_replies",
+    /// Clients told to send smaller packets.
+    TooBigSent => "too_big_sent",
     /// Dropped: the VIP has no backend (for relayed packets: none in this location).
     NoBackend => "no_backend",
     /// Dropped: the last hop names an instance that isn't here or doesn't serve that port.
@@ -46,10 +54,18 @@ counters! {
     UnknownPort => "unknown_port",
     /// Dropped: shorter than its headers say, or an encapsulation that isn't ours.
     Malformed => "malformed",
-    /// Dropped: a fragment to or from a VIP.
+    /// Dropped: a fragment of an ICMP message to a VIP.
     Fragment => "fragment",
-    /// Dropped: IP options in a packet for a VIP.
+    /// Dropped: a fragment to a VIP whose first part wasn't seen here, or not recently.
+    FragmentUnknown => "fragment_unknown",
+    /// Dropped: an echo request with IP options.
     Options => "options",
+    /// Dropped: an ICMP error that quotes no packet of a VIP's port.
+    IcmpUnmatched => "icmp_unmatched",
+    /// Dropped: an echo request beyond the rate limit, or a packet too big beyond the rate of telling.
+    IcmpLimited => "icmp_limited",
+    /// Dropped: an encapsulation from outside the fleet.
+    ForeignSource => "foreign_source",
     /// Dropped: with the encapsulation it wouldn't fit the uplink.
     TooBig => "too_big",
     /// Dropped: passed on too often.

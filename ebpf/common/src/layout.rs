@@ -21,11 +21,13 @@ macro_rules! layout {
 
 layout! {
     VipKey: 8, VipValue: 24, Bucket: 8, InstanceValue: 28, PortKey: 12, PortValue: 4, ReplyKey: 8, ReplyValue: 8,
-    FlowKey: 16, FlowValue: 4, Config: 16,
+    FlowKey: 16, FlowValue: 4, FragmentKey: 12, crate::Ports: 4, FleetKey: 8, Config: 24,
 }
 
 // SAFETY: plain integers.
 unsafe impl Layout for u32 {}
+// SAFETY: a plain integer.
+unsafe impl Layout for u64 {}
 
 /// A virtual IP and one of its ports. Port 0 and protocol 0 mark the address itself as a VIP (see [`VipKey::marker`]).
 #[repr(C)]
@@ -189,6 +191,36 @@ pub struct Config {
     pub uplink: u32,
     /// Largest IP packet that the uplink carries.
     pub uplink_mtu: u32,
+    /// Nanoseconds between two ICMP answers of one kind on one CPU, in the long run; 0 for no limit.
+    pub icmp_interval: u32,
+    /// 1: packets with an encapsulation must come from a prefix in FLEET.
+    pub fleet_only: u32,
     /// Zero.
     pub reserved: u32,
+}
+
+/// A packet that came in fragments; the first of them carries the ports.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FragmentKey {
+    /// Who sent it.
+    pub source: u32,
+    /// For whom.
+    pub destination: u32,
+    /// Identification.
+    pub id: u16,
+    /// TCP or UDP.
+    pub protocol: u8,
+    /// Zero.
+    pub reserved: u8,
+}
+
+/// A prefix of addresses that may encapsulate.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FleetKey {
+    /// Length of the prefix in bits, host byte order.
+    pub bits: u32,
+    /// Its address.
+    pub address: u32,
 }

@@ -16,7 +16,7 @@ mod wire;
 pub use counters::{Counter, Counters, VipCounters};
 pub use hash::{bucket_index, flow_hash, source_port};
 pub use layout::{
-    Bucket, Config, FlowKey, FlowValue, INTERFACE_NAME_BYTES, InstanceValue, Layout, PortKey, PortValue,
+    Bucket, Config, FleetKey, FlowKey, FlowValue, FragmentKey, INTERFACE_NAME_BYTES, InstanceValue, Layout, PortKey, PortValue,
     Range, ReplyKey, ReplyValue, VipKey, VipValue,
 };
 pub use wire::{
@@ -25,7 +25,7 @@ pub use wire::{
 };
 
 /// Version of the map layouts and of the wire format; also the name of the pin folder.
-pub const SCHEMA: &str = "v1";
+pub const SCHEMA: &str = "v2";
 
 /// Slots of the bucket arena (8 bytes each): 8 MiB. 1,024 VIP ports with two tables of 256 take half of it; an update
 /// needs room for the new tables beside the old.
@@ -36,9 +36,19 @@ pub const MAX_VIPS: u32 = 16_384;
 pub const MAX_INSTANCES: u32 = 4_096;
 /// Bound on served ports of all instances of one machine.
 pub const MAX_PORTS: u32 = 16_384;
-/// Bound on remembered flows of one machine (about 100 bytes each); the least recently used is forgotten first.
+/// Bound on established flows of one machine (88 bytes each); the least recently used is forgotten first.
 pub const MAX_FLOWS: u32 = 131_072;
+/// Bound on flows of which one packet was seen; a flood of those forgets only its like.
+pub const MAX_EMBRYONIC: u32 = 65_536;
+/// Bound on packets whose fragments are on their way.
+pub const MAX_FRAGMENTS: u32 = 16_384;
+/// Bound on prefixes of the fleet.
+pub const MAX_FLEET: u32 = 4_096;
+/// ICMP answers of one kind on one CPU that may follow each other at once.
+pub const ICMP_BURST: u32 = 100;
 
+/// IP protocol number of ICMP.
+pub const ICMP: u8 = 1;
 /// IP protocol number of TCP.
 pub const TCP: u8 = 6;
 /// IP protocol number of UDP.

@@ -5,8 +5,8 @@
 //! existing links, each in one atomic step.
 //!
 //! ```text
-//! PIN_DIR/v1/                  one folder for each layout version
-//!   CONFIG VIPS BUCKETS INSTANCES PORTS REPLIES FLOWS COUNTERS VIP_COUNTERS
+//! PIN_DIR/v2/                  one folder for each layout version
+//!   CONFIG VIPS BUCKETS INSTANCES PORTS REPLIES FLOWS EMBRYONIC FRAGMENTS FLEET RATES COUNTERS VIP_COUNTERS
 //!   links/ingress_IFINDEX  links/target_IFINDEX  links/reply_IFINDEX
 //! ```
 //!
@@ -18,6 +18,7 @@ mod arena;
 mod attach;
 mod counters;
 mod error;
+mod fleet;
 mod instances;
 mod maps;
 mod plane;

@@ -5,7 +5,7 @@ use std::{io, os::fd::AsFd as _, path::Path};
 use anyplace_ebpf_common as common;
 use aya::{
     Ebpf, Pod,
-    maps::{Array, HashMap, IterableMap as _, Map, MapData, MapError, PerCpuArray},
+    maps::{Array, HashMap, IterableMap as _, LpmTrie, Map, MapData, MapError, PerCpuArray},
     sys::SyscallError,
 };
 
@@ -94,7 +94,7 @@ impl<K: common::Layout, V: common::Layout> Table<K, V> {
     }
 }
 
-/// All maps but the flow table, which only the programs use.
+/// All maps but those of flows, fragments and rates, which only the programs use.
 pub(crate) struct Maps {
     pub(crate) vips: Table<common::VipKey, common::VipValue>,
     pub(crate) instances: Table<u32, common::InstanceValue>,
@@ -103,6 +103,7 @@ pub(crate) struct Maps {
     pub(crate) counters: PerCpuArray<MapData, Plain<common::Counters>>,
     pub(crate) vip_counters: PerCpuArray<MapData, Plain<common::VipCounters>>,
     pub(crate) config: Array<MapData, Plain<common::Config>>,
+    pub(crate) fleet: LpmTrie<MapData, Plain<u32>, Plain<u32>>,
     pub(crate) arena: Arena,
 }
 
@@ -125,6 +126,7 @@ impl Maps {
             counters: typed(object, &COUNTERS)?,
             vip_counters: typed(object, &VIP_COUNTERS)?,
             config: typed(object, &CONFIG)?,
+            fleet: typed(object, &FLEET)?,
             arena,
         };
         Ok((maps, entries))
@@ -255,11 +257,28 @@ const INSTANCES: Spec = Spec::new::<u32, common::InstanceValue>("INSTANCES", com
 const PORTS: Spec = Spec::new::<common::PortKey, common::PortValue>("PORTS", common::MAX_PORTS);
 const REPLIES: Spec = Spec::new::<common::ReplyKey, common::ReplyValue>("REPLIES", common::MAX_PORTS);
 const FLOWS: Spec = Spec::new::<common::FlowKey, common::FlowValue>("FLOWS", common::MAX_FLOWS);
+const EMBRYONIC: Spec = Spec::new::<common::FlowKey, common::FlowValue>("EMBRYONIC", common::MAX_EMBRYONIC);
+const FRAGMENTS: Spec = Spec::new::<common::FragmentKey, common::Ports>("FRAGMENTS", common::MAX_FRAGMENTS);
+pub(crate) const FLEET: Spec = Spec::new::<common::FleetKey, u32>("FLEET", common::MAX_FLEET);
+const RATES: Spec = Spec::new::<u32, u64>("RATES", 2);
 pub(crate) const COUNTERS: Spec = Spec::new::<u32, common::Counters>("COUNTERS", 1);
 pub(crate) const VIP_COUNTERS: Spec = Spec::new::<u32, common::VipCounters>("VIP_COUNTERS", common::MAX_VIPS);
 
-const ALL: [&Spec; 9] =
-    [&CONFIG, &VIPS, &BUCKETS, &INSTANCES, &PORTS, &REPLIES, &FLOWS, &COUNTERS, &VIP_COUNTERS];
+const ALL: [&Spec; 13] = [
+    &CONFIG,
+    &VIPS,
+    &BUCKETS,
+    &INSTANCES,
+    &PORTS,
+    &REPLIES,
+    &FLOWS,
+    &EMBRYONIC,
+    &FRAGMENTS,
+    &FLEET,
+    &RATES,
+    &COUNTERS,
+    &VIP_COUNTERS,
+];
 
 fn take(object: &mut Ebpf, name: &'static str) -> Result<Map, Error> {
     object.take_map(name).ok_or(Error::Missing { kind: "map", name })

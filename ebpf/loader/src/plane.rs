@@ -13,6 +13,7 @@ use aya::{Ebpf, EbpfLoader, util::KernelVersion};
 use crate::{
     Error, MapMemory, XdpMode,
     attach::{self, INGRESS, Links, REPLY, TARGET},
+    fleet,
     maps::{self, CONFIG, Maps, Plain},
     sys,
     types::address,
@@ -21,6 +22,12 @@ use crate::{
 
 /// The object built by `cargo xtask ebpf`; `build.rs` has compared it with the sources.
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../anyplace.bpf.o");
+
+/// Layout versions before [`common::SCHEMA`].
+const OLDER_SCHEMAS: [&str; 1] = ["v1"];
+
+/// Nanoseconds between two ICMP answers of one kind on one CPU: 1,000 a second, bursts aside.
+const ICMP_INTERVAL: u32 = 1_000_000;
 
 /// What a [`DataPlane`] needs to know of its machine.
 #[derive(Clone, Debug)]
@@ -117,7 +124,14 @@ impl DataPlane {
         let mut object = object.map_err(|source| Error::Load(Box::new(source)))?;
         attach::load_programs(&mut object)?;
         let (mut maps, entries) = Maps::take(&mut object, &sizes)?;
-        let config = common::Config { address: address(options.address), uplink, uplink_mtu, reserved: 0 };
+        let config = common::Config {
+            address: address(options.address),
+            uplink,
+            uplink_mtu,
+            icmp_interval: ICMP_INTERVAL,
+            fleet_only: u32::from(fleet::is_set(&maps)?),
+            reserved: 0,
+        };
         maps.config.set(0, Plain(config), 0).map_err(|source| CONFIG.error("bpf_map_update_elem", source))?;
         let mut plane = Self {
             object,
@@ -131,6 +145,10 @@ impl DataPlane {
             _lock: lock,
         };
         plane.adopt_vips(entries)?;
+        // Maps of another layout can't be adopted, and an interface takes one XDP program: theirs goes, then ours comes.
+        for older in OLDER_SCHEMAS {
+            remove_folder(&options.pin_dir.join(older))?;
+        }
         plane.attach(uplink, &options.uplink)?;
         plane.forget_lost_instances()?;
         Ok(plane)
@@ -154,11 +172,7 @@ impl DataPlane {
 
     /// Detaches the programs and removes the maps: packets for VIPs are the kernel's again.
     pub fn unload(self) -> Result<(), Error> {
-        fs::remove_dir_all(&self.folder).map_err(|source| Error::File {
-            call: "rmdir",
-            path: self.folder.clone(),
-            source,
-        })
+        remove_folder(&self.folder)
     }
 
     /// The loaded programs, for tests that run single packets through them.
@@ -182,6 +196,16 @@ impl DataPlane {
             }
         }
         Ok(())
+    }
+}
+
+/// Removes a folder of maps and links, which detaches its programs; one that isn't there is fine.
+fn remove_folder(folder: &Path) -> Result<(), Error> {
+    match fs::remove_dir_all(folder) {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::File { call: "rmdir", path: folder.into(), source })
+        }
+        _ => Ok(()),
     }
 }
 

@@ -31,7 +31,7 @@ use world::World;
 /// Packets of an ordinary run.
 const PACKETS: usize = 200_000;
 /// Packets for each set of tables.
-const PACKETS_A_TABLE: usize = 4_000;
+const PACKETS_A_TABLE: usize = 10_000;
 
 #[test]
 fn programs_and_model_agree_on_random_packets() {
@@ -57,7 +57,9 @@ fn programs_and_model_agree_on_random_packets() {
     let coverage = world.coverage();
     eprintln!("{done} packets, {refused} of them refused by the kernel before any program\n{coverage:?}");
     assert!(refused < done / 10);
-    let missed: Vec<_> = coverage.iter().filter(|(_, count)| **count == 0).collect();
+    // The model knows no clock, so the rate limit is off here.
+    let missed: Vec<_> =
+        coverage.iter().filter(|(name, count)| **count == 0 && **name != "icmp_limited").collect();
     assert!(missed.is_empty(), "no packet came to {missed:?}");
 }
 

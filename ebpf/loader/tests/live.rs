@@ -113,7 +113,7 @@ impl Machine {
 
     /// What a flood does to the flow table.
     fn forget_flows(&self) {
-        let map = MapData::from_pin(self.bpffs.path.join("anyplace/v1/FLOWS")).unwrap();
+        let map = MapData::from_pin(self.bpffs.path.join("anyplace/v2/FLOWS")).unwrap();
         let mut flows: HashMap<_, [u8; 16], [u8; 4]> = Map::LruHashMap(map).try_into().unwrap();
         let keys: Vec<[u8; 16]> = flows.keys().collect::<Result<_, _>>().unwrap();
         assert!(!keys.is_empty());
@@ -392,11 +392,11 @@ fn a_container_that_is_gone_leaves_nothing() {
     assert_eq!(links(&machine), 2);
 
     machine.plane.take().unwrap().unload().unwrap();
-    assert!(!machine.bpffs.path.join("anyplace/v1").exists());
+    assert!(!machine.bpffs.path.join("anyplace/v2").exists());
 }
 
 fn links(machine: &Machine) -> usize {
-    std::fs::read_dir(machine.bpffs.path.join("anyplace/v1/links")).unwrap().count()
+    std::fs::read_dir(machine.bpffs.path.join("anyplace/v2/links")).unwrap().count()
 }
 
 #[test]

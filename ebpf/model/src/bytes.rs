@@ -2,7 +2,7 @@
 
 use std::net::Ipv4Addr;
 
-use crate::Flow;
+use crate::{Flow, Fragmented};
 
 /// Where an IP header stands in a frame.
 pub(crate) const ETHERNET: usize = 14;
@@ -32,6 +32,8 @@ pub(crate) struct Ip {
     pub(crate) header: usize,
     pub(crate) tos: u8,
     pub(crate) total: usize,
+    pub(crate) id: u16,
+    pub(crate) dont: bool,
     pub(crate) more: bool,
     pub(crate) offset: u16,
     pub(crate) ttl: u8,
@@ -50,6 +52,8 @@ impl Ip {
             header: usize::from(byte(frame, at)? & 15) * 4,
             tos: byte(frame, at + 1)?,
             total: usize::from(word(frame, at + 2)?),
+            id: word(frame, at + 4)?,
+            dont: fragment & 0x4000 != 0,
             more: fragment & 0x2000 != 0,
             offset: fragment & 0x1fff,
             ttl: byte(frame, at + 8)?,
@@ -61,6 +65,20 @@ impl Ip {
 
     pub(crate) fn is_fragment(&self) -> bool {
         self.more || self.offset != 0
+    }
+
+    pub(crate) fn is_first_fragment(&self) -> bool {
+        self.more && self.offset == 0
+    }
+
+    /// Whether its first byte makes sense.
+    pub(crate) fn is_valid(&self) -> bool {
+        self.version == 4 && self.header >= 20
+    }
+
+    /// What its fragments have in common.
+    pub(crate) fn fragmented(&self) -> Fragmented {
+        (self.source, self.destination, self.id, self.protocol)
     }
 
     pub(crate) fn has_ports(&self) -> bool {

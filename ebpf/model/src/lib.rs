@@ -5,9 +5,11 @@
 //! speaks host byte order where they don't, and is written to be read, not to be fast. Where the kernel's helpers have
 //! habits (which of two zeroes a checksum becomes), it has the same.
 //!
-//! Tables are unbounded here: a test that fills a bounded map of the kernel's must expect differences.
+//! Tables are unbounded here, and ICMP answers unlimited: a test that fills a bounded map of the kernel's, or leaves its
+//! rate limit on, must expect differences.
 
 mod bytes;
+mod icmp;
 mod ingress;
 mod reply;
 mod target;
@@ -58,6 +60,8 @@ pub enum Verdict {
 pub type Vip = (Ipv4Addr, u16, u8);
 /// A flow: client, VIP, client's port, VIP's port, protocol.
 pub type Flow = (Ipv4Addr, Ipv4Addr, u16, u16, u8);
+/// A packet in fragments: source, destination, identification, protocol.
+pub type Fragmented = (Ipv4Addr, Ipv4Addr, u16, u8);
 
 /// Owner now, owner before; 0.0.0.0 for nobody.
 pub type Bucket = (Ipv4Addr, Ipv4Addr);
@@ -99,6 +103,12 @@ pub struct Machine {
     pub replies: BTreeMap<(Ipv4Addr, u16, u8), (Ipv4Addr, u16)>,
     /// Who owns a flow.
     pub flows: HashMap<Flow, Ipv4Addr>,
+    /// Who has seen the one packet of a flow.
+    pub embryonic: HashMap<Flow, Ipv4Addr>,
+    /// The ports of packets that come in fragments.
+    pub fragments: HashMap<Fragmented, (u16, u16)>,
+    /// Prefixes that may encapsulate; none for everybody.
+    pub fleet: Vec<(Ipv4Addr, u8)>,
     /// Indexed by [`Counter`].
     pub counters: Vec<u64>,
     /// By VIP.
@@ -116,6 +126,9 @@ impl Machine {
             ports: BTreeMap::new(),
             replies: BTreeMap::new(),
             flows: HashMap::new(),
+            embryonic: HashMap::new(),
+            fragments: HashMap::new(),
+            fleet: Vec::new(),
             counters: vec![0; Counter::ALL.len()],
             vip_counters: BTreeMap::new(),
         }

@@ -12,26 +12,36 @@ impl Machine {
         if word(frame, 12) != Some(0x0800) {
             return Ok(Verdict::Pass);
         }
-        let Some(ip) = Ip::read(frame, ETHERNET).filter(|ip| ip.version == 4 && ip.has_ports()) else {
+        let Some(ip) = Ip::read(frame, ETHERNET).filter(|ip| ip.is_valid() && ip.has_ports()) else {
             return Ok(Verdict::Pass);
         };
         let health_check = ip.destination.is_link_local();
-        if ip.header != 20 || health_check || ip.offset != 0 {
+        if health_check {
             return Ok(Verdict::Pass);
         }
         let transport = ETHERNET + ip.header;
-        let (Some(port), Some(_)) = (word(frame, transport), word(frame, transport + 2)) else {
-            return Ok(Verdict::Pass);
+        let later = ip.offset != 0;
+        let ports = match (word(frame, transport), word(frame, transport + 2)) {
+            _ if later => self.fragments.get(&ip.fragmented()).copied(),
+            (Some(from), Some(to)) => Some((from, to)),
+            _ => None,
         };
+        let Some((port, client_port)) = ports else { return Ok(Verdict::Pass) };
         let Some(&(vip, vip_port)) = self.replies.get(&(ip.source, port, ip.protocol)) else {
             return Ok(Verdict::Pass);
         };
-        let flags = tcp_flags(frame, transport).filter(|_| ip.protocol == 6);
+        let flags = tcp_flags(frame, transport).filter(|_| ip.protocol == 6 && !later);
         if flags.is_some_and(opens) {
             return Ok(Verdict::Pass);
         }
-        if ip.is_fragment() {
-            return Err(Counter::Fragment);
+        if ip.is_first_fragment() {
+            self.fragments.insert(ip.fragmented(), (port, client_port));
+        }
+        if later {
+            replace_checksum(frame, ETHERNET + 10, &ip.source.octets(), &vip.octets());
+            put(frame, ETHERNET + 12, &vip.octets());
+            self.count(Counter::Replies);
+            return Ok(Verdict::Redirect);
         }
         let checksum = transport + if ip.protocol == 6 { 16 } else { 6 };
         if frame.len() < checksum + 2 {

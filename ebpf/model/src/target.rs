@@ -12,13 +12,15 @@ use crate::{
     },
 };
 
+use crate::icmp::{is_error, quoted, rewrite_quoted};
+
 /// Where the client's packet stands.
 const INNER: usize = ETHERNET + ENCAPSULATION_BYTES;
 
 /// The client's packet.
 struct Inner {
     flow: Flow,
-    transport: usize,
+    ip: Ip,
     opens: bool,
     continues: bool,
 }
@@ -34,8 +36,15 @@ impl Machine {
         let here = outer.destination;
         let ours = here == self.address || self.instances.contains_key(&here);
         let well_formed = frame[42..48] == [4, 4, 0, 0, 0, 0] && frame[48] <= 3 && frame[49] == 3;
-        let Some(inner) = inner(frame, &outer).filter(|_| well_formed) else {
-            return if ours { Err(Counter::Malformed) } else { Ok(Verdict::Pass) };
+        let foreign = !self.may_encapsulate(outer.source);
+        if ours && foreign {
+            return Err(Counter::ForeignSource);
+        }
+        let inner = if well_formed { self.inner(frame, &outer) } else { Err(Counter::Malformed) };
+        let inner = match inner {
+            Ok(inner) => inner,
+            Err(reason) if ours => return Err(reason),
+            Err(_) => return Ok(Verdict::Pass),
         };
         let list = (0..3).filter_map(|slot| address(frame, 50 + 4 * slot));
         // The hops that are left, next one first.
@@ -44,6 +53,9 @@ impl Machine {
         if !ours {
             if !self.is_vip(inner.flow.1) {
                 return Ok(Verdict::Pass);
+            }
+            if foreign {
+                return Err(Counter::ForeignSource);
             }
             hop = self.next_hop(&mut hops)?;
         }
@@ -60,12 +72,10 @@ impl Machine {
             };
             let (_, vip, _, vip_port, protocol) = inner.flow;
             if let Some(port) = self.ports.get(&(hop, (vip, vip_port, protocol))).copied() {
-                let owned = self.flows.get(&inner.flow) == Some(&hop);
+                let owner = self.flows.get(&inner.flow).or_else(|| self.embryonic.get(&inner.flow));
+                let owned = owner == Some(&hop);
                 if owned || inner.opens || hops.is_empty() {
-                    if !owned && (inner.opens || inner.continues) {
-                        self.flows.insert(inner.flow, hop);
-                        self.count(Counter::NewFlows);
-                    }
+                    self.remember(&inner, hop);
                     self.count(Counter::Delivered);
                     deliver(frame, &inner, hop, port, mac);
                     return Ok(Verdict::Redirect);
@@ -102,44 +112,103 @@ impl Machine {
     }
 }
 
-fn inner(frame: &[u8], outer: &Ip) -> Option<Inner> {
-    let ip = Ip::read(frame, INNER)?;
-    if ip.version != 4 || ip.header != 20 || !ip.has_ports() || ip.is_fragment() {
-        return None;
+impl Machine {
+    fn inner(&mut self, frame: &[u8], outer: &Ip) -> Result<Inner, Counter> {
+        let ip = Ip::read(frame, INNER).ok_or(Counter::Malformed)?;
+        let end = INNER + ip.total;
+        let transport = INNER + ip.header;
+        if !ip.is_valid()
+            || ip.total < ip.header
+            || ip.total + ENCAPSULATION_BYTES != outer.total
+            || end > frame.len()
+        {
+            return Err(Counter::Malformed);
+        }
+        if ip.protocol == 1 {
+            if ip.is_fragment() || ip.total < ip.header + 8 || !is_error(frame[transport]) {
+                return Err(Counter::Malformed);
+            }
+            let flow = quoted(frame, transport + 8, end, ip.destination).map_err(|_| Counter::Malformed)?;
+            return Ok(Inner { flow, ip, opens: false, continues: false });
+        }
+        if !ip.has_ports() {
+            return Err(Counter::Malformed);
+        }
+        let least = if ip.protocol == 6 { 20 } else { 8 };
+        let ports = if ip.offset != 0 {
+            *self.fragments.get(&ip.fragmented()).ok_or(Counter::FragmentUnknown)?
+        } else if ip.total < ip.header + least {
+            return Err(Counter::Malformed);
+        } else {
+            let port = |at| word(frame, at).ok_or(Counter::Malformed);
+            (port(transport)?, port(transport + 2)?)
+        };
+        if ip.is_first_fragment() {
+            self.fragments.insert(ip.fragmented(), ports);
+        }
+        let whole = ip.offset == 0;
+        let flags = tcp_flags(frame, transport).filter(|_| whole && ip.protocol == 6);
+        Ok(Inner {
+            flow: (ip.source, ip.destination, ports.0, ports.1, ip.protocol),
+            ip,
+            opens: flags.is_some_and(opens),
+            continues: whole && flags.is_none_or(continues),
+        })
     }
-    let least = if ip.protocol == 6 { 20 } else { 8 };
-    if ip.total < ip.header + least
-        || ip.total + ENCAPSULATION_BYTES != outer.total
-        || INNER + ip.total > frame.len()
-    {
-        return None;
+
+    fn may_encapsulate(&self, source: Ipv4Addr) -> bool {
+        let inside = |&(prefix, bits): &(Ipv4Addr, u8)| {
+            let mask = u32::MAX.checked_shl(32 - u32::from(bits)).unwrap_or(0);
+            (u32::from(prefix) ^ u32::from(source)) & mask == 0
+        };
+        self.fleet.is_empty() || source == self.address || self.fleet.iter().any(inside)
     }
-    let transport = INNER + ip.header;
-    let flags = tcp_flags(frame, transport).filter(|_| ip.protocol == 6);
-    Some(Inner {
-        flow: (ip.source, ip.destination, word(frame, transport)?, word(frame, transport + 2)?, ip.protocol),
-        transport,
-        opens: flags.is_some_and(opens),
-        continues: flags.is_none_or(continues),
-    })
+
+    /// Keeps in mind that an instance was given a flow's packet.
+    fn remember(&mut self, inner: &Inner, instance: Ipv4Addr) {
+        if !inner.opens && !inner.continues {
+            return;
+        }
+        match self.flows.get(&inner.flow) {
+            Some(owner) if *owner == instance => {}
+            Some(_) => {
+                self.flows.insert(inner.flow, instance);
+                self.count(Counter::NewFlows);
+            }
+            None if self.embryonic.get(&inner.flow) != Some(&instance) => {
+                self.embryonic.insert(inner.flow, instance);
+                self.count(Counter::Embryonic);
+            }
+            None if inner.continues => {
+                self.embryonic.remove(&inner.flow);
+                self.flows.insert(inner.flow, instance);
+                self.count(Counter::NewFlows);
+            }
+            None => {}
+        }
+    }
 }
 
 fn deliver(frame: &mut Vec<u8>, inner: &Inner, instance: Ipv4Addr, port: u16, mac: [u8; 6]) {
     let (_, vip, _, vip_port, protocol) = inner.flow;
     frame.drain(ETHERNET..INNER);
-    let transport = inner.transport - ENCAPSULATION_BYTES;
+    let transport = ETHERNET + inner.ip.header;
     let (from, to) = (vip.octets(), instance.octets());
     replace_checksum(frame, ETHERNET + 10, &from, &to);
-    for (from, to) in [(&from[..], &to[..]), (&vip_port.to_be_bytes(), &port.to_be_bytes())] {
-        if protocol == 6 {
-            replace_checksum(frame, transport + 16, from, to);
-        } else {
-            replace_udp_checksum(frame, transport + 6, from, to);
-        }
-    }
     put(frame, ETHERNET + 16, &to);
-    put(frame, transport + 2, &port.to_be_bytes());
     put(frame, 0, &mac);
+    if inner.ip.protocol == 1 {
+        rewrite_quoted(frame, transport, ETHERNET + inner.ip.total, instance, port);
+    } else if inner.ip.offset == 0 {
+        for (from, to) in [(&from[..], &to[..]), (&vip_port.to_be_bytes(), &port.to_be_bytes())] {
+            if protocol == 6 {
+                replace_checksum(frame, transport + 16, from, to);
+            } else {
+                replace_udp_checksum(frame, transport + 6, from, to);
+            }
+        }
+        put(frame, transport + 2, &port.to_be_bytes());
+    }
 }
 
 fn forward(frame: &mut [u8], outer: &Ip, hop: Ipv4Addr, hops: &[Ipv4Addr]) -> Result<Verdict, Counter> {

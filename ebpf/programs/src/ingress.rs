@@ -2,12 +2,15 @@
 //!
 //! No flow state: the hash of the 5-tuple picks a bucket, the bucket names the owner now and the owner before, and
 //! both travel with the packet. So any machine may take any packet of a flow.
+//!
+//! Here is the way of plain TCP and UDP packets. Fragments, IP options and ICMP are `unusual`, in a function of their
+//! own, so that they cost the others one branch.
 
 use core::mem::offset_of;
 
 use anyplace_ebpf_common::{
     Config, Counter, ENCAPSULATION_BYTES, Encapsulation, GUE_FLAGS_AND_PROTOCOL, GUE_PORT, HOPS, Ipv4Header,
-    Ports, TCP, TTL, UdpHeader, VipKey, flow_hash, ipv4_checksum, source_port,
+    Ports, TCP, TTL, UdpHeader, VipKey, VipValue, flow_hash, ipv4_checksum, source_port,
 };
 use aya_ebpf::{
     bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_TX},
@@ -17,17 +20,26 @@ use aya_ebpf::{
 };
 
 use crate::{
-    maps,
+    answers, maps,
     packet::{self, ETHERNET, ETHERTYPE_IPV4, IPV4, TCP_FLAGS},
+    unusual,
 };
 
 /// Ethernet header; even alignment, as the kernel guarantees for received frames.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Ethernet {
+pub(crate) struct Ethernet {
     destination: [u16; 3],
     source: [u16; 3],
     ethertype: u16,
+}
+
+impl Ethernet {
+    /// To where it came from.
+    #[inline(always)]
+    pub(crate) fn back(&self) -> Self {
+        Self { destination: self.source, source: self.destination, ethertype: self.ethertype }
+    }
 }
 
 #[xdp]
@@ -53,16 +65,10 @@ fn try_ingress(ctx: &XdpContext) -> Result<u32, Counter> {
     let Some(ip) = at::<Ipv4Header>(ctx, ETHERNET) else { return Ok(XDP_PASS) };
     // SAFETY: as above.
     let ip = unsafe { &*ip };
-    if ip.version_ihl & 0xf0 != 0x40 || !packet::is_tcp_or_udp(ip.protocol) {
-        return Ok(XDP_PASS);
+    if ip.version_ihl != 0x45 || !packet::is_tcp_or_udp(ip.protocol) || packet::is_fragment(ip) {
+        return Ok(unusual::unusual(ctx.ctx));
     }
     let vip_address = u32::from_ne_bytes(ip.destination);
-    if ip.version_ihl != 0x45 {
-        return refuse_if_vip(vip_address, Counter::Options);
-    }
-    if packet::is_fragment(ip) {
-        return refuse_if_vip(vip_address, Counter::Fragment);
-    }
     let Some(ports) = at::<Ports>(ctx, ETHERNET + IPV4) else {
         return refuse_if_vip(vip_address, Counter::Malformed);
     };
@@ -84,20 +90,44 @@ fn try_ingress(ctx: &XdpContext) -> Result<u32, Counter> {
         // SAFETY: as above.
         opens = packet::opens_connection(unsafe { *flags });
     }
+    let flow = Flow { source: u32::from_ne_bytes(ip.source), ports, protocol: ip.protocol, opens };
+    forward(ctx, ip, &flow, &vip)
+}
+
+/// What a packet for a VIP belongs to: its own flow, or the one that an ICMP error is about.
+pub(crate) struct Flow {
+    pub(crate) source: u32,
+    pub(crate) ports: Ports,
+    pub(crate) protocol: u8,
+    pub(crate) opens: bool,
+}
+
+/// Sends a packet, whose length was checked, to the hops of its flow.
+#[inline(always)]
+pub(crate) fn forward(
+    ctx: &XdpContext,
+    ip: &Ipv4Header,
+    flow: &Flow,
+    vip: &VipValue,
+) -> Result<u32, Counter> {
+    let length = u16::from_be(ip.total_length);
     maps::count(Counter::Packets);
     maps::add(Counter::Bytes, u64::from(length));
-    maps::count_vip(vip.counter, u64::from(length), opens);
+    maps::count_vip(vip.counter, u64::from(length), flow.opens);
 
     let config = maps::config().ok_or(Counter::HelperFailed)?;
     let outer_length = u32::from(length) + ENCAPSULATION_BYTES as u32;
     if outer_length > config.uplink_mtu {
-        return Err(Counter::TooBig);
+        return Ok(answers::too_big(ctx.ctx));
     }
-    let source = u32::from_ne_bytes(ip.source);
-    let hash = flow_hash(source, vip_address, ports.source, ports.destination, ip.protocol);
+    let vip_address = u32::from_ne_bytes(ip.destination);
+    let hash = flow_hash(flow.source, vip_address, flow.ports.source, flow.ports.destination, flow.protocol);
     let bucket = maps::bucket(&vip.full, hash).ok_or(Counter::NoBackend)?;
     let outer = encapsulation(config, ip, outer_length as u16, hash, bucket.now, bucket.before);
     let local = bucket.now == config.address || maps::instance(bucket.now).is_some();
+    let old_ethernet = at::<Ethernet>(ctx, 0).ok_or(Counter::HelperFailed)?;
+    // SAFETY: `at` checked the bounds, and no helper moved the packet since.
+    let ethernet = unsafe { *old_ethernet };
 
     // SAFETY: the context is the kernel's; every packet pointer is fetched anew below.
     if unsafe { bpf_xdp_adjust_head(ctx.ctx, -(ENCAPSULATION_BYTES as i32)) } != 0 {
@@ -107,14 +137,10 @@ fn try_ingress(ctx: &XdpContext) -> Result<u32, Counter> {
     let new_outer = at::<Encapsulation>(ctx, ETHERNET).ok_or(Counter::HelperFailed)?;
     // A hop on this machine: `target` takes it as if it had been received. Else back to the fabric's router, which
     // forwards by the outer destination.
-    let (destination, source, action) = if local {
-        (ethernet.destination, ethernet.source, XDP_PASS)
-    } else {
-        (ethernet.source, ethernet.destination, XDP_TX)
-    };
+    let (ethernet, action) = if local { (ethernet, XDP_PASS) } else { (ethernet.back(), XDP_TX) };
     // SAFETY: `at` checked the bounds after the packet moved.
     unsafe {
-        *new_ethernet = Ethernet { destination, source, ethertype: ETHERTYPE_IPV4 };
+        *new_ethernet = ethernet;
         *new_outer = outer;
     }
     Ok(action)
@@ -176,7 +202,7 @@ fn refuse_if_vip(address: u32, reason: Counter) -> Result<u32, Counter> {
 
 /// A pointer to a `T` at `offset`, if the frame has that many bytes.
 #[inline(always)]
-fn at<T>(ctx: &XdpContext, offset: usize) -> Option<*mut T> {
+pub(crate) fn at<T>(ctx: &XdpContext, offset: usize) -> Option<*mut T> {
     let start = ctx.data();
     if start + offset + size_of::<T>() > ctx.data_end() {
         return None;

@@ -10,11 +10,14 @@
 #![no_std]
 #![no_main]
 
+mod answers;
 mod ingress;
 mod maps;
 mod packet;
+mod quoted;
 mod reply;
 mod target;
+mod unusual;
 
 /// The kernel's helpers used here are open to GPL-compatible programs only.
 #[unsafe(link_section = "license")]

@@ -1,14 +1,15 @@
 //! The maps, all pinned by name, and small accessors around them.
 
 use anyplace_ebpf_common::{
-    ARENA_BUCKETS, Bucket, Config, Counter, Counters, FlowKey, FlowValue, InstanceValue, MAX_FLOWS,
-    MAX_INSTANCES, MAX_PORTS, MAX_VIPS, PortKey, PortValue, Range, ReplyKey, ReplyValue, VipCounters, VipKey,
-    VipValue, bucket_index,
+    ARENA_BUCKETS, Bucket, Config, Counter, Counters, FlowKey, FlowValue, FragmentKey, ICMP_BURST,
+    InstanceValue, MAX_EMBRYONIC, MAX_FLEET, MAX_FLOWS, MAX_FRAGMENTS, MAX_INSTANCES, MAX_PORTS, MAX_VIPS,
+    PortKey, PortValue, Ports, Range, ReplyKey, ReplyValue, VipCounters, VipKey, VipValue, bucket_index,
 };
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
+    helpers::bpf_ktime_get_ns,
     macros::map,
-    maps::{Array, HashMap, LruHashMap, PerCpuArray},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, lpm_trie::Key},
 };
 
 #[map]
@@ -32,6 +33,20 @@ static REPLIES: HashMap<ReplyKey, ReplyValue> = HashMap::pinned(MAX_PORTS, BPF_F
 
 #[map]
 static FLOWS: LruHashMap<FlowKey, FlowValue> = LruHashMap::pinned(MAX_FLOWS, 0);
+
+/// Flows of which one packet was seen. A table of their own, so that a flood of new tuples evicts none of FLOWS.
+#[map]
+static EMBRYONIC: LruHashMap<FlowKey, FlowValue> = LruHashMap::pinned(MAX_EMBRYONIC, 0);
+
+#[map]
+static FRAGMENTS: LruHashMap<FragmentKey, Ports> = LruHashMap::pinned(MAX_FRAGMENTS, 0);
+
+#[map]
+static FLEET: LpmTrie<u32, u32> = LpmTrie::pinned(MAX_FLEET, BPF_F_NO_PREALLOC);
+
+/// For each [`Answer`], when the next one may go.
+#[map]
+static RATES: PerCpuArray<u64> = PerCpuArray::pinned(2, 0);
 
 #[map]
 static COUNTERS: PerCpuArray<Counters> = PerCpuArray::pinned(1, 0);
@@ -91,12 +106,83 @@ pub(crate) fn flow_owner(key: &FlowKey) -> u32 {
     unsafe { FLOWS.get(key) }.map_or(0, |value| value.instance)
 }
 
+/// Who has seen the one packet of a flow.
+#[inline(always)]
+pub(crate) fn embryonic_owner(key: &FlowKey) -> u32 {
+    // SAFETY: as in `flow_owner`.
+    unsafe { EMBRYONIC.get(key) }.map_or(0, |value| value.instance)
+}
+
 /// Remembers who owns a flow. The map evicts by itself; a failure costs at most a detour of later packets.
 #[inline(always)]
-pub(crate) fn record_flow(key: &FlowKey, instance: u32) {
+pub(crate) fn establish_flow(key: &FlowKey, instance: u32) {
     if FLOWS.insert(key, FlowValue { instance }, 0).is_ok() {
         count(Counter::NewFlows);
     }
+}
+
+/// Remembers who has seen the first packet of a flow.
+#[inline(always)]
+pub(crate) fn note_flow(key: &FlowKey, instance: u32) {
+    if EMBRYONIC.insert(key, FlowValue { instance }, 0).is_ok() {
+        count(Counter::Embryonic);
+    }
+}
+
+/// Moves a flow among the established ones.
+#[inline(always)]
+pub(crate) fn promote_flow(key: &FlowKey, instance: u32) {
+    establish_flow(key, instance);
+    // Gone already only if the table evicted it meanwhile.
+    let _ = EMBRYONIC.remove(key);
+}
+
+/// The ports of a packet whose first fragment was seen.
+#[inline(always)]
+pub(crate) fn fragment_ports(key: &FragmentKey) -> Option<Ports> {
+    // SAFETY: copied at once; see `flow_owner`.
+    unsafe { FRAGMENTS.get(key) }.copied()
+}
+
+/// Remembers a first fragment. Without it the rest is dropped and counted.
+#[inline(always)]
+pub(crate) fn record_fragment(key: &FragmentKey, ports: Ports) {
+    let _ = FRAGMENTS.insert(key, ports, 0);
+}
+
+/// Whether this machine may take an encapsulation from `source`.
+#[inline(always)]
+pub(crate) fn in_fleet(config: &Config, source: u32) -> bool {
+    config.fleet_only == 0 || source == config.address || FLEET.get(Key::new(32, source)).is_some()
+}
+
+/// What is sent at a limited rate.
+#[derive(Clone, Copy)]
+#[repr(u32)]
+pub(crate) enum Answer {
+    Echo,
+    TooBig,
+}
+
+/// Whether one more answer may go now.
+#[inline(always)]
+pub(crate) fn may_answer(config: &Config, answer: Answer) -> bool {
+    let interval = u64::from(config.icmp_interval);
+    if interval == 0 {
+        return true;
+    }
+    let Some(next) = RATES.get_ptr_mut(answer as u32) else { return false };
+    // SAFETY: the helper has no preconditions; the value is this CPU's own.
+    unsafe {
+        let now = bpf_ktime_get_ns();
+        let earliest = now.saturating_sub(interval * u64::from(ICMP_BURST - 1));
+        let at = if *next > earliest { *next } else { earliest };
+        if at > now {
+            return false;
+        }
+        *next = at + interval;
+    }
+    true
 }
 
 #[inline(always)]

@@ -1,6 +1,6 @@
 //! Offsets and small readings of packets.
 
-use anyplace_ebpf_common::{Ipv4Header, TCP, UDP};
+use anyplace_ebpf_common::{FragmentKey, Ipv4Header, TCP, UDP};
 
 /// Length of an Ethernet header; VLAN tags are not looked into.
 pub(crate) const ETHERNET: usize = 14;
@@ -15,6 +15,9 @@ pub(crate) const TCP_BYTES: usize = 20;
 /// Length of a UDP header.
 pub(crate) const UDP_BYTES: usize = 8;
 
+/// Length of an ICMP header.
+pub(crate) const ICMP_BYTES: usize = 8;
+
 const SYN: u8 = 0x02;
 const RST: u8 = 0x04;
 const FIN: u8 = 0x01;
@@ -22,6 +25,10 @@ const ACK: u8 = 0x10;
 
 /// "More fragments" or an offset.
 const FRAGMENT_MASK: u16 = 0x3fffu16.to_be();
+/// "More fragments".
+const MORE_FRAGMENTS: u16 = 0x2000u16.to_be();
+/// "Don't fragment".
+const DONT_FRAGMENT: u16 = 0x4000u16.to_be();
 /// The offset alone.
 const FRAGMENT_OFFSET_MASK: u16 = 0x1fffu16.to_be();
 
@@ -33,6 +40,57 @@ pub(crate) fn is_fragment(ip: &Ipv4Header) -> bool {
 #[inline(always)]
 pub(crate) fn is_later_fragment(ip: &Ipv4Header) -> bool {
     ip.fragment & FRAGMENT_OFFSET_MASK != 0
+}
+
+/// The first of several.
+#[inline(always)]
+pub(crate) fn is_first_fragment(ip: &Ipv4Header) -> bool {
+    ip.fragment & (FRAGMENT_OFFSET_MASK | MORE_FRAGMENTS) == MORE_FRAGMENTS
+}
+
+#[inline(always)]
+pub(crate) fn must_not_be_fragmented(ip: &Ipv4Header) -> bool {
+    ip.fragment & DONT_FRAGMENT != 0
+}
+
+#[inline(always)]
+pub(crate) fn fragment_key(ip: &Ipv4Header) -> FragmentKey {
+    FragmentKey {
+        source: u32::from_ne_bytes(ip.source),
+        destination: u32::from_ne_bytes(ip.destination),
+        id: ip.id,
+        protocol: ip.protocol,
+        reserved: 0,
+    }
+}
+
+/// Length of an IPv4 header as it says itself; 0 if it can't be one.
+#[inline(always)]
+pub(crate) fn header_bytes(ip: &Ipv4Header) -> usize {
+    let bytes = ((ip.version_ihl & 15) as usize) * 4;
+    if ip.version_ihl >> 4 == 4 && bytes >= IPV4 { bytes } else { 0 }
+}
+
+/// Destination unreachable, time exceeded, parameter problem: the errors that quote a packet.
+#[inline(always)]
+pub(crate) fn quotes(icmp_type: u8) -> bool {
+    icmp_type == 3 || icmp_type == 11 || icmp_type == 12
+}
+
+/// A checksum after `from`, which it covers, became `to`.
+#[inline(always)]
+pub(crate) fn updated(checksum: u16, from: u16, to: u16) -> u16 {
+    let mut sum = u32::from(!checksum) + u32::from(!from) + u32::from(to);
+    sum = (sum & 0xffff) + (sum >> 16);
+    sum = (sum & 0xffff) + (sum >> 16);
+    !(sum as u16)
+}
+
+/// The same for an address.
+#[inline(always)]
+pub(crate) fn updated_address(checksum: u16, from: u32, to: u32) -> u16 {
+    let checksum = updated(checksum, from as u16, to as u16);
+    updated(checksum, (from >> 16) as u16, (to >> 16) as u16)
 }
 
 #[inline(always)]

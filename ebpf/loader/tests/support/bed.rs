@@ -6,11 +6,14 @@ use anyplace_ebpf::{
     Bucket, Counter, DataPlane, Instance, Options, Port, Protocol, VipKey, VipTable, flow_hash,
 };
 use anyplace_ebpf_common as common;
-use aya::programs::{Program, ProgramError, TestRun as _, TestRunOptions};
+use aya::{
+    maps::{Array, Map, MapData, MapType},
+    programs::{Program, ProgramError, TestRun as _, TestRunOptions},
+};
 
 use crate::{
     namespaces::{BpfFs, Namespace, object},
-    packets::{Ip, assert_checksums, gue},
+    packets::{End, Ip, assert_checksums, gue},
 };
 
 pub(crate) const XDP_DROP: u32 = 1;
@@ -98,6 +101,23 @@ impl Bed {
         self.bpffs.path.join("anyplace").join(common::SCHEMA)
     }
 
+    /// A map, past the loader.
+    pub(crate) fn map(&self, name: &str) -> Map {
+        let map = MapData::from_pin(self.maps_folder().join(name)).unwrap();
+        match map.info().unwrap().map_type().unwrap() {
+            MapType::Array => Map::Array(map),
+            _ => Map::LruHashMap(map),
+        }
+    }
+
+    /// Sets the least time between two ICMP answers, in nanoseconds.
+    pub(crate) fn set_icmp_interval(&self, nanoseconds: u32) {
+        let mut config: Array<_, [u8; 24]> = self.map("CONFIG").try_into().unwrap();
+        let mut value = config.get(&0, 0).unwrap();
+        value[12..16].copy_from_slice(&nanoseconds.to_ne_bytes());
+        config.set(0, value, 0).unwrap();
+    }
+
     pub(crate) fn count(&self, counter: Counter) -> u64 {
         self.plane.counters().unwrap().get(counter)
     }
@@ -173,13 +193,23 @@ pub(crate) fn changed(
 
 /// What `ingress` makes of a client's packet.
 pub(crate) fn encapsulated(hop: Ipv4Addr, hops: &[Ipv4Addr], inner: &Ip) -> Ip {
-    let ports = |at: usize| u16::from_ne_bytes([inner.payload[at], inner.payload[at + 1]]);
+    let port = |at: usize| u16::from_be_bytes([inner.payload[at], inner.payload[at + 1]]);
+    encapsulated_as(hop, hops, inner, ((inner.source, port(0)), port(2), inner.protocol))
+}
+
+/// The same for a packet whose ports aren't its own: client, VIP's port, protocol.
+pub(crate) fn encapsulated_as(
+    hop: Ipv4Addr,
+    hops: &[Ipv4Addr],
+    inner: &Ip,
+    (client, vip_port, protocol): (End, u16, u8),
+) -> Ip {
     let hash = flow_hash(
-        common::address(inner.source.octets()),
+        common::address(client.0.octets()),
         common::address(inner.destination.octets()),
-        ports(0),
-        ports(2),
-        inner.protocol,
+        common::port(client.1),
+        common::port(vip_port),
+        protocol,
     );
     let source = u16::from_be(common::source_port(hash));
     assert!(source >= 49_152);

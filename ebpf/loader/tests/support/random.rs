@@ -7,7 +7,7 @@ use anyplace_ebpf_model::Program;
 
 use crate::{
     bed::{CLIENT, CONTAINER_PORT, FAR, GONE, HERE, HERE_TOO, MACHINE, OTHER, SENDER, THERE, THERE_TOO, VIP},
-    packets::{ACK, Ip, SYN, gue_raw, received, tcp, tcp_with_segment_size, udp, udp_without_checksum},
+    packets::{ACK, Ip, SYN, gue_raw, icmp, received, tcp, tcp_with_segment_size, udp, udp_without_checksum},
 };
 
 /// A second VIP.
@@ -80,8 +80,29 @@ fn clients(random: &mut Random) -> Ip {
     let vip = if random.chance(4) { OTHER } else { random.pick(&[VIP, VIP, VIP_TOO]) };
     let from = (client, 40_000 + random.below(5) as u16);
     let to = (vip, PORTS.start + random.below(PORTS.len() + 1) as u16);
-    let packet = transport(random, from, to);
+    let packet = match random.below(20) {
+        0 => echo(random, client, vip),
+        1 | 2 => error(random, client, from, to),
+        _ => transport(random, from, to),
+    };
     header(random, packet)
+}
+
+/// An echo request, or another message with an ICMP header.
+fn echo(random: &mut Random, client: Ipv4Addr, vip: Ipv4Addr) -> Ip {
+    let length = random.below(40);
+    let data = random.bytes(length);
+    icmp(client, vip, [random.pick(&[8, 8, 8, 0, 13, 3]), random.pick(&[0, 0, 0, 1])], [0; 4], &data)
+}
+
+/// An ICMP error about a packet that the VIP sent.
+fn error(random: &mut Random, router: Ipv4Addr, client: (Ipv4Addr, u16), vip: (Ipv4Addr, u16)) -> Ip {
+    let sent = transport(random, vip, client);
+    let mut quote = header(random, sent).bytes();
+    quote.truncate(random.pick(&[28, 28, 28, 38, 48, 88, 20, 24]));
+    let router = if random.chance(50) { router } else { OTHER };
+    let kind = random.pick(&[[3, 1], [3, 3], [3, 4], [11, 0], [12, 0]]);
+    icmp(router, vip.0, kind, [0, 0, 5, 0], &quote)
 }
 
 /// What an instance sends.
@@ -107,7 +128,8 @@ fn encapsulated(random: &mut Random) -> Ip {
     let next = if random.chance(3) { random.below(5) as u8 } else { random.below(4) as u8 };
     let list: Vec<u8> =
         (0..3).flat_map(|_| if random.chance(3) { OTHER } else { random.pick(&HOPS) }.octets()).collect();
-    let mut packet = gue_raw(SENDER, hop, next, 3, &list, &inner);
+    let sender = if random.chance(5) { (OTHER, SENDER.1) } else { SENDER };
+    let mut packet = gue_raw(sender, hop, next, 3, &list, &inner);
     packet.ttl = random.pick(&[64, 64, 63, 2, 1, 0]);
     packet
 }

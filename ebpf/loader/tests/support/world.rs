@@ -4,22 +4,28 @@ use std::{collections::BTreeMap, net::Ipv4Addr, sync::Mutex};
 
 use anyplace_ebpf::{Bucket, Counter, Instance, Port, Protocol, VipKey, VipTable};
 use anyplace_ebpf_model::{Flow, Machine, Program, Tables, Verdict, VipCount};
-use aya::maps::{HashMap, Map, MapData};
+use aya::{
+    Pod,
+    maps::{HashMap, MapData},
+};
 
 use crate::{
     bed::{
-        Bed, CONTAINER_PORT, HERE, HERE_TOO, MACHINE, TC_REDIRECT, TC_SHOT, TC_UNSPEC, VIP, XDP_DROP,
+        Bed, CONTAINER_PORT, HERE, HERE_TOO, MACHINE, OTHER, TC_REDIRECT, TC_SHOT, TC_UNSPEC, VIP, XDP_DROP,
         XDP_PASS, XDP_TX, hex, test_run,
     },
     random::{HOPS, PORTS, Random, VIP_TOO},
 };
 
 type FlowMap = HashMap<MapData, [u8; 16], [u8; 4]>;
+type FragmentMap = HashMap<MapData, [u8; 12], [u8; 4]>;
 
 pub(crate) struct World {
     bed: Bed,
     model: Machine,
     flows: Mutex<FlowMap>,
+    embryonic: Mutex<FlowMap>,
+    fragments: Mutex<FragmentMap>,
     /// Counters before the present tables.
     base: BTreeMap<&'static str, u64>,
     /// Counters before any packet.
@@ -29,9 +35,13 @@ pub(crate) struct World {
 impl World {
     pub(crate) fn new() -> Self {
         let bed = Bed::new();
-        let flows = Mutex::new(bed.map("FLOWS"));
+        bed.set_icmp_interval(0);
+        let flows = Mutex::new(bed.map("FLOWS").try_into().unwrap());
+        let embryonic = Mutex::new(bed.map("EMBRYONIC").try_into().unwrap());
+        let fragments = Mutex::new(bed.map("FRAGMENTS").try_into().unwrap());
         let model = Machine::new(MACHINE, 1500);
-        let mut world = Self { bed, model, flows, base: BTreeMap::new(), first: BTreeMap::new() };
+        let mut world =
+            Self { bed, model, flows, embryonic, fragments, base: BTreeMap::new(), first: BTreeMap::new() };
         world.first = world.counters();
         world
     }
@@ -39,6 +49,8 @@ impl World {
     /// New tables, new instances, no flows.
     pub(crate) fn draw_tables(&mut self, random: &mut Random) {
         clear(&self.flows);
+        clear(&self.embryonic);
+        clear(&self.fragments);
         self.model = Machine::new(MACHINE, 1500);
         for vip in [VIP, VIP_TOO] {
             for port in PORTS {
@@ -72,6 +84,13 @@ impl World {
             let instance = Instance { address, host_interface: name.into(), ports };
             bed.namespace.enter(|| bed.plane.set_instance(&instance).unwrap());
         }
+        let fleet = match random.below(3) {
+            0 => vec![],
+            1 => vec![(Ipv4Addr::new(10, 1, 0, 0), 16), (OTHER, 32)],
+            _ => vec![(Ipv4Addr::new(10, 0, 0, 0), 8)],
+        };
+        self.bed.plane.set_fleet(&fleet).unwrap();
+        self.model.fleet = fleet;
         self.base = self.counters();
     }
 
@@ -138,6 +157,8 @@ impl World {
         }
         let expected: BTreeMap<Flow, Ipv4Addr> = self.model.flows.clone().into_iter().collect();
         assert_eq!(read(&self.flows), expected, "{what}: flows (program, model)");
+        let expected: BTreeMap<Flow, Ipv4Addr> = self.model.embryonic.clone().into_iter().collect();
+        assert_eq!(read(&self.embryonic), expected, "{what}: embryonic flows (program, model)");
     }
 
     /// What the programs counted since the beginning, by name.
@@ -162,9 +183,9 @@ impl World {
     }
 }
 
-fn clear(map: &Mutex<FlowMap>) {
+fn clear<K: Pod, V: Pod>(map: &Mutex<HashMap<MapData, K, V>>) {
     let mut map = map.lock().unwrap();
-    let keys: Vec<[u8; 16]> = map.keys().collect::<Result<_, _>>().unwrap();
+    let keys: Vec<K> = map.keys().collect::<Result<_, _>>().unwrap();
     for key in keys {
         map.remove(&key).unwrap();
     }
@@ -186,13 +207,5 @@ fn number(protocol: Protocol) -> u8 {
     match protocol {
         Protocol::Tcp => 6,
         Protocol::Udp => 17,
-    }
-}
-
-impl Bed {
-    /// A flow table, past the loader.
-    pub(crate) fn map(&self, name: &str) -> FlowMap {
-        let map = MapData::from_pin(self.maps_folder().join(name)).unwrap();
-        Map::LruHashMap(map).try_into().unwrap()
     }
 }
