@@ -122,6 +122,19 @@ impl Machine {
         }
     }
 
+    /// The agent's rule for what instances send to the world.
+    fn masquerade(&self) {
+        let cidr = Ipv4Addr::from(u32::from(self.instance.address) & !63);
+        let rules = format!(
+            "table inet test {{ chain postrouting {{ type nat hook postrouting priority srcnat; \
+             ip saddr {cidr}/26 oifname eth0 masquerade; }}; }}"
+        );
+        self.host.enter(|| {
+            let status = std::process::Command::new("nft").arg(&rules).status();
+            assert!(status.expect("nft (Debian package nftables)").success(), "nft {rules}");
+        });
+    }
+
     /// Line echo servers that say who they are and who asks.
     fn serve(&self, number: u8) {
         let (ready, started) = std::sync::mpsc::channel();
@@ -349,6 +362,47 @@ fn connections_find_their_owner_and_keep_it() {
     m2.plane().set_vip(key(Protocol::Tcp), &local).unwrap();
     assert_eq!(bed.connect().ask("ten"), "c2");
     assert!(bed.count(1, Counter::Relayed) > 0);
+}
+
+/// Clients inside the fleet: containers and machines. Their packets leave by the uplink, the agent's masquerading included,
+/// and come back as any client's.
+#[test]
+fn containers_and_machines_are_clients_too() {
+    if !root_or_skip() {
+        return;
+    }
+    let mut bed = Bed::new();
+    for machine in &bed.machines {
+        machine.masquerade();
+        machine.host.ethtool("eth0", ETHTOOL_STXCSUM, 0);
+    }
+    for (now, name) in [(C1, "c1"), (C2, "c2")] {
+        bed.table(now, now);
+        for (number, machine) in bed.machines.iter().enumerate() {
+            for (what, client) in [("container", &machine.container), ("host", &machine.host)] {
+                let what = format!("{what} of machine {}, served by {name}", number + 1);
+                let counters = || bed.counters();
+                let (tcp, udp) = client.enter(|| {
+                    let stream = TcpStream::connect_timeout(&(VIP, VIP_PORT).into(), PATIENCE);
+                    let mut stream = stream.unwrap_or_else(|error| panic!("{what}: {error}\n{}", counters()));
+                    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+                    stream.write_all(b"hello\n").unwrap();
+                    let mut tcp = String::new();
+                    BufReader::new(stream).read_line(&mut tcp).expect(&what);
+                    let socket = UdpSocket::bind(("0.0.0.0", 0)).unwrap();
+                    socket.connect((VIP, VIP_PORT)).unwrap();
+                    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+                    socket.send(b"hello").unwrap();
+                    let mut buffer = [0; 2048];
+                    let length = socket.recv(&mut buffer).expect(&what);
+                    (tcp, String::from_utf8_lossy(&buffer[..length]).into_owned())
+                });
+                for answer in [tcp, udp] {
+                    assert!(answer.starts_with(&format!("{name} {}:", machine.address)), "{what}: {answer}");
+                }
+            }
+        }
+    }
 }
 
 #[test]

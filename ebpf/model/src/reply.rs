@@ -41,7 +41,7 @@ impl Machine {
             replace_checksum(frame, ETHERNET + 10, &ip.source.octets(), &vip.octets());
             put(frame, ETHERNET + 12, &vip.octets());
             self.count(Counter::Replies);
-            return Ok(Verdict::Redirect);
+            return Ok(self.way_of_reply(&ip));
         }
         let checksum = transport + if ip.protocol == 6 { 16 } else { 6 };
         if frame.len() < checksum + 2 {
@@ -62,7 +62,12 @@ impl Machine {
             self.clamp(frame, transport + 20, checksum);
         }
         self.count(Counter::Replies);
-        Ok(Verdict::Redirect)
+        Ok(self.way_of_reply(&ip))
+    }
+
+    /// This machine's own stack takes what is for its address.
+    fn way_of_reply(&self, ip: &Ip) -> Verdict {
+        if ip.destination == self.address { Verdict::Pass } else { Verdict::Redirect }
     }
 
     /// Lowers the segment size where the option comes first.

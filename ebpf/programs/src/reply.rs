@@ -88,6 +88,10 @@ fn try_reply(ctx: &TcContext) -> Result<i32, Counter> {
         }
     }
     maps::count(Counter::Replies);
+    if u32::from_ne_bytes(ip.destination) == config.address {
+        // The client is this machine, or a container behind its address: the stack knows. The fabric can't bring it back.
+        return Ok(TC_ACT_UNSPEC);
+    }
     // SAFETY: no parameters beyond numbers; a null neighbour asks the kernel to look the route up.
     Ok(unsafe { bpf_redirect_neigh(config.uplink, core::ptr::null_mut(), 0, 0) } as i32)
 }

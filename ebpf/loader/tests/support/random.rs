@@ -114,6 +114,7 @@ fn answer(random: &mut Random) -> Ip {
         0 => Ipv4Addr::new(169, 254, 1, 1),
         1 => VIP,
         2 => HERE,
+        3 => MACHINE,
         _ => CLIENT,
     };
     let client_port = 40_000 + random.below(5) as u16;
