@@ -112,7 +112,7 @@ impl LocalUpload {
         &self.path
     }
 
-    /// Blocking: writes and hashes all that comes, and acknowledges it. Gives the new offset and hash. After
+    /// Blocking: writes, syncs and hashes all that comes, and acknowledges it. Gives the new offset and hash. After
     /// an error, the upload is as it was before.
     pub(super) fn append(
         &mut self,
@@ -123,7 +123,6 @@ impl LocalUpload {
     ) -> io::Result<(u64, Hasher)> {
         let result = self.write(at, hasher, declared, batches).and_then(|(offset, hasher)| {
             if self.state.is_some() {
-                self.file.sync_data()?;
                 self.write_record(offset, &hasher)?;
                 self.sync_state()?;
             }
@@ -156,6 +155,10 @@ impl LocalUpload {
                 write_back(&self.file, written_back, offset - written_back);
                 written_back = offset;
             }
+        }
+        if self.state.is_some() {
+            // While the last bytes are hashed.
+            self.file.sync_data()?;
         }
         Ok((offset, hashing.finish()?))
     }
