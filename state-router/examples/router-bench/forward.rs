@@ -34,6 +34,11 @@ pub(crate) fn measure(bed: &Bed) -> Result<()> {
     let empty = ingress_run(wrapper::trivial(Kind::Xdp, XDP_TX as i32)?.as_raw_fd(), one(1), TCP, 0)?;
     report("wrapper_ns", empty);
     let program = program(&plane, "ingress")?;
+    let kept = |plane: &DataPlane| -> Result<(u64, u64)> {
+        let bytes = plane.memory()?.iter().map(|it| it.bytes).sum();
+        Ok((bytes, plane.counters()?.get(Counter::NewFlows)))
+    };
+    let (bytes, known) = kept(&plane)?;
     for flows in [1, 4_096, 65_536, 262_144] {
         let before = plane.counters()?.get(Counter::Packets);
         let cost = ingress_run(program, one(flows), TCP, ENCAPSULATION)?;
@@ -41,6 +46,10 @@ pub(crate) fn measure(bed: &Bed) -> Result<()> {
         ensure!(sent == u64::from(PACKETS) * RUNS as u64, "{sent} packets were sent on");
         report(&format!("forward_tcp_{flows}"), cost - empty);
     }
+    // Tables that were allocated beforehand would not grow, so no flow may have been recorded in one either.
+    let (bytes_after, known_after) = kept(&plane)?;
+    ensure!(known_after == known, "ingress recorded {} flows", known_after - known);
+    report("ingress_flow_bytes", bytes_after.saturating_sub(bytes) as f64 / 262_144.0);
     let cost = ingress_run(program, Mix { flows: 65_536, vips: VIPS, base: FIRST_VIP }, TCP, ENCAPSULATION)?;
     report("forward_vips", cost - empty);
     let cost = ingress_run(program, one(65_536), UDP, ENCAPSULATION)?;

@@ -64,7 +64,6 @@ pub(crate) fn measure(bed: &Bed) -> Result<()> {
     report("router_growth_bytes_per_vip", after.saturating_sub(before) as f64 / f64::from(VIPS));
     report("bytes_per_vip", (maps + after) as f64 / f64::from(VIPS));
     let flows = memory.iter().find(|it| it.map == "FLOWS").context("the flow table is missing")?;
-    report("ingress_flow_bytes", 0.0);
     report("target_flow_bytes", flows.bytes as f64 / f64::from(flows.entries));
 
     let mut times = Vec::new();

@@ -6,7 +6,8 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader};
-use std::process::Stdio;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
@@ -54,7 +55,12 @@ pub(crate) fn run(report: &mut Report, only: Option<&str>) -> Result<()> {
             parts.push(*part);
         }
     }
-    let values = measure(&parts)?;
+    let program = build()?;
+    let mut values = BTreeMap::new();
+    for part in parts {
+        // A process each: the memory of one part must not count in another.
+        values.extend(measure(&program, part)?);
+    }
     for (key, name, unit, target, peer) in ROWS {
         if let Some(value) = values.get(*key) {
             report.add(name, *value, unit, Op::AtMost, *target, *peer);
@@ -83,16 +89,20 @@ pub(crate) fn run(report: &mut Report, only: Option<&str>) -> Result<()> {
     Ok(())
 }
 
-/// Runs the measuring program; its results by name.
-fn measure(parts: &[&str]) -> Result<BTreeMap<String, f64>> {
-    let package = ["-p", "anyplace-state-router", "--example", EXAMPLE];
+/// Builds the measuring program.
+fn build() -> Result<PathBuf> {
     let mut build = shell::cargo(&["build", "--release", "--quiet"])?;
     eprintln!("building in release");
+    let package = ["-p", "anyplace-state-router", "--example", EXAMPLE];
     let status = build.args(package).status().context("start cargo")?;
     ensure!(status.success(), "the release build of {EXAMPLE} failed");
-    let program = shell::root()?.join("target/release/examples").join(EXAMPLE);
-    let mut command = std::process::Command::new(&program);
-    command.args(parts).stdin(Stdio::null()).stdout(Stdio::piped());
+    Ok(shell::root()?.join("target/release/examples").join(EXAMPLE))
+}
+
+/// Runs a part of the measuring program; its results by name.
+fn measure(program: &Path, part: &str) -> Result<BTreeMap<String, f64>> {
+    let mut command = Command::new(program);
+    command.arg(part).stdin(Stdio::null()).stdout(Stdio::piped());
     let mut child = command.spawn().with_context(|| format!("start {}", program.display()))?;
     let output = child.stdout.take().context("the measuring program's output")?;
     let mut values = BTreeMap::new();
