@@ -16,8 +16,8 @@ mod wire;
 pub use counters::{Counter, Counters, VipCounters};
 pub use hash::{bucket_index, flow_hash, source_port};
 pub use layout::{
-    Bucket, Config, FleetKey, FlowKey, FlowValue, FragmentKey, INTERFACE_NAME_BYTES, InstanceValue, Layout, PortKey, PortValue,
-    Range, ReplyKey, ReplyValue, VipKey, VipValue,
+    Bucket, Config, FleetKey, FlowKey, FlowValue, FragmentKey, INTERFACE_NAME_BYTES, InstanceValue, Layout,
+    PortKey, PortValue, Range, ReplyKey, ReplyValue, VipKey, VipValue,
 };
 pub use wire::{
     ENCAPSULATION_BYTES, Encapsulation, GUE_FLAGS_AND_PROTOCOL, GUE_PORT, HOPS, Ipv4Header, Ports, TTL,
