@@ -218,16 +218,6 @@ fn delayed_links_carry_hundreds_of_megabits() {
     assert!(megabits > 30.0, "{megabits:.0} Mbit/s");
 }
 
-/// Not a test: builds a testbed and waits to be killed, for the test below.
-#[test]
-#[ignore = "run by a_testbed_killed_with_9_is_removed_by_the_next_start"]
-fn build_and_wait() {
-    let bed = Testbed::create("tkill", &Topology::three_locations()).unwrap();
-    println!("built");
-    std::thread::sleep(Duration::from_secs(600));
-    drop(bed);
-}
-
 #[test]
 fn a_testbed_killed_with_9_is_removed_by_the_next_start() {
     if !require_root("the testbed") {
@@ -236,8 +226,8 @@ fn a_testbed_killed_with_9_is_removed_by_the_next_start() {
     cleanup("tkill").unwrap();
     // Killed at several points of its start, the last one after it.
     for wait_ms in [30, 200, 700, 20_000] {
-        let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "build_and_wait", "--ignored", "--nocapture"])
+        let mut child = Command::new(env!("CARGO_BIN_EXE_anyplace-to-be-killed"))
+            .args(["testbed", "tkill"])
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()

@@ -6,6 +6,7 @@ use std::{
 };
 
 use anyplace_images::{Client, Credentials};
+use anyplace_seed::Seed;
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 
@@ -74,55 +75,11 @@ pub(crate) fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
 }
 
-/// Random numbers from a seed that is printed, and set again with `ANYPLACE_SEED`.
-#[derive(Clone)]
-pub(crate) struct Seed(u64);
-
-impl Seed {
-    pub(crate) fn new() -> Self {
-        let seed = match std::env::var("ANYPLACE_SEED") {
-            Ok(seed) => seed.parse().expect("ANYPLACE_SEED is a number"),
-            Err(_) => {
-                let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
-                u64::from(now.subsec_nanos()) ^ now.as_secs()
-            }
-        };
-        eprintln!("replay with ANYPLACE_SEED={seed}");
-        Self::of(seed)
-    }
-
-    pub(crate) fn of(seed: u64) -> Self {
-        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16
-    }
-
-    /// Below `end`.
-    pub(crate) fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
-    }
-
-    /// Bytes that don't compress.
-    pub(crate) fn noise(&mut self, len: usize) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(len + 8);
-        while bytes.len() < len {
-            bytes.extend_from_slice(&self.next().to_le_bytes()[..6]);
-        }
-        bytes.truncate(len);
-        bytes
-    }
-}
-
 /// A root file system with a large file of noise, a small one and some links.
 pub(crate) fn tree(root: &Path, seed: &mut Seed, len: usize) {
     std::fs::create_dir_all(root.join("bin")).unwrap();
     std::fs::create_dir_all(root.join("etc/app")).unwrap();
-    std::fs::write(root.join("bin/data"), seed.noise(len)).unwrap();
+    std::fs::write(root.join("bin/data"), seed.bytes(len)).unwrap();
     std::fs::write(root.join("etc/app/config"), "key = value\n".repeat(500)).unwrap();
     std::fs::hard_link(root.join("etc/app/config"), root.join("etc/app/same")).unwrap();
     std::os::unix::fs::symlink("app/config", root.join("etc/link")).unwrap();

@@ -9,9 +9,10 @@ use anyplace_images::{
     BlobFile, Client, Digest, ImageSpec, Item, NoProgress, PackedImage, Patience, PushOptions, RawManifest,
     Reference, Source, Stage, pack, push_with,
 };
+use anyplace_seed::Seed;
 
 use crate::{
-    bed::{Registry, Seed, runtime, tree},
+    bed::{Registry, runtime, tree},
     proxy::{Fault, Proxy},
 };
 
@@ -52,7 +53,7 @@ async fn pull(client: &Client, reference: &Reference, image: &PackedImage) -> an
 
 #[test]
 fn pushes_and_pulls_survive_a_failing_network() {
-    let mut seed = Seed::new();
+    let mut seed = Seed::from_env();
     let dir = tempfile::tempdir().unwrap();
     let (registry, runtime) = (Registry::start(), runtime());
     let (mut faults, mut resumed) = (0, 0);
@@ -68,7 +69,7 @@ fn pushes_and_pulls_survive_a_failing_network() {
             7 => Fault::Slow(Duration::from_micros(100 + seed.below(900))),
             _ => Fault::Pass,
         };
-        let proxy = Proxy::start(&registry.host, Seed::of(seed.next()), Box::new(decide));
+        let proxy = Proxy::start(&registry.host, Seed::new(seed.next()), Box::new(decide));
         let client = registry.client_at(&proxy.url).with_patience(Patience { retries: 20 });
         let reference: Reference = format!("app:v{round}").parse().unwrap();
         let options = PushOptions::default();
@@ -101,7 +102,7 @@ fn manifest(blob: &BlobFile) -> RawManifest {
 
 #[test]
 fn flipped_bytes_on_the_wire_are_caught() {
-    let mut seed = Seed::new();
+    let mut seed = Seed::from_env();
     let dir = tempfile::tempdir().unwrap();
     let (registry, runtime) = (Registry::start(), runtime());
     let next = Arc::new(Mutex::new(None));
@@ -114,7 +115,7 @@ fn flipped_bytes_on_the_wire_are_caught() {
     let mut caught = [0, 0];
     for round in 0..FLIPS {
         let up = round % 2 == 0;
-        let bytes = seed.noise(FLIPPED_BYTES);
+        let bytes = seed.bytes(FLIPPED_BYTES);
         std::fs::write(&path, &bytes).unwrap();
         let blob =
             BlobFile { digest: Digest::of(&bytes), size: bytes.len() as u64, path: path.clone(), offset: 0 };

@@ -7,10 +7,11 @@ use std::{
 };
 
 use anyplace_images::{Digest, Reference};
+use anyplace_seed::Seed;
 use serde_json::Value;
 
 use crate::{
-    bed::{Registry, Seed, has, tree},
+    bed::{Registry, has, tree},
     runner::{Home, ran},
 };
 
@@ -156,7 +157,7 @@ fn containerd_pulls_what_we_pack_and_gives_it_back() {
     if !has(&["containerd", "ctr"]) {
         return;
     }
-    let (mut seed, registry, home) = (Seed::of(3), Registry::start(), Home::new());
+    let (mut seed, registry, home) = (Seed::new(3), Registry::start(), Home::new());
     let at = |name: &str| home.path().join(name).display().to_string();
     let config = format!(
         "version = 2\nroot = \"{}\"\nstate = \"{}\"\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n\
@@ -198,7 +199,7 @@ fn debians_registry_takes_and_gives_images() {
     if !has(&["docker-registry", "skopeo"]) {
         return;
     }
-    let (mut seed, registry, home) = (Seed::of(4), Registry::start(), Home::new());
+    let (mut seed, registry, home) = (Seed::new(4), Registry::start(), Home::new());
     // A port that was free a moment ago: this server can't tell which one it took.
     let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
     let config = format!(

@@ -8,11 +8,12 @@ use std::{
 };
 
 use anyplace_images::{Digest, Reference};
+use anyplace_seed::Seed;
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde_json::Value;
 
 use crate::{
-    bed::{Registry, Seed, tree},
+    bed::{Registry, tree},
     proxy::{Fault, Proxy},
     runner::{Home, ran},
     sources::archive,
@@ -76,7 +77,7 @@ fn docker_archive(dir: &Path, root: &Path, to: &Path) {
 
 #[test]
 fn a_killed_push_goes_on_at_the_acknowledged_offset() {
-    let mut seed = Seed::new();
+    let mut seed = Seed::from_env();
     let (registry, home) = (Registry::start(), Home::new());
     let temporary = home.path().join("tmp");
     std::fs::create_dir(&temporary).unwrap();

@@ -14,7 +14,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
 };
 
-use crate::bed::Seed;
+use anyplace_seed::Seed;
 
 /// Bytes that are passed on at once.
 const CHUNK: usize = 16 << 10;

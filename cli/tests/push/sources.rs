@@ -7,10 +7,11 @@ use std::{
 };
 
 use anyplace_images::{Client, Digest, PIECES_ANNOTATION, Pieces, Reference};
+use anyplace_seed::Seed;
 use serde_json::{Value, json};
 
 use crate::{
-    bed::{Registry, Seed, tree},
+    bed::{Registry, tree},
     runner::{Home, Ran, ran},
 };
 
@@ -167,7 +168,7 @@ fn summary(done: &Ran) -> Value {
 
 #[test]
 fn layouts_are_packed_again_and_mirrored() {
-    let mut seed = Seed::of(1);
+    let mut seed = Seed::new(1);
     let (registry, second, home) = (Registry::start(), Registry::start(), Home::new());
     let root = home.path().join("tree");
     tree(&root, &mut seed, 5_000_000);
@@ -228,7 +229,7 @@ fn layouts_are_packed_again_and_mirrored() {
 
 #[test]
 fn docker_archives_are_read_and_verified() {
-    let mut seed = Seed::of(2);
+    let mut seed = Seed::new(2);
     let (registry, home) = (Registry::start(), Home::new());
     let root = home.path().join("tree");
     tree(&root, &mut seed, 100_000);

@@ -15,12 +15,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyplace_seed::Seed;
 use anyplace_store::{EmbeddedStore, Store, StoreExt, Txn};
 use futures_util::StreamExt;
-use seed::Seed;
-
-#[path = "support/seed.rs"]
-mod seed;
 
 const CHILD_STORE: &str = "ANYPLACE_KILL_TEST_STORE";
 const ROUNDS: usize = 30;

@@ -5,14 +5,12 @@
 mod archive;
 #[path = "support/layer.rs"]
 mod layer;
-#[path = "support/seed.rs"]
-mod seed;
 
 use std::{collections::BTreeMap, io::Read};
 
+use anyplace_seed::Seed;
 use archive::Archive;
 use layer::{Layer, packed, read_layer};
-use seed::Random;
 use zstd_chunked::{Annotations, Digest, Footer, Packed, read_plain};
 
 /// How many bits are flipped, one at a time.
@@ -37,17 +35,17 @@ fn every_flipped_bit_of_the_blob_is_caught() {
     let (blob, packed, layer) = small_layer();
     let annotations = packed.annotations.unwrap();
     let positions = annotations.positions;
-    let mut random = Random::from_environment();
+    let mut random = Seed::from_env();
     let mut caught = 0;
     for flip in 0..FLIPS {
         // A third anywhere, the others in the tables and the footer, which are smaller.
         let at = match flip % 3 {
-            0 => random.below(blob.len()),
-            1 => positions.toc.offset as usize + random.below(blob.len() - positions.toc.offset as usize),
-            _ => blob.len() - Footer::SIZE + random.below(Footer::SIZE),
+            0 => random.index(blob.len()),
+            1 => positions.toc.offset as usize + random.index(blob.len() - positions.toc.offset as usize),
+            _ => blob.len() - Footer::SIZE + random.index(Footer::SIZE),
         };
         let mut damaged = blob.clone();
-        damaged[at] ^= 1 << random.below(8);
+        damaged[at] ^= 1 << random.index(8);
         // A puller that has the annotations.
         match read_layer(&damaged, &annotations) {
             Err(_) => caught += 1,
@@ -77,13 +75,13 @@ fn every_flipped_bit_of_the_blob_is_caught() {
 #[test]
 fn every_changed_character_of_the_annotations_is_caught() {
     let (blob, packed, layer) = small_layer();
-    let mut random = Random::from_environment();
+    let mut random = Seed::from_env();
     let map = packed.annotations.unwrap().to_map();
     for _ in 0..FLIPS / 10 {
         let mut changed: BTreeMap<String, String> = map.clone();
-        let value = changed.values_mut().nth(random.below(3)).unwrap();
-        let at = random.below(value.len());
-        let new = char::from(b' ' + random.below(95) as u8);
+        let value = changed.values_mut().nth(random.index(3)).unwrap();
+        let at = random.index(value.len());
+        let new = char::from(b' ' + random.index(95) as u8);
         value.replace_range(at..at + 1, new.encode_utf8(&mut [0; 4]));
         if let Ok(Some(annotations)) = Annotations::from_map(&changed)
             && let Ok(read) = read_layer(&blob, &annotations)

@@ -8,13 +8,11 @@
 mod archive;
 #[path = "support/layer.rs"]
 mod layer;
-#[path = "support/seed.rs"]
-mod seed;
 
 use std::{collections::HashSet, path::Path};
 
+use anyplace_seed::Seed;
 use layer::{packed_with, read_layer, round_trip};
-use seed::Random;
 use zstd_chunked::{Digest, Limits, Options, Positions, Section, Toc, pack, read_tar_split};
 
 /// Changed inputs for each file of the corpus.
@@ -35,17 +33,17 @@ fn corpus(kind: &str) -> Vec<(String, Vec<u8>)> {
 }
 
 /// One to four changes: a bit, a byte, a number, a piece that is removed, doubled or moved.
-fn mutate(bytes: &[u8], random: &mut Random) -> Vec<u8> {
+fn mutate(bytes: &[u8], random: &mut Seed) -> Vec<u8> {
     let mut bytes = bytes.to_vec();
-    for _ in 0..=random.below(4) {
+    for _ in 0..=random.index(4) {
         if bytes.is_empty() {
             break;
         }
-        let at = random.below(bytes.len());
-        let piece = at..(at + 1 + random.below(64)).min(bytes.len());
-        match random.below(7) {
-            0 => bytes[at] ^= 1 << random.below(8),
-            1 => bytes[at] = [0, b'0', b'9', b'"', b'/', b'.', b'-', 0xff][random.below(8)],
+        let at = random.index(bytes.len());
+        let piece = at..(at + 1 + random.index(64)).min(bytes.len());
+        match random.index(7) {
+            0 => bytes[at] ^= 1 << random.index(8),
+            1 => bytes[at] = [0, b'0', b'9', b'"', b'/', b'.', b'-', 0xff][random.index(8)],
             2 => {
                 // The next number becomes an extreme one.
                 if let Some(digit) = bytes[at..].iter().position(u8::is_ascii_digit) {
@@ -55,7 +53,7 @@ fn mutate(bytes: &[u8], random: &mut Random) -> Vec<u8> {
                         .position(|byte| !byte.is_ascii_digit())
                         .map_or(bytes.len(), |n| from + n);
                     let number =
-                        ["0", "1", "-1", "4294967296", "18446744073709551615", "1e9"][random.below(6)];
+                        ["0", "1", "-1", "4294967296", "18446744073709551615", "1e9"][random.index(6)];
                     bytes.splice(from..to, number.bytes());
                 }
             }
@@ -67,7 +65,7 @@ fn mutate(bytes: &[u8], random: &mut Random) -> Vec<u8> {
             5 => bytes.truncate(at),
             _ => {
                 let copy = bytes[piece.clone()].to_vec();
-                let to = random.below(bytes.len() - copy.len() + 1);
+                let to = random.index(bytes.len() - copy.len() + 1);
                 bytes[to..to + copy.len()].copy_from_slice(&copy);
             }
         }
@@ -99,7 +97,7 @@ fn judge_toc(toc: &Toc, data_end: u64) {
 
 #[test]
 fn tables_of_contents() {
-    let (mut random, limits, data_end) = (Random::from_environment(), Limits::default(), 100_000);
+    let (mut random, limits, data_end) = (Seed::from_env(), Limits::default(), 100_000);
     let mut accepted = 0;
     for (name, bytes) in corpus("toc") {
         Toc::from_json(&bytes, &limits).unwrap().check(&limits, data_end).expect(&name);
@@ -118,7 +116,7 @@ fn tables_of_contents() {
 
 #[test]
 fn tar_splits() {
-    let (mut random, limits) = (Random::from_environment(), Limits::default());
+    let (mut random, limits) = (Seed::from_env(), Limits::default());
     for (name, bytes) in corpus("tar-split") {
         let toc = name.replace("jsonl", "json");
         let (_, toc) = corpus("toc").into_iter().find(|(name, _)| *name == toc).unwrap();
@@ -147,14 +145,14 @@ fn tar_splits() {
 /// What the packer accepts, the reader accepts, and gives back as it was.
 #[test]
 fn archives() {
-    let mut random = Random::from_environment();
+    let mut random = Seed::from_env();
     for (name, bytes) in corpus("tar") {
         assert!(round_trip(&bytes).1.is_some(), "{name}");
         let (mut tables, mut plain) = (0, 0);
         for _ in 0..MUTATIONS / 3 {
             // A flipped bit in a header is found by its checksum, so correct that most of the time.
             let mut changed = mutate(&bytes, &mut random);
-            if random.below(4) > 0 {
+            if random.index(4) > 0 {
                 correct_checksums(&mut changed);
             }
             if pack(&changed[..], std::io::sink(), &Options { threads: 1, ..Options::default() }).is_err() {

@@ -24,8 +24,8 @@ mod world;
 use std::{fs, path::Path};
 
 use anyplace_ebpf_model::Program;
+use anyplace_seed::Seed;
 use namespaces::root_or_skip;
-use random::Random;
 use world::World;
 
 /// Packets of an ordinary run.
@@ -40,7 +40,7 @@ fn programs_and_model_agree_on_random_packets() {
     }
     let packets = std::env::var("ANYPLACE_PACKETS")
         .map_or(PACKETS, |count| count.parse().expect("ANYPLACE_PACKETS is a number"));
-    let mut random = Random::from_environment();
+    let mut random = Seed::from_env();
     let mut world = World::new();
     let (mut done, mut refused) = (0, 0);
     while done < packets {
@@ -69,7 +69,7 @@ fn programs_and_model_agree_on_the_corpus() {
         return;
     }
     let mut world = World::new();
-    world.draw_tables(&mut Random(1));
+    world.draw_tables(&mut Seed::new(1));
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/corpus");
     let mut count = 0;
     for entry in fs::read_dir(&folder).unwrap() {

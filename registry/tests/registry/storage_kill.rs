@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyplace_images::{Credentials, Digest};
 use anyplace_registry::{Bucket, Config, StorageConfig};
+use anyplace_seed::Seed;
 use hyper_util::rt::TokioIo;
 use reqwest::{Method, StatusCode};
 use tokio::sync::watch;
@@ -77,7 +78,7 @@ async fn campaign(kills: u64, s3: Option<String>) {
                 http,
                 url: url.clone(),
                 credentials: credentials.clone(),
-                seed: Seed(seed.next()),
+                seed: seed.fork(),
                 number,
                 done: done.clone(),
                 stop: stop.clone(),
@@ -357,34 +358,5 @@ impl Killable {
 impl Drop for Killable {
     fn drop(&mut self) {
         self.kill();
-    }
-}
-
-/// splitmix64: the same numbers for a seed.
-struct Seed(u64);
-
-impl Seed {
-    /// The seed of `ANYPLACE_SEED`, else of the clock.
-    fn from_env() -> Seed {
-        let clock = || {
-            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-            now.unwrap_or_default().as_nanos() as u64
-        };
-        let given = std::env::var("ANYPLACE_SEED").ok();
-        let seed = given.map_or_else(clock, |seed| seed.parse().unwrap());
-        eprintln!("replay with ANYPLACE_SEED={seed}");
-        Seed(seed)
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
     }
 }

@@ -281,6 +281,4 @@ fn name_key(remote: &RemoteLocation) -> u64 {
 }
 
 #[cfg(test)]
-mod seed;
-#[cfg(test)]
 mod tests;

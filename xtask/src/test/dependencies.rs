@@ -10,6 +10,7 @@ use serde_json::Value;
 const ALLOWED: &[(&str, &[&str])] = &[
     ("anyplace-model", &[]),
     ("anyplace-ebpf-common", &[]),
+    ("anyplace-seed", &[]),
     ("anyplace-store", &[]),
     ("zstd-chunked", &[]),
     ("anyplace-images", &["zstd-chunked"]),

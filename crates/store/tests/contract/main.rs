@@ -11,8 +11,6 @@ mod conditions;
 mod leases;
 mod oracle;
 mod random;
-#[path = "../support/seed.rs"]
-mod seed;
 mod watches;
 
 use std::any::Any;

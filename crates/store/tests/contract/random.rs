@@ -7,8 +7,8 @@ use std::time::Duration;
 use anyplace_store::{Error, LeaseId, Store, Txn, TxnOutcome};
 
 use crate::oracle::Oracle;
-use crate::seed::Seed;
 use crate::take;
+use anyplace_seed::Seed;
 
 const KEYS: [&str; 10] = ["a", "a/b", "a/c", "a/c/d", "b", "b/", "b/a", "b/b", "c", "ä"];
 const PREFIXES: [&str; 6] = ["a/", "a", "b/", "b", "c", "x"];

@@ -4,6 +4,7 @@
 use std::net::Ipv4Addr;
 
 use anyplace_ebpf_model::Program;
+use anyplace_seed::Seed;
 
 use crate::{
     bed::{CLIENT, CONTAINER_PORT, FAR, GONE, HERE, HERE_TOO, MACHINE, OTHER, SENDER, THERE, THERE_TOO, VIP},
@@ -17,49 +18,8 @@ pub(crate) const HOPS: [Ipv4Addr; 7] = [HERE, HERE_TOO, GONE, THERE, THERE_TOO, 
 /// VIP ports that tables are made for; the one after them has none.
 pub(crate) const PORTS: std::ops::Range<u16> = 80..86;
 
-/// splitmix64.
-pub(crate) struct Random(pub(crate) u64);
-
-impl Random {
-    /// From `ANYPLACE_SEED`, else from the clock.
-    pub(crate) fn from_environment() -> Self {
-        let seed = match std::env::var("ANYPLACE_SEED") {
-            Ok(seed) => seed.parse().expect("ANYPLACE_SEED is a number"),
-            Err(_) => std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64,
-        };
-        eprintln!("replay with ANYPLACE_SEED={seed}");
-        Self(seed)
-    }
-
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// A number below the bound.
-    pub(crate) fn below(&mut self, bound: usize) -> usize {
-        (self.next() % bound as u64) as usize
-    }
-
-    /// True `percent` times in a hundred.
-    pub(crate) fn chance(&mut self, percent: usize) -> bool {
-        self.below(100) < percent
-    }
-
-    pub(crate) fn pick<T: Copy>(&mut self, items: &[T]) -> T {
-        items[self.below(items.len())]
-    }
-
-    fn bytes(&mut self, length: usize) -> Vec<u8> {
-        (0..length).map(|_| self.next() as u8).collect()
-    }
-}
-
 /// A program and a frame for it.
-pub(crate) fn packet(random: &mut Random) -> (Program, Vec<u8>) {
+pub(crate) fn packet(random: &mut Seed) -> (Program, Vec<u8>) {
     let program = random.pick(&[Program::Ingress, Program::Target, Program::Target, Program::Reply]);
     let made_for = if random.chance(2) { random.pick(&[Program::Ingress, Program::Target]) } else { program };
     let packet = match made_for {
@@ -75,12 +35,12 @@ pub(crate) fn packet(random: &mut Random) -> (Program, Vec<u8>) {
 }
 
 /// What a client sends.
-fn clients(random: &mut Random) -> Ip {
-    let client = Ipv4Addr::from(u32::from(CLIENT) + random.below(3) as u32);
+fn clients(random: &mut Seed) -> Ip {
+    let client = Ipv4Addr::from(u32::from(CLIENT) + random.index(3) as u32);
     let vip = if random.chance(4) { OTHER } else { random.pick(&[VIP, VIP, VIP_TOO]) };
-    let from = (client, 40_000 + random.below(5) as u16);
-    let to = (vip, PORTS.start + random.below(PORTS.len() + 1) as u16);
-    let packet = match random.below(20) {
+    let from = (client, 40_000 + random.index(5) as u16);
+    let to = (vip, PORTS.start + random.index(PORTS.len() + 1) as u16);
+    let packet = match random.index(20) {
         0 => echo(random, client, vip),
         1 | 2 => error(random, client, from, to),
         _ => transport(random, from, to),
@@ -89,14 +49,14 @@ fn clients(random: &mut Random) -> Ip {
 }
 
 /// An echo request, or another message with an ICMP header.
-fn echo(random: &mut Random, client: Ipv4Addr, vip: Ipv4Addr) -> Ip {
-    let length = random.below(40);
+fn echo(random: &mut Seed, client: Ipv4Addr, vip: Ipv4Addr) -> Ip {
+    let length = random.index(40);
     let data = random.bytes(length);
     icmp(client, vip, [random.pick(&[8, 8, 8, 0, 13, 3]), random.pick(&[0, 0, 0, 1])], [0; 4], &data)
 }
 
 /// An ICMP error about a packet that the VIP sent.
-fn error(random: &mut Random, router: Ipv4Addr, client: (Ipv4Addr, u16), vip: (Ipv4Addr, u16)) -> Ip {
+fn error(random: &mut Seed, router: Ipv4Addr, client: (Ipv4Addr, u16), vip: (Ipv4Addr, u16)) -> Ip {
     let sent = transport(random, vip, client);
     let mut quote = header(random, sent).bytes();
     quote.truncate(random.pick(&[28, 28, 28, 38, 48, 88, 20, 24]));
@@ -106,27 +66,27 @@ fn error(random: &mut Random, router: Ipv4Addr, client: (Ipv4Addr, u16), vip: (I
 }
 
 /// What an instance sends.
-fn answer(random: &mut Random) -> Ip {
+fn answer(random: &mut Seed) -> Ip {
     let from = random.pick(&[HERE, HERE, HERE_TOO, GONE]);
-    let vip = random.below(2) as u16;
-    let port = CONTAINER_PORT + 100 * vip + random.below(PORTS.len() + 1) as u16;
-    let to = match random.below(12) {
+    let vip = random.index(2) as u16;
+    let port = CONTAINER_PORT + 100 * vip + random.index(PORTS.len() + 1) as u16;
+    let to = match random.index(12) {
         0 => Ipv4Addr::new(169, 254, 1, 1),
         1 => VIP,
         2 => HERE,
         3 => MACHINE,
         _ => CLIENT,
     };
-    let client_port = 40_000 + random.below(5) as u16;
+    let client_port = 40_000 + random.index(5) as u16;
     let packet = transport(random, (from, port), (to, client_port));
     header(random, packet)
 }
 
 /// What another machine sends.
-fn encapsulated(random: &mut Random) -> Ip {
+fn encapsulated(random: &mut Seed) -> Ip {
     let inner = clients(random);
     let hop = if random.chance(3) { OTHER } else { random.pick(&HOPS) };
-    let next = if random.chance(3) { random.below(5) as u8 } else { random.below(4) as u8 };
+    let next = if random.chance(3) { random.index(5) as u8 } else { random.index(4) as u8 };
     let list: Vec<u8> =
         (0..3).flat_map(|_| if random.chance(3) { OTHER } else { random.pick(&HOPS) }.octets()).collect();
     let sender = if random.chance(5) { (OTHER, SENDER.1) } else { SENDER };
@@ -135,13 +95,13 @@ fn encapsulated(random: &mut Random) -> Ip {
     packet
 }
 
-fn transport(random: &mut Random, from: (Ipv4Addr, u16), to: (Ipv4Addr, u16)) -> Ip {
-    let length = if random.chance(3) { 1380 + random.below(80) } else { random.below(24) };
+fn transport(random: &mut Seed, from: (Ipv4Addr, u16), to: (Ipv4Addr, u16)) -> Ip {
+    let length = if random.chance(3) { 1380 + random.index(80) } else { random.index(24) };
     let payload = random.bytes(length);
     if random.chance(50) {
         let flags = random.pick(&[SYN, SYN, ACK, ACK, ACK, ACK | 8, SYN | ACK, 4, ACK | 4, ACK | 1, 0, 0xff]);
         if flags & SYN != 0 && random.chance(50) {
-            let size = 1300 + random.below(300) as u16;
+            let size = 1300 + random.index(300) as u16;
             return tcp_with_segment_size(from, to, flags, size);
         }
         tcp(from, to, flags, &payload)
@@ -153,11 +113,11 @@ fn transport(random: &mut Random, from: (Ipv4Addr, u16), to: (Ipv4Addr, u16)) ->
 }
 
 /// A random IPv4 header around the same payload.
-fn header(random: &mut Random, mut packet: Ip) -> Ip {
+fn header(random: &mut Seed, mut packet: Ip) -> Ip {
     packet.tos = random.next() as u8;
-    packet.id = random.below(4) as u16;
+    packet.id = random.index(4) as u16;
     packet.ttl = random.pick(&[1, 2, 64, 255]);
-    packet.fragment = match random.below(20) {
+    packet.fragment = match random.index(20) {
         0 => 0x2000,
         1 => 0x2003,
         2 => 0x0004,
@@ -165,23 +125,23 @@ fn header(random: &mut Random, mut packet: Ip) -> Ip {
         _ => 0x4000,
     };
     if random.chance(6) {
-        let words = random.below(11);
+        let words = random.index(11);
         packet.options = vec![1; 4 * words];
     }
     packet
 }
 
 /// Damages a frame; most of it where headers are.
-fn damage(random: &mut Random, frame: &mut Vec<u8>) {
-    for _ in 0..=random.below(3) {
-        let at = random.below(frame.len().min(120));
-        match random.below(6) {
-            0 => frame[at] ^= 1 << random.below(8),
+fn damage(random: &mut Seed, frame: &mut Vec<u8>) {
+    for _ in 0..=random.index(3) {
+        let at = random.index(frame.len().min(120));
+        match random.index(6) {
+            0 => frame[at] ^= 1 << random.index(8),
             1 => frame[at] = random.next() as u8,
             2 => frame[at] = random.pick(&[0, 0xff, 0x7f, 0x80]),
             3 if at >= 14 => frame.truncate(at),
             4 => {
-                let length = random.below(60);
+                let length = random.index(60);
                 frame.extend(random.bytes(length));
             }
             _ => frame.swap(at, at / 2),

@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, net::Ipv4Addr, sync::Mutex};
 
 use anyplace_ebpf::{Bucket, Counter, Instance, Port, Protocol, VipKey, VipTable};
 use anyplace_ebpf_model::{Flow, Machine, Program, Tables, Verdict, VipCount};
+use anyplace_seed::Seed;
 use aya::{
     Pod,
     maps::{HashMap, MapData},
@@ -14,7 +15,7 @@ use crate::{
         Bed, CONTAINER_PORT, HERE, HERE_TOO, MACHINE, OTHER, TC_REDIRECT, TC_SHOT, TC_UNSPEC, VIP, XDP_DROP,
         XDP_PASS, XDP_TX, hex, test_run,
     },
-    random::{HOPS, PORTS, Random, VIP_TOO},
+    random::{HOPS, PORTS, VIP_TOO},
 };
 
 type FlowMap = HashMap<MapData, [u8; 16], [u8; 4]>;
@@ -47,7 +48,7 @@ impl World {
     }
 
     /// New tables, new instances, no flows.
-    pub(crate) fn draw_tables(&mut self, random: &mut Random) {
+    pub(crate) fn draw_tables(&mut self, random: &mut Seed) {
         clear(&self.flows);
         clear(&self.embryonic);
         clear(&self.fragments);
@@ -84,7 +85,7 @@ impl World {
             let instance = Instance { address, host_interface: name.into(), ports };
             bed.namespace.enter(|| bed.plane.set_instance(&instance).unwrap());
         }
-        let fleet = match random.below(3) {
+        let fleet = match random.index(3) {
             0 => vec![],
             1 => vec![(Ipv4Addr::new(10, 1, 0, 0), 16), (OTHER, 32)],
             _ => vec![(Ipv4Addr::new(10, 0, 0, 0), 8)],
@@ -94,17 +95,17 @@ impl World {
         self.base = self.counters();
     }
 
-    fn draw_vip(&mut self, random: &mut Random, key: VipKey) {
+    fn draw_vip(&mut self, random: &mut Seed, key: VipKey) {
         // Gone first, so that its counters start at zero.
         self.bed.plane.remove_vip(key).unwrap();
         if random.chance(8) {
             return;
         }
         let mut table = || -> Vec<Bucket> {
-            (0..random.below(6))
+            (0..random.index(6))
                 .map(|_| {
                     let now = random.pick(&HOPS);
-                    let before = match random.below(4) {
+                    let before = match random.index(4) {
                         0 => random.pick(&HOPS),
                         1 => Ipv4Addr::UNSPECIFIED,
                         _ => now,

@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, SystemTime};
 
+use anyplace_seed::Seed;
 use futures_util::stream::{self, BoxStream};
 use futures_util::{FutureExt as _, StreamExt as _};
 use object_store::memory::InMemory;
@@ -219,21 +220,16 @@ impl ObjectStore for Stepped {
 
 /// Numbers from a seed.
 #[derive(Clone)]
-pub(super) struct Dice(Rc<RefCell<u64>>);
+pub(super) struct Dice(Rc<RefCell<Seed>>);
 
 impl Dice {
     pub(super) fn new(seed: u64) -> Dice {
-        Dice(Rc::new(RefCell::new(seed)))
+        Dice(Rc::new(RefCell::new(Seed::new(seed))))
     }
 
     /// One of the numbers below `end`.
     pub(super) fn below(&self, end: usize) -> usize {
-        let mut state = self.0.borrow_mut();
-        *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = *state;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((mixed ^ (mixed >> 31)) % end as u64) as usize
+        self.0.borrow_mut().index(end)
     }
 
     pub(super) fn one_in(&self, many: usize) -> bool {

@@ -4,10 +4,10 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyplace_images::{Algorithm, Digest};
+use anyplace_seed::Seed;
 use futures_util::TryStreamExt as _;
 
 use super::super::{ManifestEntry, NewManifest};
-use super::faulty::Seed;
 use super::{Bed, Opener, Process, noise};
 
 /// Uploads in all; each has some tens of operations on the store.

@@ -5,6 +5,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+use anyplace_seed::Seed;
 use futures_util::stream::BoxStream;
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use object_store::memory::InMemory;
@@ -15,32 +16,6 @@ use object_store::{
     ObjectStore, ObjectStoreExt as _, PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult,
     Result,
 };
-
-/// splitmix64: the same numbers for a seed.
-#[derive(Debug)]
-pub(super) struct Seed(pub(super) u64);
-
-impl Seed {
-    /// The seed of `ANYPLACE_SEED`, else of the clock.
-    pub(super) fn from_env() -> Seed {
-        let clock = || {
-            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-            now.unwrap_or_default().as_nanos() as u64
-        };
-        let given = std::env::var("ANYPLACE_SEED").ok();
-        let seed = given.map_or_else(clock, |seed| seed.parse().expect("ANYPLACE_SEED is a number"));
-        eprintln!("replay with ANYPLACE_SEED={seed}");
-        Seed(seed)
-    }
-
-    pub(super) fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % bound
-    }
-}
 
 #[derive(Debug)]
 pub(super) struct Faulty {
@@ -65,12 +40,12 @@ enum Fate {
 impl Faulty {
     pub(super) fn new(inner: InMemory, conditional: bool) -> Faulty {
         let zero = || AtomicU64::new(0);
-        let seed = Mutex::new(Seed(1));
+        let seed = Mutex::new(Seed::new(1));
         Faulty { inner, conditional, seed, one_in: zero(), faults: zero(), down: AtomicBool::new(false) }
     }
 
     pub(super) fn seed(&self, seed: u64) {
-        *self.seed.lock().unwrap() = Seed(seed);
+        *self.seed.lock().unwrap() = Seed::new(seed);
     }
 
     async fn fate(&self) -> Fate {

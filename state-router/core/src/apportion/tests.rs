@@ -1,5 +1,5 @@
 use super::*;
-use crate::seed::Random;
+use anyplace_seed::Seed;
 
 /// The owners, and the quotas of other locations, then of slots; a slot that takes nothing has weight 0.
 fn assign(slots: &[u64], others: &[u64]) -> (Vec<u16>, Vec<u32>) {
@@ -43,7 +43,7 @@ fn moves(before: &(Vec<u16>, Vec<u32>), after: &(Vec<u16>, Vec<u32>)) -> (u64, u
 
 #[test]
 fn nobody_is_a_whole_bucket_off() {
-    let mut random = Random::from_env();
+    let mut random = Seed::from_env();
     for _ in 0..500 {
         let slots: Vec<u64> = (0..random.below(40)).map(|_| random.below(4) * random.below(100)).collect();
         let others: Vec<u64> = (0..random.below(5)).map(|_| random.below(2_000)).collect();
@@ -97,7 +97,7 @@ fn a_table_of_another_size_keeps_its_flows() {
 
 /// Moves of a random life, against the least that its shares allow.
 fn life(seed: u64, slots: usize, weighted: bool, others: usize) -> (u64, u64) {
-    let mut random = Random::new(seed);
+    let mut random = Seed::new(seed);
     let mut weights = vec![100_u64; slots];
     let mut shares = vec![0_u64; others];
     let mut before = assign(&weights, &shares);
@@ -150,7 +150,7 @@ fn life(seed: u64, slots: usize, weighted: bool, others: usize) -> (u64, u64) {
 
 #[test]
 fn a_life_of_changes_moves_little_more_than_must_move() {
-    let mut random = Random::from_env();
+    let mut random = Seed::from_env();
     for (weighted, others, bound) in [(false, 0, 1.8), (true, 0, 2.2), (true, 3, 2.2)] {
         for slots in [2, 4, 8, 16, 24, 40] {
             let (mut moved, mut must) = (0, 0);
