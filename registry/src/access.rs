@@ -154,21 +154,27 @@ impl Access {
 
     /// Keeps up with what other processes change, and counts what teams use, until the shutdown.
     pub(crate) async fn run(self: Arc<Self>, storage: Storage, shutdown: CancellationToken) {
-        let mut counted: Option<std::time::Instant> = None;
-        loop {
-            if counted.is_none_or(|at| at.elapsed() >= limits::COUNT_EVERY) {
-                counted = Some(std::time::Instant::now());
+        // Apart: a count may take minutes, and an account that was removed is good no longer than a refresh.
+        let counting = async {
+            loop {
                 if let Err(error) = self.limits.count(&storage, &self.accounts.known()).await {
                     tracing::warn!(%error, "can't count what teams use; quotas go by the last count");
                 }
+                tokio::time::sleep(limits::COUNT_EVERY).await;
             }
-            tokio::select! {
-                () = tokio::time::sleep(accounts::REFRESH) => {}
-                () = shutdown.cancelled() => return,
+        };
+        let refreshing = async {
+            loop {
+                tokio::time::sleep(accounts::REFRESH).await;
+                if let Err(error) = self.accounts.refresh().await {
+                    tracing::warn!(%error, "can't read the accounts; going on with those that are known");
+                }
             }
-            if let Err(error) = self.accounts.refresh().await {
-                tracing::warn!(%error, "can't read the accounts; going on with those that are known");
-            }
+        };
+        tokio::select! {
+            () = counting => {}
+            () = refreshing => {}
+            () = shutdown.cancelled() => {}
         }
     }
 
@@ -245,6 +251,13 @@ impl Access {
             self.limits.request(&team)?;
         }
         Ok(who)
+    }
+
+    /// Bytes that may still be pushed into a repository, if its owner has a quota.
+    pub(crate) fn room(&self, repository: &str) -> Option<u64> {
+        let known = self.accounts.known();
+        let team = known.owner(repository)?;
+        Some(team.quota_bytes?.saturating_sub(self.limits.used(&team.name)))
     }
 
     /// Lets a push of so many bytes into a repository through its owner's quota.

@@ -63,10 +63,14 @@ struct Pointer {
     urls: Option<Vec<String>>,
 }
 
+/// Whether a blob of this type has to be in its manifest's repository, and doesn't lie at these addresses.
+pub(crate) fn is_here(media_type: &str, urls: Option<&[String]>) -> bool {
+    urls.is_none_or(<[String]>::is_empty) && !NOT_DISTRIBUTED.iter().any(|part| media_type.contains(part))
+}
+
 impl Pointer {
     fn is_here(&self) -> bool {
-        self.urls.as_ref().is_none_or(Vec::is_empty)
-            && !NOT_DISTRIBUTED.iter().any(|part| self.media_type.contains(part))
+        is_here(&self.media_type, self.urls.as_deref())
     }
 }
 

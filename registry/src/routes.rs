@@ -9,7 +9,6 @@ use std::sync::atomic::Ordering;
 use anyplace_images::{Digest, check_repository};
 use anyplace_registry_core::access::Action;
 use axum::extract::{Query, Request, State};
-use axum::http::header::CONTENT_LENGTH;
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode};
 use axum::response::{IntoResponse as _, Response};
 
@@ -56,23 +55,9 @@ async fn allowed(app: &Arc<App>, mut request: Request) -> Answer {
     if method == Method::GET || method == Method::HEAD {
         return answer(app, request).await;
     }
-    let length = request.headers().get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
-    let length: u64 = length.unwrap_or(0);
-    let target = match &endpoint {
-        Some(Endpoint::Upload { name, .. } | Endpoint::Uploads { name }) if method != Method::DELETE => {
-            Some(name)
-        }
-        _ => None,
-    };
-    if let Some(name) = target {
-        app.access.check_quota(name, length)?;
-    }
     request.extensions_mut().insert(who.clone());
     let response = answer(app, request).await?;
     if response.status().is_success() {
-        if let Some(name) = target {
-            app.access.count_push(name, length);
-        }
         let digest = response.headers().get(blobs::CONTENT_DIGEST).and_then(|value| value.to_str().ok());
         if let Some((action, name, reference)) = change(endpoint.as_ref(), &method, response.status()) {
             app.access.record(&who, action, name, reference, digest);

@@ -19,6 +19,7 @@ use axum::extract::{Query, Request};
 use axum::http::header::{CONTENT_LENGTH, CONTENT_RANGE, LOCATION, RANGE};
 use axum::http::{HeaderMap, HeaderName, StatusCode};
 use axum::response::IntoResponse as _;
+use futures_util::StreamExt as _;
 use serde::Deserialize;
 
 use crate::access::Who;
@@ -91,7 +92,7 @@ pub(crate) async fn post(app: &Arc<App>, name: &str, request: Request) -> Answer
     // Nobody knows an id to go on with, so nothing is kept of it if it breaks off.
     let session = app.uploads.start_whole(digest.kind()).await?;
     let declared = length(request.headers())?;
-    let session = append(app, session, request.into_body(), declared).await?;
+    let session = append(app, name, session, request.into_body(), declared).await?;
     finish(app, name, session, &digest).await?;
     Ok(created(name, &digest))
 }
@@ -138,7 +139,7 @@ async fn take_part(app: &Arc<App>, name: &str, id: &str, request: Request) -> An
         Ok((session, declared))
     });
     match opened {
-        Ok((session, declared)) => append(app, session, body, declared).await,
+        Ok((session, declared)) => append(app, name, session, body, declared).await,
         Err(refusal) => {
             discard(body).await;
             Err(refusal)
@@ -173,13 +174,48 @@ async fn try_mount(app: &App, name: &str, digest: &Digest, from: Option<&str>) -
     Ok(app.storage.put_link(name, digest).await? != Linked::Gone)
 }
 
-async fn append(app: &App, session: Session, body: Body, declared: Option<u64>) -> Answer<Session> {
-    app.uploads.append(session, body.into_data_stream(), declared).await
+/// Appends a body, as far as the quota of the repository's team goes: not every client says beforehand how much it is.
+async fn append(
+    app: &App,
+    name: &str,
+    session: Session,
+    body: Body,
+    declared: Option<u64>,
+) -> Answer<Session> {
+    let before = session.size();
+    if let Err(refusal) = app.access.check_quota(name, before.saturating_add(declared.unwrap_or(0))) {
+        discard(body).await;
+        return Err(refusal);
+    }
+    let room = app.access.room(name).unwrap_or(u64::MAX);
+    let mut size = before;
+    let mut over = None;
+    let mut chunks = body.into_data_stream();
+    let bounded = chunks.by_ref().map(|chunk| {
+        let chunk = chunk.map_err(|error| error.to_string())?;
+        size = size.saturating_add(chunk.len() as u64);
+        if size > room {
+            over = Some(size);
+            return Err("the team's quota is used up".to_owned());
+        }
+        Ok(chunk)
+    });
+    let appended = app.uploads.append(session, bounded, declared).await;
+    if let Some(size) = over {
+        discard(Body::from_stream(chunks)).await;
+        app.access.check_quota(name, size)?;
+    }
+    appended
 }
 
 /// Verifies an upload, makes it content, and links it into the repository.
 async fn finish(app: &App, name: &str, session: Session, digest: &Digest) -> Answer<()> {
-    app.uploads.finish(session, name, digest).await
+    let size = session.size();
+    // Others of the team may have pushed meanwhile.
+    app.access.check_quota(name, size)?;
+    app.uploads.finish(session, name, digest).await?;
+    app.access.count_push(name, size);
+    Ok(())
 }
 
 /// The length that the request declares; where it declares a range, that has to start at the upload's offset.

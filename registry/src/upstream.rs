@@ -25,7 +25,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use anyplace_images::{Digest, Reference};
+use anyplace_images::Reference;
 use bytes::Bytes;
 
 use crate::cache::counters::CacheCounters;
@@ -74,7 +74,7 @@ struct Inner {
     piece_flights: Flights<Bytes>,
     whole_flights: Flights<Arc<Blob>>,
     manifest_flights: Flights<CachedManifest>,
-    tag_flights: Flights<Option<Digest>>,
+    tag_flights: Flights<Option<tags::Kept>>,
     list_flights: Flights<Arc<Vec<String>>>,
     size_flights: Flights<u64>,
 }

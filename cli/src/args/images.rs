@@ -1,10 +1,11 @@
-//! Arguments of the commands that make images.
+//! Arguments of the commands about images: making them, keeping them on a machine, and warming them.
 
 use std::path::PathBuf;
 
-use clap::{Args, ValueHint};
+use anyplace_model::LocationId;
+use clap::{Args, Subcommand, ValueHint};
 
-use super::OutputArg;
+use super::{OutputArg, WaitArgs};
 
 /// What to push.
 #[derive(Debug, Args)]
@@ -73,4 +74,134 @@ pub(crate) struct BuildArgs {
     pub(crate) reference: String,
     #[command(flatten)]
     pub(crate) send: SendArgs,
+}
+
+/// Images on this machine.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ImageCommand {
+    /// Pull an image into a store of its own, and mount it where asked
+    ///
+    /// For looking into images, and for machines without an agent; the agent pulls what it needs by itself.
+    Pull(ImagePullArgs),
+    /// Pack an image into a new OCI layout folder, without a registry
+    Pack {
+        /// As for `push`
+        #[arg(value_hint = ValueHint::AnyPath)]
+        source: String,
+        /// New folder
+        #[arg(value_hint = ValueHint::DirPath)]
+        layout: PathBuf,
+        #[command(flatten)]
+        output: OutputArg,
+    },
+    #[command(flatten)]
+    Store(ImageStoreCommand),
+}
+
+/// Which store.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Store")]
+pub(crate) struct ImageStoreArgs {
+    /// Configuration of the machine agent, which is asked
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        default_value = "/etc/anyplace/machine-agent.toml",
+        value_hint = ValueHint::FilePath
+    )]
+    pub(crate) config: PathBuf,
+    /// Folder of a store that no agent has open
+    #[arg(long, global = true, value_name = "FOLDER", conflicts_with = "config", value_hint = ValueHint::DirPath)]
+    pub(crate) store: Option<PathBuf>,
+}
+
+/// Looking after a store.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ImageStoreCommand {
+    /// List images
+    Ls {
+        #[command(flatten)]
+        output: OutputArg,
+    },
+    /// Show what images take on disk, and what they share
+    Du {
+        #[command(flatten)]
+        output: OutputArg,
+    },
+    /// Show an image's layers and how it runs
+    Inspect {
+        /// Image reference
+        image: String,
+        #[command(flatten)]
+        output: OutputArg,
+    },
+    /// Show which files differ between two images, and what they share
+    Diff {
+        /// Image reference
+        first: String,
+        /// Image reference
+        second: String,
+        #[command(flatten)]
+        output: OutputArg,
+    },
+    /// Remove an image that nothing uses
+    Rm {
+        /// Image reference
+        image: String,
+    },
+    /// Hash everything again, and drop what is damaged
+    Verify {
+        #[command(flatten)]
+        output: OutputArg,
+    },
+}
+
+/// A pull into a store.
+#[derive(Debug, Args)]
+pub(crate) struct ImagePullArgs {
+    /// Image reference
+    pub(crate) image: String,
+    /// Mount the image there for reading; `umount` ends it
+    #[arg(long, value_name = "FOLDER", value_hint = ValueHint::DirPath)]
+    pub(crate) mount: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) output: OutputArg,
+}
+
+/// Warm images.
+#[derive(Debug, Subcommand)]
+pub(crate) enum PrewarmCommand {
+    /// Ask for an image on machines, or change what is asked
+    Set(PrewarmSetArgs),
+    /// List what is asked for, and how far each machine is
+    Ls {
+        #[command(flatten)]
+        output: OutputArg,
+    },
+    /// No longer ask for an image
+    Rm {
+        /// As `ls` lists it, or without the digest
+        image: String,
+    },
+}
+
+/// A wish for warm images.
+#[derive(Debug, Args)]
+pub(crate) struct PrewarmSetArgs {
+    /// Image reference
+    pub(crate) image: String,
+    /// Only in this location; may be given several times [default: all]
+    #[arg(long, value_name = "LOCATION")]
+    pub(crate) location: Vec<LocationId>,
+    /// On so many machines of each location [default: all]
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) machines: Option<u32>,
+    /// 0 to 100; a higher one is fetched first
+    #[arg(long, default_value_t = 50, value_name = "NUMBER")]
+    pub(crate) priority: u8,
+    #[command(flatten)]
+    pub(crate) wait: WaitArgs,
+    #[command(flatten)]
+    pub(crate) output: OutputArg,
 }

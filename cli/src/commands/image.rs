@@ -9,7 +9,8 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use anyplace_images::{
-    ImageSpec, Options, PackOptions, PullClass, PullOptions, PullStats, Reference, Source, Store, pack_with,
+    ImageSpec, Options, PackOptions, PullClass, PullOptions, PullStats, PulledImage, Reference, Source,
+    Store, pack_with,
 };
 use anyplace_model::Bytes;
 use serde::Serialize;
@@ -48,17 +49,29 @@ struct Pulled {
 
 async fn pull(session: &Session, folder: &Path, args: ImagePullArgs) -> anyhow::Result<()> {
     let reference: Reference = args.image.parse()?;
+    if let Some(target) = args.mount.as_deref().filter(|target| !target.is_dir()) {
+        bail!("--mount: {} is no folder; make it first", target.display());
+    }
     let client = session.registry()?;
     let store = Store::open(folder, Options::default())?;
     let options = PullOptions { progress: progress::for_stderr(), class: PullClass::Live };
     let begun = Instant::now();
     let image = store.pull(&reference, &client, &options).await?;
-    let pull_ms = millis(begun.elapsed());
+    // The image can be used now; it is kept once it is on the disk, also where it can't be mounted.
+    let shown = show(&image, &reference, &args, millis(begun.elapsed()));
+    let settled = store.settle().await.context("the image is here, but can't be kept; pull it again");
+    shown.and(settled)
+}
+
+/// Mounts the image where asked, and prints what it took.
+fn show(
+    image: &PulledImage,
+    reference: &Reference,
+    args: &ImagePullArgs,
+    pull_ms: f64,
+) -> anyhow::Result<()> {
     let mut mount_ms = None;
     if let Some(target) = &args.mount {
-        if !target.is_dir() {
-            bail!("--mount: {} is no folder; make it first", target.display());
-        }
         let begun = Instant::now();
         image.mount_read_only(target)?;
         mount_ms = Some(millis(begun.elapsed()));
@@ -79,13 +92,7 @@ async fn pull(session: &Session, folder: &Path, args: ImagePullArgs) -> anyhow::
             pull_ms / 1e3,
         ));
     }
-    // The image can be used now; it is kept once it is on the disk.
-    output::data(args.output.format, &pulled, || pulled.reference.to_string())?;
-    store.settle().await;
-    if store.find(&reference)?.is_none() {
-        bail!("`{reference}` could not be kept in {}; the line above says why", folder.display());
-    }
-    Ok(())
+    output::data(args.output.format, &pulled, || pulled.reference.to_string())
 }
 
 /// What is printed of an image that was packed.

@@ -4,7 +4,10 @@ mod access;
 mod admin;
 mod print;
 
-use std::{process::ExitCode, time::Duration};
+use std::{
+    process::ExitCode,
+    time::{Duration, Instant},
+};
 
 use anyhow::bail;
 use anyplace_registry::{
@@ -22,6 +25,8 @@ use crate::{
 
 /// How often the state is asked for while waiting.
 const POLL: Duration = Duration::from_millis(200);
+/// How long after its end a collection's report may take to be there.
+const REPORT_WITHIN: Duration = Duration::from_secs(10);
 
 pub(super) async fn run(session: &Session, command: RegistryCommand) -> anyhow::Result<ExitCode> {
     let admin = Admin::new(session)?;
@@ -88,16 +93,18 @@ async fn gc(admin: &Admin, dry_run: bool, run: RunArgs) -> anyhow::Result<ExitCo
     let begun: GcReport = admin.post("/v1/gc", &GcRequest { dry_run }).await?;
     let report = if run.no_wait { begun } else { gc_end(admin, begun).await? };
     output::data(run.output.format, &report, || print::gc(&report))?;
-    Ok(if report.phase == GcPhase::Failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    let bad = matches!(report.phase, GcPhase::Failed | GcPhase::Stopped);
+    Ok(if bad { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
 async fn gc_end(admin: &Admin, begun: GcReport) -> anyhow::Result<GcReport> {
-    let mut shown = Shown::new();
+    let (mut shown, mut gone) = (Shown::new(), None);
     loop {
         let status: GcStatus = admin.get("/v1/gc", &[]).await?;
         let of_this = |report: &GcReport| report.run == begun.run;
         if let Some(running) = status.running.filter(of_this) {
             shown.state(print::gc_progress(&running));
+            gone = None;
         } else {
             let ended = if begun.dry_run { status.last_dry_run } else { status.last };
             match ended {
@@ -109,6 +116,13 @@ async fn gc_end(admin: &Admin, begun: GcReport) -> anyhow::Result<GcReport> {
                     )
                 }
                 _ => {}
+            }
+            let gone: &mut Instant = gone.get_or_insert_with(Instant::now);
+            if gone.elapsed() > REPORT_WITHIN {
+                bail!(
+                    "the collection ended without a report: the registry was started again, or its store failed; its log \
+                     says which, and the next collection does the rest"
+                )
             }
         }
         tokio::time::sleep(POLL).await;
@@ -122,20 +136,27 @@ async fn scrub(admin: &Admin, run: RunArgs) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let begun: ScrubReport = admin.post("/v1/scrub", &serde_json::json!({})).await?;
-    let report = if run.no_wait { begun } else { scrub_end(admin).await? };
+    let report = if run.no_wait { begun } else { scrub_end(admin, begun).await? };
     output::data(run.output.format, &report, || print::scrub(&report))?;
     let bad = report.wrong.count > 0 || (report.phase == ScrubPhase::Stopped && !run.no_wait);
     Ok(if bad { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-async fn scrub_end(admin: &Admin) -> anyhow::Result<ScrubReport> {
+async fn scrub_end(admin: &Admin, begun: ScrubReport) -> anyhow::Result<ScrubReport> {
     let mut shown = Shown::new();
     loop {
         let status: ScrubStatus = admin.get("/v1/scrub", &[]).await?;
         match (status.running, status.last) {
             (Some(running), _) => shown.state(print::scrub_progress(&running)),
-            (None, Some(report)) => return Ok(report),
-            (None, None) => bail!("the scrub stopped before its end; the registry's log says why"),
+            // One that is stopped goes on later, and keeps the time at which it began.
+            (None, Some(report)) if report.started == begun.started => return Ok(report),
+            (None, Some(report)) if report.started > begun.started => {
+                bail!("the scrub has ended, and another one since; see `anyplace registry scrub --status`")
+            }
+            (None, _) => bail!(
+                "the scrub stopped before its end; the registry's log says why, and `anyplace registry scrub` goes on \
+                 from there"
+            ),
         }
         tokio::time::sleep(POLL).await;
     }

@@ -6,22 +6,9 @@ use serde_json::Value;
 
 use crate::{happy::Registry, runner::Home};
 
-fn setup() -> (Home, Registry) {
-    let (home, registry) = (Home::new(), Registry::start());
-    let credentials = registry.credentials.to_string_lossy();
-    let flags = ["--registry", &registry.url, "--registry-credentials-file", &credentials];
-    home.run(&[&["context", "set", "test"][..], &flags].concat()).ok();
-    registry.push(&home, "team/hello:v1").ok();
-    (home, registry)
-}
-
-fn json(home: &Home, args: &[&str]) -> Value {
-    serde_json::from_str(&home.run(&[args, &["-o", "json"]].concat()).ok()).unwrap()
-}
-
 #[test]
 fn a_machines_robot_is_made_used_and_ended_by_commands_alone() {
-    let (home, registry) = setup();
+    let (home, registry) = Registry::with_an_image();
     let file = home.path().join("ams-1.credentials");
     let path = file.to_string_lossy().into_owned();
     let account = ["registry", "account", "set", "ams-1", "--grant", "**:pull", "--ttl", "30d"];
@@ -68,7 +55,7 @@ fn a_machines_robot_is_made_used_and_ended_by_commands_alone() {
 
 #[test]
 fn teams_bound_what_their_accounts_do() {
-    let (home, _registry) = setup();
+    let (home, _registry) = Registry::with_an_image();
     let account = ["registry", "account", "set", "ana", "--grant", "vision/**:pull,push", "--team", "vision"];
     let message = home.run(&account).failed();
     assert!(
@@ -77,11 +64,11 @@ fn teams_bound_what_their_accounts_do() {
     );
     let team = ["registry", "team", "set", "vision", "--repository", "team/**", "--quota", "1Gi"];
     home.run(&[&team[..], &["--rate", "500"]].concat()).ok();
-    let made = json(&home, &account);
+    let made = home.json(&account);
     assert_eq!((&made["team"], made["secret"].as_str().unwrap().len()), (&"vision".into(), 48));
-    assert!(json(&home, &["registry", "account", "ls"])[0].get("secret").is_none());
+    assert!(home.json(&["registry", "account", "ls"])[0].get("secret").is_none());
 
-    let teams = json(&home, &["registry", "team", "ls"]);
+    let teams = home.json(&["registry", "team", "ls"]);
     assert_eq!((&teams[0]["quota_bytes"], &teams[0]["requests_per_s"]), (&(1u64 << 30).into(), &500.into()));
     assert!(teams[0]["used_bytes"].as_u64().unwrap() > 500, "{teams}");
     let table = home.run(&["registry", "team", "ls"]).ok();
@@ -96,11 +83,11 @@ fn teams_bound_what_their_accounts_do() {
 
 #[test]
 fn the_record_says_who_did_what_where_and_since_when() {
-    let (home, registry) = setup();
+    let (home, registry) = Registry::with_an_image();
     registry.push(&home, "other/app:v2").ok();
     home.run(&["registry", "team", "set", "other"]).ok();
     let subjects = |args: &[&str]| -> Vec<(String, String)> {
-        let events = json(&home, &[&["registry", "audit"], args].concat());
+        let events = home.json(&[&["registry", "audit"], args].concat());
         let text = |it: &Value, key: &str| it[key].as_str().unwrap().to_owned();
         events.as_array().unwrap().iter().map(|it| (text(it, "action"), text(it, "subject"))).collect()
     };

@@ -35,6 +35,16 @@ impl Registry {
         Self { url, credentials: data.path().join("credentials"), _data: data, _runtime: runtime }
     }
 
+    /// The current context of a home, with `team/hello:v1` in it.
+    pub(crate) fn with_an_image() -> (Home, Self) {
+        let (home, registry) = (Home::new(), Registry::start());
+        let credentials = registry.credentials.to_string_lossy();
+        let flags = ["--registry", &registry.url, "--registry-credentials-file", &credentials];
+        home.run(&[&["context", "set", "test"][..], &flags].concat()).ok();
+        registry.push(&home, "team/hello:v1").ok();
+        (home, registry)
+    }
+
     /// Pushes a small image.
     pub(crate) fn push(&self, home: &Home, reference: &str) -> Ran {
         let rootfs = home.path().join("rootfs");

@@ -1,39 +1,26 @@
 //! `registry ...` against the real registry.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{happy::Registry, runner::Home};
 
-fn setup() -> (Home, Registry) {
-    let (home, registry) = (Home::new(), Registry::start());
-    let credentials = registry.credentials.to_string_lossy();
-    let flags = ["--registry", &registry.url, "--registry-credentials-file", &credentials];
-    home.run(&[&["context", "set", "test"][..], &flags].concat()).ok();
-    registry.push(&home, "team/hello:v1").ok();
-    (home, registry)
-}
-
-fn json(home: &Home, args: &[&str]) -> Value {
-    serde_json::from_str(&home.run(&[args, &["-o", "json"]].concat()).ok()).unwrap()
-}
-
 #[test]
 fn operators_list_measure_and_bring_back() {
-    let (home, _registry) = setup();
+    let (home, _registry) = Registry::with_an_image();
     let table = home.run(&["registry", "ls"]).ok();
     assert!(table.lines().nth(1).unwrap().starts_with("team/hello   1"), "{table}");
-    let tags = json(&home, &["registry", "tags", "team/hello"]);
+    let tags = home.json(&["registry", "tags", "team/hello"]);
     let digest = tags[0]["digest"].as_str().unwrap().to_owned();
     assert_eq!(tags[0]["tag"], "v1");
     assert!(tags[0]["size_bytes"].as_u64().unwrap() > 500, "{tags}");
     let table = home.run(&["registry", "tags", "team/hello"]).ok();
     assert!(table.contains(&digest) && table.contains("PUSHED"), "{table}");
-    let usage = json(&home, &["registry", "du"]);
+    let usage = home.json(&["registry", "du"]);
     let usage = (&usage["contents"], &usage["unneeded_bytes"], &usage["repositories"][0]["repository"]);
     assert_eq!(usage, (&3.into(), &0.into(), &"team/hello".into()));
     assert!(home.run(&["registry", "du", "team/hello"]).ok().contains("ITS OWN"));
 
-    assert_eq!(json(&home, &["registry", "trash"]), Value::Array(Vec::new()));
+    assert_eq!(home.json(&["registry", "trash"]), Value::Array(Vec::new()));
     let ran = home.run(&["registry", "undelete", "team/hello:v1"]);
     assert!(ran.code == 1 && ran.err.contains("has no tag v1; `anyplace registry trash"), "{ran:?}");
     let ran = home.run(&["registry", "tags", "nobody/nothing"]);
@@ -42,12 +29,12 @@ fn operators_list_measure_and_bring_back() {
 
 #[test]
 fn collections_and_scrubs_are_followed_to_their_end() {
-    let (home, registry) = setup();
-    let dry = json(&home, &["registry", "gc", "--dry-run"]);
+    let (home, registry) = Registry::with_an_image();
+    let dry = home.json(&["registry", "gc", "--dry-run"]);
     assert_eq!((&dry["phase"], &dry["dry_run"]), (&"done".into(), &true.into()));
     let ran = home.run(&["registry", "gc"]);
     assert!(ran.code == 0 && ran.out.contains("done: 0 tags, 0 manifests, 0 links"), "{ran:?}");
-    let status = json(&home, &["registry", "gc", "--status"]);
+    let status = home.json(&["registry", "gc", "--status"]);
     assert_eq!((&status["running"], &status["last"]["phase"]), (&Value::Null, &"done".into()));
     let ran = home.run(&["registry", "scrub"]);
     assert!(ran.code == 0 && ran.out.contains("done: 3 contents"), "{ran:?}");
@@ -61,7 +48,7 @@ fn collections_and_scrubs_are_followed_to_their_end() {
     std::fs::write(&blob, bytes).unwrap();
     let ran = home.run(&["registry", "scrub"]);
     assert!(ran.code == 1 && ran.out.contains("missing now; push it again"), "{ran:?}");
-    let report = json(&home, &["registry", "scrub", "--status"]);
+    let report = home.json(&["registry", "scrub", "--status"]);
     assert_eq!(report["last"]["wrong"]["count"], 1);
     assert!(home.run(&["registry", "gc", "--status"]).ok().starts_with("Last: "));
 }
@@ -75,7 +62,61 @@ fn the_role_and_its_commands_are_told_apart() {
     assert_eq!(ran.code, 2, "{ran:?}");
     let ran = home.run(&["registry", "ls", "--registry", "http://127.0.0.1:1"]);
     assert!(ran.code == 1 && ran.err.contains("can't be asked; check that it runs"), "{ran:?}");
-    let (_, registry) = setup();
+    let (_, registry) = Registry::with_an_image();
     let ran = home.run(&["registry", "ls", "--registry", &registry.url]);
     assert!(ran.code == 1 && ran.err.contains("give an operator's credentials"), "{ran:?}");
+}
+
+/// A registry that began a scrub which then stopped, with the report of an earlier one.
+fn stopped_scrub() -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let report = |hour: u32, phase: &str| {
+        json!({"started": format!("2026-11-24T{hour:02}:00:00Z"), "finished": null, "phase": phase,
+            "checked": 4, "bytes": 9, "wrong": {"count": 0, "named": []}})
+    };
+    let routes = axum::Router::new().route(
+        "/v1/scrub",
+        axum::routing::get(
+            move || async move { axum::Json(json!({"running": null, "last": report(1, "done")})) },
+        )
+        .post(move || async move { axum::Json(report(2, "running")) }),
+    );
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async move {
+            listener.set_nonblocking(true).unwrap();
+            axum::serve(tokio::net::TcpListener::from_std(listener).unwrap(), routes).await.unwrap();
+        });
+    });
+    format!("http://{address}")
+}
+
+#[test]
+fn an_earlier_scrubs_report_is_not_taken_for_this_ones() {
+    let home = Home::new();
+    let file = home.file("credentials", "op:secret\n");
+    let url = stopped_scrub();
+    let ran = home.run(&["registry", "scrub", "--registry", &url, "--registry-credentials-file", &file]);
+    assert!(ran.code == 1 && ran.out.is_empty(), "{ran:?}");
+    assert!(ran.err.contains("`anyplace registry scrub` goes on from there"), "{ran:?}");
+}
+
+#[test]
+fn a_pulled_image_is_kept_and_a_bad_mount_is_refused_before_the_pull() {
+    let (home, _registry) = Registry::with_an_image();
+    let store = home.path().join("store").to_string_lossy().into_owned();
+    let pull = ["image", "pull", "team/hello:v1", "--store", &store];
+    let ran = home.run(&[&pull[..], &["--mount", "/no/such/folder"]].concat());
+    assert!(
+        ran.code == 1 && ran.err.contains("--mount: /no/such/folder is no folder; make it first"),
+        "{ran:?}"
+    );
+    assert!(!std::path::Path::new(&store).exists(), "nothing was pulled");
+    home.run(&pull).ok();
+    let listed = home.json(&["image", "ls", "--store", &store]);
+    assert_eq!(listed[0]["reference"], "team/hello:v1", "{listed}");
+    assert!(!std::path::Path::new(&store).join("dirty").exists());
+    let again = home.json(&pull);
+    assert_eq!((&again["bytes_fetched"], &again["layers_reused"]), (&0.into(), &again["layers"]), "{again}");
 }

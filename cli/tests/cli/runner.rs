@@ -49,6 +49,11 @@ impl Home {
         ran(self.command(args).output().unwrap())
     }
 
+    /// What a command prints with `-o json`.
+    pub(crate) fn json(&self, args: &[&str]) -> serde_json::Value {
+        serde_json::from_str(&self.run(&[args, &["-o", "json"]].concat()).ok()).unwrap()
+    }
+
     pub(crate) fn run_with_input(&self, args: &[&str], input: &str) -> Ran {
         let mut command = self.command(args);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());

@@ -110,6 +110,8 @@ struct Inner {
     gc: RwLock<()>,
     /// Images that are listed, but not on the disk yet.
     settling: Arc<tokio::sync::watch::Sender<usize>>,
+    /// Why an image isn't, the last one since that was asked for.
+    unsettled: Mutex<Option<Error>>,
     evicting: AtomicBool,
     _lock: Flock<File>,
 }
@@ -179,6 +181,7 @@ impl Store {
             known: Mutex::default(),
             gc: RwLock::new(()),
             settling: Arc::new(tokio::sync::watch::Sender::new(0)),
+            unsettled: Mutex::default(),
             evicting: AtomicBool::new(false),
             dir: dir.to_owned(),
             _lock: lock,
@@ -226,9 +229,13 @@ impl Store {
     }
 
     /// Waits until all images that are listed are on the disk.
-    pub async fn settle(&self) {
+    ///
+    /// # Errors
+    /// One that was listed since the last call isn't, and no longer is listed.
+    pub async fn settle(&self) -> Result<()> {
         // The sender lives as long as the store.
         let _ = self.inner.settling.subscribe().wait_for(|count| *count == 0).await;
+        lock(&self.inner.unsettled).take().map_or(Ok(()), Err)
     }
 }
 

@@ -90,6 +90,7 @@ impl Limits {
 
     /// Counts what is stored.
     pub(crate) async fn count(&self, storage: &Storage, known: &Known) -> Result<()> {
+        let before = self.used.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let mut contents: HashMap<String, HashSet<Digest>> = HashMap::new();
         let mut links = storage.links();
         while let Some(link) = links.try_next().await? {
@@ -105,7 +106,15 @@ impl Limits {
             }
             used.insert(team, bytes);
         }
-        *self.used.lock().unwrap_or_else(PoisonError::into_inner) = used;
+        let mut now = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        // What was pushed meanwhile may or may not have been seen; the next count knows.
+        for (team, bytes) in &*now {
+            let pushed = bytes - before.get(team).unwrap_or(&0).min(bytes);
+            if pushed > 0 {
+                *used.entry(team.clone()).or_default() += pushed;
+            }
+        }
+        *now = used;
         Ok(())
     }
 }

@@ -105,6 +105,10 @@ impl LocalUpload {
         if size > offset {
             file.set_len(offset)?;
         }
+        // Before anything of it is acknowledged: until now, the files' names need not have been on disk.
+        if let Some(folder) = path.parent() {
+            File::open(folder)?.sync_all()?;
+        }
         Ok(Opened::Upload(LocalUpload { file, state: Some(state), path, revision }, offset, hasher))
     }
 
@@ -113,7 +117,7 @@ impl LocalUpload {
     }
 
     /// Blocking: writes, syncs and hashes all that comes, and acknowledges it. Gives the new offset and hash. After
-    /// an error, the upload is as it was before.
+    /// an error, the upload is as it was before, or has all of it.
     pub(super) fn append(
         &mut self,
         at: u64,
@@ -121,18 +125,16 @@ impl LocalUpload {
         declared: Option<u64>,
         batches: &mut mpsc::Receiver<Vec<Bytes>>,
     ) -> io::Result<(u64, Hasher)> {
-        let result = self.write(at, hasher, declared, batches).and_then(|(offset, hasher)| {
-            if self.state.is_some() {
-                self.write_record(offset, &hasher)?;
-                self.sync_state()?;
-            }
-            Ok((offset, hasher))
-        });
-        if result.is_err() {
+        let (offset, hasher) = self.write(at, hasher, declared, batches).inspect_err(|_| {
             // A full disk has room again; if this fails too, the next open does it.
             let _ = self.file.set_len(at);
+        })?;
+        // From here on the bytes are on disk and stay: whichever record survives a failure says how many count.
+        self.write_record(offset, &hasher)?;
+        if let Some(state) = &self.state {
+            state.sync_data()?;
         }
-        result
+        Ok((offset, hasher))
     }
 
     fn write(
@@ -208,18 +210,6 @@ impl LocalUpload {
         let record = encode(&Record { revision, offset, hasher: hasher.clone() })?;
         state.write_all_at(&record, (revision % 2) * RECORD_BYTES as u64)?;
         self.revision = revision;
-        Ok(())
-    }
-
-    fn sync_state(&self) -> io::Result<()> {
-        let Some(state) = &self.state else { return Ok(()) };
-        state.sync_data()?;
-        // The first acknowledgement: until now, the files' names need not have been on disk.
-        if self.revision == 2
-            && let Some(folder) = self.path.parent()
-        {
-            File::open(folder)?.sync_all()?;
-        }
         Ok(())
     }
 }

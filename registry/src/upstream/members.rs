@@ -12,6 +12,7 @@ use serde::Deserialize;
 use super::manifests::decode;
 use super::{Failure, Inner, ONLY_ANSWER_TIMEOUT};
 use crate::cache::layout::{ANNOTATION, Layout};
+use crate::references::is_here;
 
 /// Most blobs that are remembered in memory, some 200 bytes each; all are dropped when there are more.
 const REMEMBERED_MAX: usize = 200_000;
@@ -30,7 +31,16 @@ struct Table {
     count: usize,
 }
 
-/// The blobs of all repositories.
+impl Table {
+    fn add(&mut self, repository: &str, blobs: impl IntoIterator<Item = (Digest, Known)>) {
+        let Some(known) = self.repositories.get_mut(repository) else { return };
+        let before = known.len();
+        known.extend(blobs);
+        self.count += known.len() - before;
+    }
+}
+
+/// The blobs of repositories; of one that is in here, all that are known on disk.
 #[derive(Default)]
 pub(super) struct Members(Mutex<Table>);
 
@@ -43,16 +53,23 @@ struct Document {
 }
 
 #[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
 struct Descriptor {
+    #[serde(default)]
+    media_type: String,
     digest: Digest,
     size: u64,
+    urls: Option<Vec<String>>,
     annotations: Option<HashMap<String, serde_json::Value>>,
 }
 
+/// The blobs that have to be in the manifest's repository. Not those that lie elsewhere: whoever pushes a manifest need
+/// not have them, and could read another repository's blob here by naming it.
 fn descriptors(manifest: &[u8]) -> Vec<Descriptor> {
     let Ok(document) = serde_json::from_slice::<Document>(manifest) else { return Vec::new() };
     let lists = document.layers.into_iter().chain(document.blobs).flatten();
-    document.config.into_iter().chain(lists).collect()
+    let all = document.config.into_iter().chain(lists);
+    all.filter(|named| is_here(&named.media_type, named.urls.as_deref())).collect()
 }
 
 /// The list of a blob's pieces, where this manifest has one; an error says why it isn't taken.
@@ -69,22 +86,24 @@ impl Members {
         table.repositories.get(repository).map(|blobs| blobs.get(digest).cloned())
     }
 
-    fn insert(&self, repository: &str, blobs: impl IntoIterator<Item = (Digest, Known)>) {
+    /// Remembers a repository, with all of its blobs that are known on disk.
+    fn load(&self, repository: &str, blobs: HashMap<Digest, Known>) {
         let mut table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if table.count > REMEMBERED_MAX {
             *table = Table::default();
         }
-        let known = table.repositories.entry(repository.to_owned()).or_default();
-        let before = known.len();
-        known.extend(blobs);
-        table.count += known.len() - before;
+        table.repositories.entry(repository.to_owned()).or_default();
+        table.add(repository, blobs);
     }
 
-    /// Remembers the blobs that a manifest names, in a repository whose others are remembered.
+    /// Remembers more blobs of a repository that is remembered; of another, they are read from disk with the others.
+    fn insert(&self, repository: &str, blobs: impl IntoIterator<Item = (Digest, Known)>) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).add(repository, blobs);
+    }
+
+    /// Remembers the blobs that a manifest names.
     pub(super) fn learn(&self, repository: &str, digest: &Digest, manifest: &[u8]) {
-        if self.get(repository, digest).is_some() {
-            self.insert(repository, named_in(digest, manifest));
-        }
+        self.insert(repository, named_in(digest, manifest));
     }
 }
 
@@ -101,10 +120,8 @@ impl Inner {
         }
         let (inner, name, digest) = (self.clone(), repository.to_owned(), digest.clone());
         let reading = tokio::task::spawn_blocking(move || {
-            if inner.members.get(&name, &digest).is_none() {
-                inner.load_members(&name);
-            }
-            let known = inner.members.get(&name, &digest).flatten().or_else(|| {
+            let remembered = inner.members.get(&name, &digest);
+            let known = remembered.unwrap_or_else(|| inner.load_members(&name, &digest)).or_else(|| {
                 let content = inner.pieces.records.get(&blob_key(&name, &digest))?;
                 let size = u64::from_le_bytes(content.try_into().ok()?);
                 Some(Known { size, manifest: None })
@@ -169,9 +186,9 @@ impl Inner {
         }
     }
 
-    /// Blocking: reads the manifests of a repository that are here.
-    fn load_members(&self, repository: &str) {
-        let mut blobs = Vec::new();
+    /// Blocking: reads the manifests of a repository that are here; what they say of one blob.
+    fn load_members(&self, repository: &str, wanted: &Digest) -> Option<Known> {
+        let mut blobs = HashMap::new();
         for key in self.pieces.records.keys(&format!("repositories/{repository}/_manifests/")) {
             let mut parts = key.rsplit('/');
             let (hex, algorithm) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
@@ -182,10 +199,49 @@ impl Inner {
                 blobs.extend(named_in(&digest, &manifest.bytes));
             }
         }
-        self.members.insert(repository, blobs);
+        let known = blobs.get(wanted).cloned();
+        self.members.load(repository, blobs);
+        known
     }
 }
 
 fn blob_key(repository: &str, digest: &Digest) -> String {
     format!("repositories/{repository}/_blobs/{}/{}", digest.algorithm(), digest.hex())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blobs_that_lie_elsewhere_make_nobody_a_member() {
+        let (own, foreign, typed) = (Digest::of(b"own"), Digest::of(b"foreign"), Digest::of(b"typed"));
+        let manifest = serde_json::json!({"layers": [
+            {"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": own, "size": 1},
+            {"mediaType": "a/b", "digest": foreign, "size": 1, "urls": ["https://example.com/layer"]},
+            {"mediaType": "application/vnd.oci.image.layer.nondistributable.v1.tar", "digest": typed, "size": 1},
+        ]});
+        let named = named_in(&Digest::of(b"manifest"), manifest.to_string().as_bytes());
+        assert_eq!(named.into_iter().map(|(digest, _)| digest).collect::<Vec<_>>(), [own]);
+    }
+
+    #[test]
+    fn a_repository_is_remembered_whole_or_not_at_all() {
+        let (members, known) = (Members::default(), Known { size: 1, manifest: None });
+        let blobs = |range: std::ops::Range<usize>| {
+            range.map(|number| (Digest::of(&number.to_le_bytes()), known.clone())).collect::<HashMap<_, _>>()
+        };
+        let first = Digest::of(&0_usize.to_le_bytes());
+        // What is learnt of a repository that isn't remembered hides nothing of what is on disk.
+        members.insert("app", blobs(7..8));
+        assert_eq!(members.get("app", &first), None);
+        members.load("app", blobs(0..2));
+        members.insert("app", blobs(2..3));
+        assert_eq!(members.get("app", &first), Some(Some(known.clone())));
+        members.load("large", blobs(0..REMEMBERED_MAX));
+        members.load("another", blobs(0..1));
+        members.insert("app", blobs(3..4));
+        assert_eq!(members.get("app", &first), None, "it is read from disk again");
+        assert_eq!(members.get("another", &first), Some(Some(known)));
+    }
 }

@@ -25,18 +25,38 @@ pub(crate) enum Resolved {
     Unreachable(Failure),
 }
 
+/// What a tag was when it last could be asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Kept {
+    digest: Digest,
+    /// The upstream that said it; empty where an earlier version kept it.
+    from: String,
+}
+
+impl Kept {
+    fn to_record(&self) -> String {
+        format!("{} {}", self.digest, self.from)
+    }
+
+    fn from_record(content: &[u8]) -> Option<Kept> {
+        let text = std::str::from_utf8(content).ok()?;
+        let (digest, from) = text.split_once(' ').unwrap_or((text, ""));
+        Some(Kept { digest: digest.parse().ok()?, from: from.to_owned() })
+    }
+}
+
 /// Answers about tags, and when they came.
 #[derive(Default)]
-pub(super) struct Seen(Mutex<HashMap<String, (Instant, Option<Digest>)>>);
+pub(super) struct Seen(Mutex<HashMap<String, (Instant, Option<Kept>)>>);
 
 impl Seen {
-    fn fresh(&self, key: &str, ttl: Duration) -> Option<Option<Digest>> {
+    fn fresh(&self, key: &str, ttl: Duration) -> Option<Option<Kept>> {
         let seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (when, answer) = seen.get(key)?;
         (when.elapsed() < ttl).then(|| answer.clone())
     }
 
-    fn insert(&self, key: String, answer: Option<Digest>) {
+    fn insert(&self, key: String, answer: Option<Kept>) {
         let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if seen.len() >= SEEN_MAX {
             seen.clear();
@@ -58,12 +78,12 @@ impl Cache {
             }
         };
         match answer {
-            Ok(Some(digest)) => Resolved::Found(digest),
+            Ok(Some(kept)) => Resolved::Found(kept.digest),
             Ok(None) => Resolved::Absent,
             Err(failure) => match inner.last_seen(&key).await {
-                Some(digest) if inner.manifest_here(repository, &digest).await.is_some() => {
+                Some(kept) if inner.manifest_here(repository, &kept.digest).await.is_some() => {
                     CacheCounters::one(&inner.counters.stale_tags);
-                    Resolved::Stale(digest)
+                    Resolved::Stale(kept.digest)
                 }
                 _ => Resolved::Unreachable(failure),
             },
@@ -92,22 +112,31 @@ impl Cache {
 }
 
 /// Asks the upstreams what a tag means, and makes sure of its manifest.
-async fn ask(inner: Arc<Inner>, repository: String, tag: String) -> Result<Option<Digest>, Failure> {
+async fn ask(inner: Arc<Inner>, repository: String, tag: String) -> Result<Option<Kept>, Failure> {
     let key = tag_key(&repository, &tag);
     let before = inner.last_seen(&key).await;
     let mut worst = Failure::Absent;
     for remote in &inner.remotes {
         let Some(mut reference) = remote.reference(&repository) else { continue };
         reference.tag = Some(tag.clone());
-        match ask_one(&inner, remote, &repository, &reference, before.as_ref()).await {
+        let from = remote.client.registry().to_string();
+        match ask_one(&inner, remote, &repository, &reference, before.is_some()).await {
             Ok(digest) => {
-                if before.as_ref() != Some(&digest) {
-                    inner.keep_tag(key.clone(), &digest).await?;
+                let kept = Kept { digest, from };
+                if before.as_ref() != Some(&kept) {
+                    inner.keep_tag(key.clone(), &kept).await?;
                 }
-                inner.seen.insert(key, Some(digest.clone()));
-                return Ok(Some(digest));
+                inner.seen.insert(key, Some(kept.clone()));
+                return Ok(Some(kept));
             }
-            Err(failure) => worst = worst.max(failure),
+            Err(failure) => {
+                let is_absent = failure == Failure::Absent;
+                worst = worst.max(failure);
+                // An image doesn't become another registry's of the same name because its own can't be asked.
+                if !is_absent && before.as_ref().is_some_and(|before| before.from == from) {
+                    break;
+                }
+            }
         }
     }
     if worst != Failure::Absent {
@@ -128,9 +157,9 @@ async fn ask_one(
     remote: &Arc<Remote>,
     repository: &str,
     reference: &Reference,
-    before: Option<&Digest>,
+    is_known: bool,
 ) -> Result<Digest, Failure> {
-    if before.is_some() {
+    if is_known {
         let asked = remote.ask(ASK_TIMEOUT, remote.client.head_manifest(reference)).await?;
         if let Some(digest) = asked.digest {
             inner.manifest(repository, &digest).await?;
@@ -145,17 +174,17 @@ async fn ask_one(
 
 impl Inner {
     /// What the upstream said last, also before a restart.
-    async fn last_seen(self: &Arc<Inner>, key: &str) -> Option<Digest> {
-        if let Some(Some(digest)) = self.seen.fresh(key, Duration::MAX) {
-            return Some(digest);
+    async fn last_seen(self: &Arc<Inner>, key: &str) -> Option<Kept> {
+        if let Some(Some(kept)) = self.seen.fresh(key, Duration::MAX) {
+            return Some(kept);
         }
         let (inner, key) = (self.clone(), key.to_owned());
         let content = tokio::task::spawn_blocking(move || inner.pieces.records.get(&key)).await.ok()??;
-        std::str::from_utf8(&content).ok()?.parse().ok()
+        Kept::from_record(&content)
     }
 
-    async fn keep_tag(self: &Arc<Inner>, key: String, digest: &Digest) -> Result<(), Failure> {
-        let (inner, content) = (self.clone(), digest.to_string());
+    async fn keep_tag(self: &Arc<Inner>, key: String, kept: &Kept) -> Result<(), Failure> {
+        let (inner, content) = (self.clone(), kept.to_record());
         let written = tokio::task::spawn_blocking(move || inner.pieces.put_record(&key, content.as_bytes()));
         written.await.map_err(|e| Failure::here("keeping a tag", e))
     }

@@ -158,6 +158,23 @@ async fn teams_have_a_rate_and_a_quota() {
     let path = format!("/v2/vision/app/blobs/uploads/?digest={too_much}");
     let answer = registry.request(Method::POST, &path).body(vec![2; 600]).send().await.unwrap();
     assert_eq!(code(answer).await, (403, "DENIED".into()));
+    // Nor by a client that doesn't say how much it sends, in one request or in parts.
+    let unsaid = |bytes: Vec<u8>| {
+        let chunks =
+            bytes.chunks(100).map(|chunk| Ok::<_, std::io::Error>(chunk.to_vec())).collect::<Vec<_>>();
+        reqwest::Body::wrap_stream(futures_util::stream::iter(chunks))
+    };
+    let answer = registry.request(Method::POST, &path).body(unsaid(vec![2; 600])).send().await.unwrap();
+    assert_eq!(code(answer).await, (403, "DENIED".into()));
+    let begin = registry.request(Method::POST, "/v2/vision/app/blobs/uploads/").send().await.unwrap();
+    let mut at = header(&begin, "location");
+    for (bytes, expected) in [(300, 202), (300, 403)] {
+        let part = registry.request(Method::PATCH, &at).body(unsaid(vec![2; bytes])).send().await.unwrap();
+        assert_eq!(part.status(), expected, "{bytes}");
+        if expected == 202 {
+            at = header(&part, "location");
+        }
+    }
     // Elsewhere it is nobody's quota.
     registry.put_blob("audio/app", &[2; 600]).await;
     let teams: Value = registry.request(Method::GET, "/v1/teams").send().await.unwrap().json().await.unwrap();

@@ -123,6 +123,31 @@ async fn the_next_upstream_has_what_the_first_lacks_or_spoils() {
 }
 
 #[tokio::test]
+async fn a_tag_stays_its_own_upstreams_while_that_one_cannot_be_asked() {
+    let dir = tempfile::tempdir().unwrap();
+    let (first, second) = (Fake::start().await, Fake::start().await);
+    let order = [(first.url.as_str(), dir.path()), (second.url.as_str(), dir.path())];
+    let mut config = cache_config(dir.path(), &order);
+    config.cache.tag_ttl_ms = 0;
+    let cache = Registry::start_with(config).await;
+    let ours = first.put_image("both", &[Bytes::from_static(b"1")], None);
+    second.put_image("both", &[Bytes::from_static(b"2")], None);
+    let theirs = second.put_image("only-second", &[Bytes::from_static(b"3")], None);
+    let tag = async |tag: &str| {
+        let answer = get(&cache, &format!("/v2/app/manifests/{tag}")).await;
+        (header(&answer, "docker-content-digest"), !header(&answer, "warning").is_empty())
+    };
+    assert_eq!(tag("both").await, (ours.to_string(), false));
+    assert_eq!(tag("only-second").await, (theirs.to_string(), false));
+    drop(first);
+    assert_eq!(tag("both").await, (ours.to_string(), true));
+    // What was the second's goes on changing there.
+    let newer = second.put_image("only-second", &[Bytes::from_static(b"4")], None);
+    assert_eq!(tag("only-second").await, (newer.to_string(), false));
+    cache.stop().await;
+}
+
+#[tokio::test]
 async fn upstreams_that_know_no_ranges_are_read_from_the_start() {
     let dir = tempfile::tempdir().unwrap();
     let fake = Fake::start().await;

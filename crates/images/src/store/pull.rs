@@ -229,6 +229,7 @@ impl Inner {
                 if images.get(&key).is_some_and(|now| now.image == listed.image) {
                     images.remove(&key);
                 }
+                *lock(&inner.unsettled) = Some(error);
             }
             drop(hold);
             if let Err(error) = inner.evict() {

@@ -289,7 +289,7 @@ impl Bed {
         let (reference, client) = (format!("app:{tag}").parse().unwrap(), &self.client);
         self.runtime.block_on(async {
             let pulled = store.pull(&reference, client, &PullOptions::default()).await;
-            store.settle().await;
+            store.settle().await.unwrap();
             pulled
         })
     }

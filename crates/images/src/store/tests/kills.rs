@@ -25,7 +25,7 @@ fn child() {
                 let reference = format!("app:{tag}").parse().unwrap();
                 store.pull(&reference, &client, &PullOptions::default()).await.unwrap();
                 if round % 2 == 0 {
-                    store.settle().await;
+                    store.settle().await.unwrap();
                 }
                 if round > 0 {
                     let of = store.clone();

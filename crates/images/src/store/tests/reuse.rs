@@ -126,7 +126,7 @@ fn pulls_of_one_image_and_of_one_layer_are_joined() {
         for pull in pulls.into_iter().skip(1) {
             pull.await.unwrap().unwrap();
         }
-        store.settle().await;
+        store.settle().await.unwrap();
     });
     assert!(bed.server.sent() < layer_bytes * 2, "{} of {layer_bytes}", bed.server.sent());
     bed.assert_tidy(&store);
@@ -151,7 +151,7 @@ fn a_live_pull_hurries_the_prewarming_that_it_joins() {
         }
         let image = store.pull(&reference, &client, &PullOptions::default()).await.unwrap();
         warming.await.unwrap().unwrap();
-        store.settle().await;
+        store.settle().await.unwrap();
         image
     });
     assert_eq!(bed.mounted(&image, seen).len(), 11);
