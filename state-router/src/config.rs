@@ -7,6 +7,7 @@ use std::{
 
 use anyplace_ebpf::Capacity;
 use anyplace_model::MachineId;
+use ipnet::Ipv4Net;
 use serde::Deserialize;
 
 /// `state-router.toml`.
@@ -35,6 +36,10 @@ pub struct Config {
     /// change takes effect once the pinned maps are gone, after a reboot for instance.
     #[serde(default = "max_vip_ports")]
     pub max_vip_ports: u32,
+    /// Where the machines of all locations are. Encapsulated packets from elsewhere are dropped and counted; empty: taken
+    /// from anywhere.
+    #[serde(default)]
+    pub fleet: Vec<Ipv4Net>,
     /// The BGP daemon; without it, something else must bring packets for VIPs to the machine.
     #[serde(default)]
     pub bgp: Option<BgpConfig>,

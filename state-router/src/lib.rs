@@ -50,7 +50,9 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         object: None,
     };
     let capacity = Capacity::for_vips(config.max_vip_ports);
-    let data_plane = DataPlane::load_for(options, capacity).context("the data plane can't be loaded")?;
+    let mut data_plane = DataPlane::load_for(options, capacity).context("the data plane can't be loaded")?;
+    let fleet: Vec<_> = config.fleet.iter().map(|net| (net.addr(), net.prefix_len())).collect();
+    data_plane.set_fleet(&fleet).context("fleet")?;
     if data_plane.capacity() != capacity {
         let found = data_plane.capacity().vips;
         tracing::warn!(

@@ -86,7 +86,10 @@ resources = {{ cpu = \"4\", memory = \"8Gi\", disk = \"50Gi\" }}
 
 pub(super) fn router(on: &OnMachine, pins: &Path, include: &Path, control_socket: &Path) -> String {
     let common = common(on);
-    format!("{common}pin_dir = {pins:?}\n[bgp]\ninclude = {include:?}\ncontrol_socket = {control_socket:?}\n")
+    format!(
+        "{common}pin_dir = {pins:?}\nfleet = [\"10.0.0.0/8\"]\n[bgp]\ninclude = {include:?}\ncontrol_socket = \
+         {control_socket:?}\n"
+    )
 }
 
 fn common(on: &OnMachine) -> String {
