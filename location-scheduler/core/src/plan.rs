@@ -120,6 +120,10 @@ impl Plan {
             let held = state.reservations.get(instance)?.clone();
             Some(Change::Put(Box::new(Reservation { generation: *generation, ..held })))
         }));
+        if self.starts.is_empty() {
+            // Most plans: not worth a look at every instance.
+            return changes;
+        }
         let mut slots = Slots::of(state);
         for start in &self.starts {
             let Some(mut made) = reserve(state, start, name(start)) else { continue };

@@ -1,4 +1,7 @@
 //! Reads from redb's snapshots.
+//!
+//! What outlives the function that began the snapshot is read by redb's `..._owned` methods, which keep the snapshot:
+//! the guards of its plain `get` and `range` don't, and their pages may be written to once the snapshot has ended.
 
 use std::collections::VecDeque;
 
@@ -19,7 +22,7 @@ pub(super) async fn blocking<T: Send + 'static>(
 }
 
 pub(super) fn get(db: &Database, key: &str) -> Result<Option<KeyValue>> {
-    let record = || -> Result<_, redb::Error> { Ok(db.begin_read()?.open_table(KEYS)?.get(key)?) };
+    let record = || -> Result<_, redb::Error> { Ok(db.begin_read()?.open_table(KEYS)?.get_owned(key)?) };
     record()?.map(|record| record_of(key, record.value())).transpose()
 }
 
@@ -27,7 +30,7 @@ pub(super) fn list(db: &Database, prefix: &str) -> Result<(Vec<KeyValue>, Revisi
     let snapshot = || -> Result<_, redb::Error> {
         let txn = db.begin_read()?;
         let revision = txn.open_table(META)?.get(META_REVISION)?.map_or(0, |v| v.value());
-        Ok((txn.open_table(KEYS)?.range(prefix..)?, revision))
+        Ok((txn.open_table(KEYS)?.range_owned(prefix..)?, revision))
     };
     let (range, revision) = snapshot()?;
     let mut found = Vec::new();
@@ -60,7 +63,7 @@ pub(super) fn history(db: &Database, prefix: &str, from: Revision, up_to: Revisi
         let meta = txn.open_table(META)?;
         let number = |name| Ok::<_, redb::Error>(meta.get(name)?.map_or(0, |v| v.value()));
         let (current, compacted) = (number(META_REVISION)?, number(META_COMPACTED)?);
-        let range = txn.open_table(HISTORY)?.range((from.saturating_add(1), 0)..)?;
+        let range = txn.open_table(HISTORY)?.range_owned((from.saturating_add(1), 0)..)?;
         Ok((current, compacted, range))
     };
     let (current, compacted, range) = snapshot()?;

@@ -127,3 +127,51 @@ pub(crate) async fn concurrent_increments_lose_nothing(store: &Arc<dyn Store>) {
     assert_eq!(store.get_json::<u64>("counter").await.unwrap(), Some((total, start + total)));
     assert_eq!(revisions, (start + 1..=start + total).collect());
 }
+
+pub(crate) async fn lists_beside_writes_are_of_one_moment(store: &Arc<dyn Store>) {
+    const KEYS: u64 = 60;
+    /// Between two keys that change, so that a list takes as long as a few writes.
+    const STILL: u64 = 100;
+    const WRITES: u64 = 200;
+    const READERS: u64 = 4;
+    let still = bytes::Bytes::from(vec![0xff; 200]);
+    for key in 0..KEYS {
+        let txn = (0..STILL)
+            .fold(Txn::new(), |txn, number| txn.put(format!("moment/{key:02}/{number:03}"), still.clone()));
+        committed(store, txn).await;
+    }
+    let write = |number: u64| {
+        let value = vec![number as u8; 200];
+        (0..KEYS).fold(Txn::new(), |txn, key| txn.put(format!("moment/{key:02}"), value.clone()))
+    };
+    committed(store, write(0)).await;
+    let readers = (0..READERS).map(|_| {
+        let (store, still) = (Arc::clone(store), still.clone());
+        tokio::spawn(async move {
+            loop {
+                let (found, _) = store.list("moment/").await.unwrap();
+                assert_eq!(found.len() as u64, KEYS * (1 + STILL));
+                let changing = &found[0].value;
+                for pair in &found {
+                    let expected = if pair.key.len() == found[0].key.len() { changing } else { &still };
+                    assert_eq!(&pair.value, expected, "{}", pair.key);
+                }
+                if u64::from(changing[0]) == WRITES {
+                    return;
+                }
+            }
+        })
+    });
+    let readers = readers.collect::<Vec<_>>();
+    for number in 1..=WRITES {
+        committed(store, write(number)).await;
+    }
+    for reader in readers {
+        reader.await.unwrap();
+    }
+}
+
+async fn committed(store: &Arc<dyn Store>, txn: Txn) {
+    let outcome = store.txn(txn).await.unwrap();
+    assert!(matches!(outcome, TxnOutcome::Committed { .. }), "{outcome:?}");
+}

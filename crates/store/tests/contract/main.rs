@@ -64,7 +64,7 @@ macro_rules! contract {
     ($engine:ident) => {
         contract!($engine:
             cases: revisions_and_versions, lists_are_ordered_and_by_prefix, lists_are_snapshots, json_helpers,
-                concurrent_increments_lose_nothing;
+                concurrent_increments_lose_nothing, lists_beside_writes_are_of_one_moment;
             conditions: conflict_changes_nothing, conflict_names_the_first_key, no_change_takes_no_revision,
                 overlapping_changes_are_refused, limits_are_enforced;
             watches: resumes_from_any_revision, live_and_history_join, one_revision_stays_together,
