@@ -31,7 +31,7 @@ use crate::errors::{Answer, Refusal};
 use crate::storage::Storage;
 use accounts::Accounts;
 pub use accounts::{AccountSpec, AccountView, Team, TeamView, check_account_name};
-pub(crate) use audit::Audit;
+pub(crate) use audit::{Audit, RETENTION};
 pub use audit::{Event, TAIL_MAX};
 use limits::Limits;
 use token::{Bad, Claims, Signer};
@@ -125,7 +125,7 @@ pub(crate) struct Access {
     pub(crate) accounts: Accounts,
     signer: Signer,
     pub(crate) limits: Limits,
-    pub(crate) audit: Audit,
+    pub(crate) audit: Arc<Audit>,
 }
 
 impl Access {
@@ -148,7 +148,7 @@ impl Access {
             accounts: Accounts::load(storage.clone()).await?,
             signer: Signer::new(&bytes),
             limits: Limits::new(),
-            audit: Audit::open(data_dir)?,
+            audit: Arc::new(Audit::open(data_dir)?),
         })
     }
 
@@ -324,7 +324,7 @@ impl Access {
         digest: Option<&str>,
     ) {
         self.audit.record(&Event {
-            at: humantime(SystemTime::now()),
+            at: moment(),
             account: if who.account.is_empty() { "anyone".to_owned() } else { who.account.clone() },
             team: who.team.clone(),
             action: action.to_owned(),
@@ -361,8 +361,9 @@ fn denied(who: &Who, need: &Need) -> String {
     }
 }
 
-fn humantime(at: SystemTime) -> String {
-    jiff::Timestamp::try_from(at).map_or_else(|_| String::new(), written)
+/// Now, as the audit record has it.
+pub(crate) fn moment() -> String {
+    written(jiff::Timestamp::now())
 }
 
 /// A moment as the audit record has it.

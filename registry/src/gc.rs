@@ -33,6 +33,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::OwnedMutexGuard;
 use tokio_util::sync::CancellationToken;
 
+use crate::access::Audit;
 use crate::config::Config;
 use crate::storage::{Note, Storage};
 pub use report::{GcPhase, GcReport, GcSeen, GcSpared, GcStatus};
@@ -76,6 +77,7 @@ pub(crate) struct Collector {
     running: Mutex<Option<GcReport>>,
     last_dry_run: Mutex<Option<GcReport>>,
     totals: Totals,
+    audit: Arc<Audit>,
     stop: CancellationToken,
 }
 
@@ -111,6 +113,7 @@ impl Collector {
     pub(crate) fn new(
         storage: Storage,
         config: &Config,
+        audit: Arc<Audit>,
         stop: CancellationToken,
     ) -> anyhow::Result<Collector> {
         config.gc.check()?;
@@ -123,6 +126,7 @@ impl Collector {
             running: Mutex::default(),
             last_dry_run: Mutex::default(),
             totals: Totals::default(),
+            audit,
             stop,
         })
     }
@@ -304,6 +308,7 @@ impl Collector {
             window: self.window(),
             dry_run: report.dry_run,
             stop: &self.stop,
+            audit: &self.audit,
             report: &self.running,
             rules: &self.rules,
             in_use,

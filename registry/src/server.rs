@@ -65,7 +65,8 @@ impl Server {
         })?;
         let (remembered, counters, draining) =
             (Remembered::default(), Arc::default(), CancellationToken::new());
-        let collector = Arc::new(Collector::new(storage.clone(), &config, draining.clone())?);
+        let collector =
+            Arc::new(Collector::new(storage.clone(), &config, access.audit.clone(), draining.clone())?);
         config.scrub.check()?;
         let app = Arc::new_cyclic(|app: &Weak<App>| {
             let repair = cache.is_some().then(|| repair(app.clone()));

@@ -48,6 +48,9 @@ pub(crate) struct AccountSetArgs {
     /// How long it is good; for ever without
     #[arg(long, value_name = "DURATION")]
     pub(crate) ttl: Option<DurationMs>,
+    /// Make another secret for an account that is there; the old one ends at once
+    #[arg(long)]
+    pub(crate) new_secret: bool,
     /// Write `NAME:SECRET` to this file (mode 0600) and not the secret to standard output
     ///
     /// It is what `--registry-credentials-file` and the settings of the same kind read.

@@ -34,10 +34,23 @@ fn a_machines_robot_is_made_used_and_ended_by_commands_alone() {
     std::fs::write(mine.join("file"), "mine").unwrap();
     let push = ["push", &mine.to_string_lossy(), "team/mine:v1", "--registry", &registry.url];
     let message = as_robot(&push).failed();
-    assert!(message.contains("refused access to `team/mine` (403)"), "{message}");
+    assert!(
+        message.contains("refused access to `team/mine` (403): account `ams-1` may not push"),
+        "{message}"
+    );
 
-    // A new secret ends the old one; without a file it is the only thing on standard output.
+    // Set again it keeps its secret, which nobody can show.
     let ran = home.run(&account);
+    assert!(
+        ran.err.contains("account ams-1 is set, good until") && ran.err.contains("keeps its secret"),
+        "{ran:?}"
+    );
+    assert_eq!(ran.ok(), "");
+    as_robot(&["registry", "tags", "team/hello"]).ok();
+    let message = home.run(&[&account[..], &["--out", &path]].concat()).failed();
+    assert!(message.contains("keeps its secret") && message.contains("add --new-secret"), "{message}");
+    // A new secret ends the old one; without a file it is the only thing on standard output.
+    let ran = home.run(&[&account[..], &["--new-secret"]].concat());
     assert!(ran.err.contains("shown only this once"), "{ran:?}");
     let new = ran.ok();
     assert!(new.trim_end().len() == 48 && new.trim_end() != secret, "{new}");

@@ -371,10 +371,6 @@ async fn check(target: &Target, response: Response) -> Result<Response> {
     if status.is_success() {
         return Ok(response);
     }
-    if status == StatusCode::UNAUTHORIZED || status == StatusCode::FORBIDDEN {
-        let repository = target.repository.clone();
-        return Err(Error::Unauthorized { url: target.name(), repository, status: status.as_u16() });
-    }
     let body = response.bytes().await.unwrap_or_default();
     let entry = serde_json::from_slice::<Body>(&body).ok().and_then(|body| body.errors.into_iter().next());
     let (code, message) = match entry {
@@ -384,7 +380,15 @@ async fn check(target: &Target, response: Response) -> Result<Response> {
         }
         None => (String::new(), String::from_utf8_lossy(&body[..body.len().min(200)]).into_owned()),
     };
-    Err(Error::Registry { url: target.name(), status: status.as_u16(), code, message })
+    let url = target.name();
+    if status == StatusCode::UNAUTHORIZED || status == StatusCode::FORBIDDEN {
+        let knows_who = status == StatusCode::FORBIDDEN && !message.is_empty();
+        let check = "check the user and password in the registry's credentials file";
+        let reason = if knows_who { message } else { check.to_owned() };
+        let repository = target.repository.clone();
+        return Err(Error::Unauthorized { url, repository, status: status.as_u16(), reason });
+    }
+    Err(Error::Registry { url, status: status.as_u16(), code, message })
 }
 
 fn authority(url: &Url) -> String {

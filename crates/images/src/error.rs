@@ -51,10 +51,7 @@ pub enum Error {
     },
 
     /// The registry doesn't accept the credentials.
-    #[error(
-        "the registry at {url} refused access to `{repository}` ({status}); check the user and password in the \
-         registry's credentials file"
-    )]
+    #[error("the registry at {url} refused access to `{repository}` ({status}): {reason}")]
     Unauthorized {
         /// Its address.
         url: String,
@@ -62,6 +59,8 @@ pub enum Error {
         repository: String,
         /// HTTP status, 401 or 403.
         status: u16,
+        /// The registry's words where it knows who asks; else what to check.
+        reason: String,
     },
 
     /// The registry has no such image.

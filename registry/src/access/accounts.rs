@@ -48,6 +48,9 @@ pub struct AccountSpec {
     /// How long it is good, in seconds.
     #[serde(default)]
     pub ttl_s: Option<u64>,
+    /// Whether an account that is there gets another secret.
+    #[serde(default)]
+    pub new_secret: bool,
 }
 
 /// An account as it is shown.
@@ -61,7 +64,7 @@ pub struct AccountView {
     pub grants: Vec<Grant>,
     /// Until when it is good, in seconds since 1970; for ever without.
     pub expires_s: Option<u64>,
-    /// Only in the answer that made it.
+    /// Only in the answer to what made the secret.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secret: Option<String>,
 }
@@ -158,7 +161,7 @@ impl Accounts {
         self.known().accounts.values().map(|account| view(account, None)).collect()
     }
 
-    /// Makes an account, or gives one a new secret and other grants.
+    /// Makes an account, or changes one: it keeps its secret unless another one is asked for.
     pub(crate) async fn set(&self, name: &str, spec: AccountSpec, now_s: u64) -> Answer<AccountView> {
         check_name("account", name)?;
         if let Some(team) = &spec.team
@@ -172,18 +175,26 @@ impl Accounts {
         if spec.grants.is_empty() {
             return Err(invalid("grants", "expected at least one, such as `vision/**:pull,push`".to_owned()));
         }
-        let random: [u8; SECRET_BYTES] = rand::random();
-        let secret = hex::encode(random);
+        // Not what is known, which another process on the same store may have changed since.
+        let there = self.storage.document::<Account>(&format!("accounts/{name}")).await?;
+        let (secret, secret_sha256) = match there.filter(|_| !spec.new_secret) {
+            Some(account) => (None, account.secret_sha256),
+            None => {
+                let secret = hex::encode(rand::random::<[u8; SECRET_BYTES]>());
+                let sha256 = hex::encode(hash(&secret));
+                (Some(secret), sha256)
+            }
+        };
         let account = Account {
             name: name.to_owned(),
-            secret_sha256: hex::encode(hash(&secret)),
+            secret_sha256,
             team: spec.team,
             grants: spec.grants,
             expires_s: spec.ttl_s.map(|ttl| now_s.saturating_add(ttl)),
         };
         self.storage.put_document(&format!("accounts/{name}"), &account).await?;
         self.refresh().await?;
-        Ok(view(&account, Some(secret)))
+        Ok(view(&account, secret))
     }
 
     pub(crate) async fn delete(&self, name: &str) -> Answer<()> {

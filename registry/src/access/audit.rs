@@ -1,5 +1,7 @@
 //! The audit record: who pushed and deleted what, one JSON object a line in `audit.log` of the data folder.
 //!
+//! What people and machines do is under the name of their account; what retention rules delete, under [`RETENTION`].
+//!
 //! A full file becomes `audit.log.1`, that `audit.log.2`, and so on up to a bound. A line that can't be written is
 //! counted and said in the log: the registry goes on.
 
@@ -19,6 +21,9 @@ const FILE_MAX_BYTES: u64 = 64 << 20;
 const FILES_KEPT: u32 = 8;
 /// Most events that are read at once.
 pub const TAIL_MAX: usize = 10_000;
+
+/// Who deletes by the rules of `[retention]`. No account can have this name.
+pub(crate) const RETENTION: &str = "(retention)";
 
 /// Something that was changed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,6 +88,8 @@ pub(crate) struct Audit {
 struct Open {
     file: File,
     size: u64,
+    /// Its last line has no end: a crash or a full disk cut it off.
+    torn: bool,
 }
 
 impl Audit {
@@ -104,6 +111,9 @@ impl Audit {
         let mut line = serde_json::to_vec(event)?;
         line.push(b'\n');
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if open.torn {
+            line.insert(0, b'\n');
+        }
         if open.size + line.len() as u64 > FILE_MAX_BYTES {
             for number in (1..FILES_KEPT).rev() {
                 let _ = std::fs::rename(self.numbered(number), self.numbered(number + 1));
@@ -112,7 +122,9 @@ impl Audit {
             *open = reopen(&self.path)?;
         }
         // One write for each line, so that a reader sees whole lines.
-        open.file.write_all(&line)?;
+        let written = open.file.write_all(&line);
+        open.torn = written.is_err();
+        written?;
         open.size += line.len() as u64;
         Ok(())
     }
@@ -162,10 +174,14 @@ impl Audit {
 }
 
 fn reopen(path: &Path) -> io::Result<Open> {
-    use std::os::unix::fs::OpenOptionsExt as _;
-    let file = OpenOptions::new().create(true).append(true).mode(0o600).open(path)?;
+    use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+    let file = OpenOptions::new().create(true).append(true).read(true).mode(0o600).open(path)?;
     let size = file.metadata()?.len();
-    Ok(Open { file, size })
+    let mut end = *b"\n";
+    if let Some(last) = size.checked_sub(1) {
+        file.read_exact_at(&mut end, last)?;
+    }
+    Ok(Open { file, size, torn: end != *b"\n" })
 }
 
 #[cfg(test)]
@@ -191,7 +207,7 @@ mod tests {
         (0..3).for_each(|number| audit.record(&event(number)));
         drop(audit);
         let mut file = OpenOptions::new().append(true).open(dir.path().join("audit.log")).unwrap();
-        file.write_all(b"{\"at\":\"20\n").unwrap();
+        file.write_all(b"{\"at\":\"20").unwrap();
         let audit = Audit::open(dir.path()).unwrap();
         audit.record(&event(3));
         let subjects = |count| {
@@ -204,6 +220,26 @@ mod tests {
         };
         assert_eq!(subjects(2), ["app-2", "app-3"]);
         assert_eq!(subjects(100).len(), 4);
+    }
+
+    #[test]
+    fn a_line_that_a_full_disk_cut_off_doesnt_hide_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        let audit = Audit::open(dir.path()).unwrap();
+        audit.record(&event(0));
+        {
+            // As if the disk had been full after some bytes; then a write fails whole.
+            let mut open = audit.open.lock().unwrap();
+            open.file.write_all(b"{\"at\":\"20").unwrap();
+            open.file = OpenOptions::new().append(true).open("/dev/full").unwrap();
+        }
+        audit.record(&event(1));
+        assert_eq!(audit.lost.load(Ordering::Relaxed), 1);
+        audit.open.lock().unwrap().file = reopen(&audit.path).unwrap().file;
+        audit.record(&event(2));
+        let subjects: Vec<_> =
+            audit.tail(9, &Wanted::default()).unwrap().into_iter().map(|it| it.subject).collect();
+        assert_eq!(subjects, ["app-0", "app-2"]);
     }
 
     #[test]

@@ -68,7 +68,7 @@ async fn give_token(access: &Access, request: Request) -> Answer {
         (who, scopes(&pairs(request.uri().query().unwrap_or_default()))?)
     };
     let token = access.token(&who, &scopes)?;
-    let (ttl, now) = (access.token_ttl().as_secs(), super::humantime(std::time::SystemTime::now()));
+    let (ttl, now) = (access.token_ttl().as_secs(), super::moment());
     let body = json!({ "token": token, "access_token": token, "expires_in": ttl, "issued_at": now });
     Ok(Json(body).into_response())
 }

@@ -30,6 +30,7 @@ use self::clients::{Client, Image, MANIFESTS, REPOSITORIES, TAGS, images};
 use self::model::Model;
 use self::stepped::{Dice, Runner, Stepped};
 use super::{Collector, GcConfig, GcPhase, RetentionConfig, RuleConfig};
+use crate::access::Audit;
 use crate::config::Config;
 use crate::references;
 use crate::storage::mutant::{self, Mutant};
@@ -98,7 +99,9 @@ async fn process(store: &Stepped, rules: bool) -> Process {
         retention: RetentionConfig { rules, ..RetentionConfig::default() },
         ..Config::new("unused")
     };
-    let collector = Collector::new(storage.clone(), &config, CancellationToken::new()).unwrap();
+    let record = tempfile::tempdir().unwrap();
+    let audit = Arc::new(Audit::open(record.path()).unwrap());
+    let collector = Collector::new(storage.clone(), &config, audit, CancellationToken::new()).unwrap();
     Process { storage, collector: Rc::new(collector) }
 }
 

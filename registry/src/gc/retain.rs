@@ -86,10 +86,11 @@ async fn expel_tags(
         let same = same || crate::storage::mutant::is(crate::storage::mutant::Mutant::NoSecondDecision);
         let Some(digest) = digest.filter(|_| same) else { return Ok(false) };
         if !cx.window.is_zero() {
-            let what = Trashed::Tag { tag: tag.clone(), digest };
+            let what = Trashed::Tag { tag: tag.clone(), digest: digest.clone() };
             cx.storage.put_trash(repository, &what).await?;
         }
         hold.delete(&mark(&tag), cx.storage.delete_tag(TagOf::Push, repository, &tag)).await?;
+        cx.record(repository, &tag, &digest);
         cx.report(|report| report.plan.tags.push(named(repository, &tag, &reason)));
         Ok(true)
     };
@@ -126,6 +127,7 @@ async fn expel_manifests(
             }
             let marked = Marked::Digest(digest.clone());
             hold.delete(&marked, cx.storage.delete_manifest(repository, &digest)).await?;
+            cx.record(repository, digest.as_str(), &digest);
             let reason = reasons.get(&digest).map_or("", String::as_str);
             cx.report(|report| report.plan.manifests.push(named(repository, digest.as_str(), reason)));
             Ok(Some(digest))

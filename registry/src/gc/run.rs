@@ -20,6 +20,7 @@ use super::hold::{self, AT_ONCE};
 use super::report::{GcPhase, GcReport};
 use super::retain::{self, Basis};
 use super::sweep;
+use crate::access::{self, Audit};
 use crate::storage::{Link, Storage, TagOf, Trashed};
 
 /// Candidates that are kept at once; about 10 MiB.
@@ -42,6 +43,7 @@ pub(super) struct Context<'a> {
     pub(super) window: Duration,
     pub(super) dry_run: bool,
     pub(super) stop: &'a CancellationToken,
+    pub(super) audit: &'a Audit,
     pub(super) report: &'a Mutex<Option<GcReport>>,
     pub(super) rules: &'a [Rule],
     /// None: it can't be had.
@@ -63,6 +65,19 @@ impl Context<'_> {
         {
             change(report);
         }
+    }
+
+    /// Writes to the audit record what a rule deleted: a tag or a manifest.
+    pub(super) fn record(&self, repository: &str, reference: &str, digest: &Digest) {
+        self.audit.record(&access::Event {
+            at: access::moment(),
+            account: access::RETENTION.to_owned(),
+            team: None,
+            action: "delete-manifest".to_owned(),
+            subject: repository.to_owned(),
+            reference: Some(reference.to_owned()),
+            digest: Some(digest.to_string()),
+        });
     }
 
     fn is_old(&self, put: SystemTime, limit: Duration) -> bool {

@@ -103,8 +103,14 @@ async fn accounts_do_what_they_were_granted_until_they_end() {
             404
         );
     }
+    // Other grants leave the secret as it is.
+    let spec = json!({"grants": ["vision/**:pull"]});
+    let set = registry.request(Method::PUT, "/v1/accounts/ana").json(&spec).send().await.unwrap();
+    assert!(set.json::<serde_json::Value>().await.unwrap().get("secret").is_none());
+    assert_eq!(status(("ana", &secret), Method::POST, "/v2/vision/new/blobs/uploads/").await, 403);
+    assert_eq!(status(("ana", &secret), Method::GET, "/v2/vision/app/manifests/v1").await, 200);
     // A new secret replaces the old one; a deleted account is nobody; one whose time is over too.
-    let newer = account(&registry, "ana", json!({"grants": ["vision/**:pull"]})).await;
+    let newer = account(&registry, "ana", json!({"grants": ["vision/**:pull"], "new_secret": true})).await;
     assert_eq!(status(("ana", &secret), Method::GET, "/v2/").await, 401);
     assert_eq!(status(("ana", &newer), Method::POST, "/v2/vision/new/blobs/uploads/").await, 403);
     let gone = registry.request(Method::DELETE, "/v1/accounts/ana").send().await.unwrap();

@@ -162,6 +162,15 @@ async fn rules_let_tags_go_unless_they_are_in_use_and_only_when_that_is_known() 
     for (tag, there) in [("pr-1", false), ("pr-2", true), ("pr-3", true), ("v1", true)] {
         assert_eq!(exists(&registry, &format!("/v2/team/app/manifests/{tag}")).await, there, "{tag}");
     }
+    // The record says who deleted them: not an account.
+    let record = registry.request(Method::GET, "/v1/audit?repository=team/app").send().await.unwrap();
+    let record: Vec<serde_json::Value> = record.json().await.unwrap();
+    let deleted: Vec<_> = record.iter().filter(|event| event["action"] == "delete-manifest").collect();
+    assert!(deleted.iter().all(|event| event["account"] == "(retention)"), "{deleted:?}");
+    let references: Vec<_> = deleted.iter().map(|event| event["reference"].as_str().unwrap()).collect();
+    assert!(references.len() == 2 && references[0] == "pr-1", "{references:?}");
+    assert!(references[1].starts_with("sha256:"), "{references:?}");
+
     let (status, body) =
         post(&registry, "/v1/undelete", json!({ "repository": "team/app", "tag": "pr-1" })).await;
     assert_eq!(status, StatusCode::OK, "{body}");

@@ -29,11 +29,25 @@ pub(super) async fn account(admin: &Admin, command: AccountCommand) -> anyhow::R
 }
 
 async fn set_account(admin: &Admin, args: AccountSetArgs) -> anyhow::Result<()> {
-    let AccountSetArgs { name, grants, team, ttl, out, output } = args;
+    let AccountSetArgs { name, grants, team, ttl, new_secret, out, output } = args;
     let ttl_s = ttl.map(|ttl| ttl.0.div_ceil(1_000));
-    let spec = AccountSpec { team, grants, ttl_s };
+    let spec = AccountSpec { team, grants, ttl_s, new_secret };
     let mut made: AccountView = admin.put(&format!("/v1/accounts/{name}"), &spec).await?;
     let until = end(&made).map_or("for ever".into(), |end| format!("until {end}"));
+    if made.secret.is_none() {
+        if let Some(path) = out {
+            anyhow::bail!(
+                "account {name} is set and keeps its secret, which only its hash is left of; to write another one to \
+                 `{}`, add --new-secret",
+                path.display()
+            );
+        }
+        output::note(format_args!("account {name} is set, good {until}; it keeps its secret"));
+        return match output.format {
+            Format::Table => Ok(()),
+            format => output::data(format, &made, String::new),
+        };
+    }
     let Some(path) = out else {
         output::note(format_args!("good {until}; the secret is shown only this once"));
         return output::data(output.format, &made, || made.secret.clone().unwrap_or_default());
