@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr},
 };
 
 use anyplace_ebpf::{Bucket, DataPlane, Instance, Port, Protocol, VipKey, VipTable};
@@ -19,11 +19,11 @@ pub enum Change {
     /// New, or other than before.
     Put(Route),
     /// Gone.
-    Remove(Ipv4Addr),
+    Remove(IpAddr),
 }
 
 impl Change {
-    fn vip(&self) -> Ipv4Addr {
+    fn vip(&self) -> IpAddr {
         match self {
             Self::Put(route) => route.vip,
             Self::Remove(vip) => *vip,
@@ -37,15 +37,15 @@ pub struct Plane {
     machine: MachineId,
     instances: BTreeMap<Ipv4Addr, Local>,
     /// Which of them serve a VIP, and what.
-    serving: BTreeMap<(Ipv4Addr, Ipv4Addr), Vec<Port>>,
+    serving: BTreeMap<(IpAddr, Ipv4Addr), Vec<Port>>,
     /// What failed, to be tried again, and why. At most one for each VIP.
-    failed: BTreeMap<Ipv4Addr, (Change, String)>,
+    failed: BTreeMap<IpAddr, (Change, String)>,
 }
 
 /// An instance of this machine.
 #[derive(Debug, Default)]
 struct Local {
-    vips: BTreeSet<Ipv4Addr>,
+    vips: BTreeSet<IpAddr>,
     /// As the data plane has it.
     set: Option<Instance>,
 }
@@ -77,14 +77,14 @@ impl Plane {
     /// Brings the VIPs that changed into the data plane, the last change of each; what fails is kept for
     /// [`Plane::retry`].
     pub fn apply(&mut self, changes: Vec<Change>) {
-        let last: BTreeMap<Ipv4Addr, Change> =
+        let last: BTreeMap<IpAddr, Change> =
             changes.into_iter().map(|change| (change.vip(), change)).collect();
         self.apply_but_log(last.into_values().collect(), &BTreeSet::new());
     }
 
     /// Takes away what an earlier process left and no route names; to be called when all routes have been applied.
-    pub fn finish(&mut self, is_known: impl Fn(Ipv4Addr) -> bool) {
-        let vips: BTreeSet<Ipv4Addr> = self.data_plane.vips().into_iter().map(|key| key.address).collect();
+    pub fn finish(&mut self, is_known: impl Fn(IpAddr) -> bool) {
+        let vips: BTreeSet<IpAddr> = self.data_plane.vips().into_iter().map(|key| key.address).collect();
         self.apply(vips.into_iter().filter(|vip| !is_known(*vip)).map(Change::Remove).collect());
         for instance in self.data_plane.instances().unwrap_or_default() {
             if !self.instances.contains_key(&instance.address)
@@ -102,7 +102,7 @@ impl Plane {
     /// `known`: failures that were logged already. Each VIP may be in `changes` once.
     fn apply_but_log(&mut self, changes: Vec<Change>, known: &BTreeSet<String>) {
         let tables = all_tables(&changes);
-        let mut failed: BTreeMap<Ipv4Addr, String> = BTreeMap::new();
+        let mut failed: BTreeMap<IpAddr, String> = BTreeMap::new();
         // New deliverers before tables that lead to them, tables that no longer do before deliverers go.
         let mut leaving = Vec::new();
         for change in &changes {
@@ -172,7 +172,7 @@ impl Plane {
     }
 
     /// The instances of this machine that serve a VIP.
-    fn instances_of(&self, vip: Ipv4Addr) -> impl Iterator<Item = Ipv4Addr> {
+    fn instances_of(&self, vip: IpAddr) -> impl Iterator<Item = Ipv4Addr> {
         let all = (vip, Ipv4Addr::UNSPECIFIED)..=(vip, Ipv4Addr::BROADCAST);
         self.serving.range(all).map(|((_, address), _)| *address)
     }
@@ -192,7 +192,7 @@ impl Plane {
     }
 
     /// An instance doesn't serve a VIP any more.
-    fn leave(&mut self, vip: Ipv4Addr, address: Ipv4Addr) -> Result<(), String> {
+    fn leave(&mut self, vip: IpAddr, address: Ipv4Addr) -> Result<(), String> {
         let Some(local) = self.instances.get_mut(&address) else { return Ok(()) };
         let others = local.vips.iter().any(|other| *other != vip);
         if !others {

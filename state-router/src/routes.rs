@@ -14,7 +14,7 @@ use std::{
     fs::{File, OpenOptions},
     hash::{DefaultHasher, Hasher as _},
     io::{self, BufRead as _, BufReader, BufWriter, Read as _, Seek as _, SeekFrom, Write as _},
-    net::Ipv4Addr,
+    net::IpAddr,
     path::PathBuf,
 };
 
@@ -38,7 +38,7 @@ pub struct Routes {
     /// `None` after a failure, until the log is written anew.
     file: Option<File>,
     length: u64,
-    vips: HashMap<Ipv4Addr, Place>,
+    vips: HashMap<IpAddr, Place>,
     announcement: Option<Announcement>,
     /// A snapshot being received.
     incoming: Option<Incoming>,
@@ -55,7 +55,7 @@ struct Place {
 
 #[derive(Debug, Default)]
 struct Incoming {
-    seen: HashSet<Ipv4Addr>,
+    seen: HashSet<IpAddr>,
     announcement: Option<Announcement>,
 }
 
@@ -88,7 +88,7 @@ impl Routes {
     }
 
     /// Whether the VIP has a route.
-    pub fn contains(&self, vip: Ipv4Addr) -> bool {
+    pub fn contains(&self, vip: IpAddr) -> bool {
         self.vips.contains_key(&vip)
     }
 
@@ -134,7 +134,7 @@ impl Routes {
                     return Vec::new();
                 };
                 self.announce(incoming.announcement);
-                let gone: Vec<Ipv4Addr> =
+                let gone: Vec<IpAddr> =
                     self.vips.keys().filter(|vip| !incoming.seen.contains(vip)).copied().collect();
                 let changes = gone.into_iter().filter_map(|vip| self.remove(vip)).collect();
                 self.tidy();
@@ -172,7 +172,7 @@ impl Routes {
         }
     }
 
-    fn remove(&mut self, vip: Ipv4Addr) -> Option<Change> {
+    fn remove(&mut self, vip: IpAddr) -> Option<Change> {
         self.vips.remove(&vip)?;
         if let Some(text) = to_line(&Line::<RouteRecord> { key: format!("{VIP_KEY}{vip}"), value: None }) {
             self.append(&text);
@@ -301,7 +301,7 @@ impl Routes {
     }
 }
 
-fn vip_of(key: &str) -> Option<Ipv4Addr> {
+fn vip_of(key: &str) -> Option<IpAddr> {
     key.strip_prefix(VIP_KEY)?.parse().ok()
 }
 

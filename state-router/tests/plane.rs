@@ -6,7 +6,7 @@
 #[path = "../../ebpf/loader/tests/support/namespaces.rs"]
 mod namespaces;
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use anyplace_ebpf::{Capacity, DataPlane, Meters, Options, Protocol, VipKey};
 use anyplace_model::Route;
@@ -46,8 +46,8 @@ impl Machine {
     }
 }
 
-fn vip(last: u8) -> Ipv4Addr {
-    Ipv4Addr::new(203, 0, 113, last)
+fn vip(last: u8) -> IpAddr {
+    IpAddr::from([203, 0, 113, last])
 }
 
 fn key(last: u8, port: u16) -> VipKey {

@@ -1,6 +1,6 @@
 //! Records between a location scheduler and its state routers.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
@@ -23,7 +23,7 @@ pub enum RouteRecord {
 pub struct Route {
     /// The virtual IP.
     #[schema(value_type = String)]
-    pub vip: Ipv4Addr,
+    pub vip: IpAddr,
     /// Its ports.
     pub ports: Vec<Port>,
     /// Instances in this location, ended ones excluded.

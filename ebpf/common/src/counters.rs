@@ -58,7 +58,8 @@ counters! {
     Fragment => "fragment",
     /// Dropped: a fragment to a VIP whose first part wasn't seen here, or not recently.
     FragmentUnknown => "fragment_unknown",
-    /// Dropped: an echo request with IP options.
+    /// Dropped: an echo request with IP options or IPv6 extension headers; an IPv6 packet with more of those than are
+    /// read, or with hops of its own (a routing header).
     Options => "options",
     /// Dropped: an ICMP error that quotes no packet of a VIP's port.
     IcmpUnmatched => "icmp_unmatched",

@@ -1,5 +1,7 @@
 //! The flow hash: the same number on every machine, so that ECMP may move a flow between ingress machines.
 
+use crate::Address6;
+
 /// Hashes a 5-tuple, each part as it stands in the packet.
 ///
 /// Murmur3's 64-bit finaliser over the packed tuple: a few nanoseconds in eBPF, and any bit of the tuple flips any
@@ -10,6 +12,28 @@ pub const fn flow_hash(source: u32, vip: u32, source_port: u16, vip_port: u16, p
     let addresses = ((source as u64) << 32) | vip as u64;
     let rest = ((source_port as u64) << 24) | ((vip_port as u64) << 8) | protocol as u64;
     mix(addresses ^ mix(rest ^ 0x9e37_79b9_7f4a_7c15))
+}
+
+/// The same for a tuple of IPv6 addresses.
+///
+/// Odd multiples of its parts are added up, which the processor does side by side, and the finaliser mixes the sum: as
+/// fast as two rounds of it, where one for each part would take five.
+#[inline(always)]
+pub const fn flow_hash6(
+    source: &Address6,
+    vip: &Address6,
+    source_port: u16,
+    vip_port: u16,
+    protocol: u8,
+) -> u64 {
+    let rest = ((source_port as u64) << 24) | ((vip_port as u64) << 8) | protocol as u64;
+    let sum = half(source[0], source[1])
+        .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+        .wrapping_add(half(source[2], source[3]).wrapping_mul(0xd6e8_feb8_6659_fd93))
+        .wrapping_add(half(vip[0], vip[1]).wrapping_mul(0xa076_1d64_78bd_642f))
+        .wrapping_add(half(vip[2], vip[3]).wrapping_mul(0xe703_7ed1_a0b4_28db))
+        .wrapping_add(rest.wrapping_mul(0x8ebc_6af0_9c88_c6e3));
+    mix(sum ^ (sum >> 29))
 }
 
 /// The bucket of a hash in a table of `len` slots; any `len` works, no division is needed.
@@ -24,6 +48,11 @@ pub const fn bucket_index(hash: u64, len: u32) -> u32 {
 #[inline(always)]
 pub const fn source_port(hash: u64) -> u16 {
     (0xc000 | (hash & 0x3fff) as u16).to_be()
+}
+
+#[inline(always)]
+const fn half(high: u32, low: u32) -> u64 {
+    ((high as u64) << 32) | low as u64
 }
 
 #[inline(always)]
@@ -55,6 +84,35 @@ mod tests {
         assert!(counts.iter().all(|&c| (838..1224).contains(&c)), "{counts:?}");
     }
 
+    fn hash6_of(n: u32) -> u64 {
+        let client = [0xb80d_0120, 0, (n % 7).to_be(), (n / 7).to_be()];
+        let vip = [0xb80d_0120, 1, 0, 0x0100_0000];
+        flow_hash6(&client, &vip, port(1024 + (n % 60_000) as u16), port(80), TCP)
+    }
+
+    #[test]
+    fn buckets_are_filled_evenly_by_ipv6_too() {
+        let mut counts = [0u32; 97];
+        for n in 0..100_000 {
+            counts[bucket_index(hash6_of(n), 97) as usize] += 1;
+        }
+        assert!(counts.iter().all(|&c| (838..1224).contains(&c)), "{counts:?}");
+    }
+
+    #[test]
+    fn one_bit_of_an_ipv6_address_changes_half_of_the_hash() {
+        let mut flipped = 0;
+        for bit in 0..128 {
+            let mut source = [7, 6, 5, 4];
+            let before = flow_hash6(&source, &[1, 2, 3, 4], 1, 2, TCP);
+            source[bit / 32] ^= 1 << (bit % 32);
+            let changed = (before ^ flow_hash6(&source, &[1, 2, 3, 4], 1, 2, TCP)).count_ones();
+            assert!((8..=56).contains(&changed), "bit {bit} changes {changed}");
+            flipped += changed;
+        }
+        assert!((28 * 128..36 * 128).contains(&flipped), "{flipped} of {}", 64 * 128);
+    }
+
     #[test]
     fn one_bit_changes_half_of_the_hash() {
         let mut flipped = 0;
@@ -78,7 +136,9 @@ mod tests {
         // A change here moves every flow of a running fleet during an upgrade: then bump SCHEMA.
         assert_eq!(hash_of(1), HASH_OF_ONE);
         assert!(u16::from_be(source_port(hash_of(1))) >= 49_152);
+        assert_eq!(hash6_of(1), HASH6_OF_ONE);
     }
 
+    const HASH6_OF_ONE: u64 = 10_337_410_839_612_858_224;
     const HASH_OF_ONE: u64 = 13_960_502_821_121_147_161;
 }

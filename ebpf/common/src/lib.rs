@@ -11,17 +11,19 @@
 mod counters;
 mod hash;
 mod layout;
+mod layout6;
 mod wire;
 
 pub use counters::{Counter, Counters, VipCounters};
-pub use hash::{bucket_index, flow_hash, source_port};
+pub use hash::{bucket_index, flow_hash, flow_hash6, source_port};
 pub use layout::{
     Bucket, Config, FleetKey, FlowKey, FlowValue, FragmentKey, INTERFACE_NAME_BYTES, InstanceValue, Layout,
     PortKey, PortValue, Range, ReplyKey, ReplyValue, VipKey, VipValue,
 };
+pub use layout6::{Address6, FlowKey6, FragmentKey6, FragmentValue6, PortKey6, ReplyValue6, VipKey6, Walk};
 pub use wire::{
-    ENCAPSULATION_BYTES, Encapsulation, GUE_FLAGS_AND_PROTOCOL, GUE_PORT, HOPS, Ipv4Header, Ports, TTL,
-    UdpHeader, ipv4_checksum,
+    ENCAPSULATION_BYTES, Encapsulation, GUE_FLAGS_AND_PROTOCOL, GUE_FLAGS_AND_PROTOCOL_IPV6, GUE_PORT, HOPS,
+    INSTANCE_PREFIX, Ipv4Header, Ipv6Header, Ports, TTL, UdpHeader, instance_address, ipv4_checksum,
 };
 
 /// Version of the map layouts and of the wire format; also the name of the pin folder.
@@ -42,6 +44,8 @@ pub const MAX_FLOWS: u32 = 131_072;
 pub const MAX_EMBRYONIC: u32 = 65_536;
 /// Bound on packets whose fragments are on their way.
 pub const MAX_FRAGMENTS: u32 = 16_384;
+/// Extension headers of an IPv6 packet that are read; one with more is dropped.
+pub const MAX_EXTENSIONS: u8 = 6;
 /// Bound on prefixes of the fleet.
 pub const MAX_FLEET: u32 = 4_096;
 /// ICMP answers of one kind on one CPU that may follow each other at once.
@@ -49,6 +53,8 @@ pub const ICMP_BURST: u32 = 100;
 
 /// IP protocol number of ICMP.
 pub const ICMP: u8 = 1;
+/// IP protocol number of ICMPv6.
+pub const ICMPV6: u8 = 58;
 /// IP protocol number of TCP.
 pub const TCP: u8 = 6;
 /// IP protocol number of UDP.
@@ -57,6 +63,12 @@ pub const UDP: u8 = 17;
 /// An IPv4 address as it stands in a packet.
 pub const fn address(octets: [u8; 4]) -> u32 {
     u32::from_ne_bytes(octets)
+}
+
+/// An IPv6 address as it stands in a packet.
+pub const fn address6(octets: [u8; 16]) -> Address6 {
+    let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = octets;
+    [address([a, b, c, d]), address([e, f, g, h]), address([i, j, k, l]), address([m, n, o, p])]
 }
 
 /// A port as it stands in a packet; its own inverse.

@@ -8,7 +8,7 @@
 //! |  source port = flow hash      |       6080                    | UDP
 //! |  length                       |       0 (no checksum)         |
 //! +---+-+---------+---------------+-------------------------------+
-//! | 0 |0|  4      |  4 (IPv4)     |       0 (flags)               | GUE
+//! | 0 |0|  4      | 4 IPv4, 41 v6 |       0 (flags)               | GUE
 //! +---+-+---------+---------------+---------------+---------------+
 //! |       0 (private data type)   | next hop      | hop count = 3 |
 //! |                             hop 0                             |
@@ -23,6 +23,8 @@
 //! and a relay can add a hop in place.
 //! Source: GLB director, "GUE header usage in GLB"; GUE: draft-ietf-intarea-gue.
 
+use crate::Address6;
+
 /// UDP port of the encapsulation.
 pub const GUE_PORT: u16 = 6080;
 /// Slots of the hop list: the longest is `[before of the relay, before of the ingress, now of the ingress]`.
@@ -31,6 +33,11 @@ pub const HOPS: u8 = 3;
 pub const ENCAPSULATION_BYTES: usize = size_of::<Encapsulation>();
 /// First four bytes of GUE: variant 0, data, header length 4 + 16 bytes, protocol IPv4, no flags.
 pub const GUE_FLAGS_AND_PROTOCOL: [u8; 4] = [0x04, 4, 0, 0];
+/// The same around an IPv6 packet.
+pub const GUE_FLAGS_AND_PROTOCOL_IPV6: [u8; 4] = [0x04, 41, 0, 0];
+/// First 96 bits of each instance's IPv6 address; its IPv4 address is the rest. No packet leaves its machine with such
+/// an address, so the prefix is the same everywhere.
+pub const INSTANCE_PREFIX: [u8; 12] = [0xfd, 0x5b, 0x27, 0xd6, 0x91, 0x4c, 0, 0, 0, 0, 0, 0];
 /// Time to live of the outer header; each hop takes one, so a mistake in the tables can't circle for ever.
 pub const TTL: u8 = 64;
 
@@ -60,6 +67,74 @@ pub struct Ipv4Header {
     pub source: [u8; 4],
     /// Destination, network byte order.
     pub destination: [u8; 4],
+}
+
+/// An IPv6 header. Fields that a program reads as one number each; the alignment is that of a received frame.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ipv6Header {
+    /// Version, traffic class, flow label.
+    pub class: [u8; 4],
+    /// Bytes behind this header, network byte order.
+    pub payload_length: u16,
+    /// Type of the header behind this one.
+    pub next: u8,
+    /// Hop limit.
+    pub hops: u8,
+    /// Source, network byte order.
+    pub source: [u16; 8],
+    /// Destination, network byte order.
+    pub destination: [u16; 8],
+}
+
+const _: () = assert!(size_of::<Ipv6Header>() == 40);
+
+impl Ipv6Header {
+    /// The version that it claims.
+    #[inline(always)]
+    pub const fn version(&self) -> u8 {
+        self.class[0] >> 4
+    }
+
+    /// Its traffic class, where IPv4 has the type of service.
+    #[inline(always)]
+    pub const fn traffic_class(&self) -> u8 {
+        self.class[0] << 4 | self.class[1] >> 4
+    }
+
+    /// The source in the pieces that keys have.
+    #[inline(always)]
+    pub const fn source(&self) -> Address6 {
+        pieces(self.source)
+    }
+
+    /// The destination, likewise.
+    #[inline(always)]
+    pub const fn destination(&self) -> Address6 {
+        pieces(self.destination)
+    }
+}
+
+#[inline(always)]
+const fn pieces(address: [u16; 8]) -> Address6 {
+    const fn piece(first: u16, second: u16) -> u32 {
+        let ([a, b], [c, d]) = (first.to_ne_bytes(), second.to_ne_bytes());
+        u32::from_ne_bytes([a, b, c, d])
+    }
+    let [a, b, c, d, e, f, g, h] = address;
+    [piece(a, b), piece(c, d), piece(e, f), piece(g, h)]
+}
+
+/// An instance's IPv6 address.
+#[inline(always)]
+pub const fn instance_address(instance: u32) -> Address6 {
+    let [a, b, c, d, e, f, g, h, i, j, k, l] = INSTANCE_PREFIX;
+    [
+        u32::from_ne_bytes([a, b, c, d]),
+        u32::from_ne_bytes([e, f, g, h]),
+        u32::from_ne_bytes([i, j, k, l]),
+        instance,
+    ]
 }
 
 /// A UDP header, network byte order.
@@ -108,6 +183,8 @@ pub struct Encapsulation {
 
 // SAFETY: repr(C), all fields at even offsets, sizes asserted above; any bytes are a value.
 unsafe impl crate::Layout for Encapsulation {}
+// SAFETY: as above.
+unsafe impl crate::Layout for Ipv6Header {}
 
 /// The checksum field of an IPv4 header whose own checksum field is taken as zero.
 #[inline(always)]
@@ -158,5 +235,8 @@ mod tests {
         assert_eq!(std::mem::offset_of!(Encapsulation, next_hop), 34);
         assert_eq!(std::mem::offset_of!(Encapsulation, hop_count), 35);
         assert_eq!(std::mem::offset_of!(Encapsulation, hops), 36);
+        assert_eq!(std::mem::offset_of!(Ipv6Header, next), 6);
+        assert_eq!(std::mem::offset_of!(Ipv6Header, source), 8);
+        assert_eq!(std::mem::offset_of!(Ipv6Header, destination), 24);
     }
 }

@@ -33,6 +33,7 @@ pub enum XdpMode {
 
 pub(crate) const INGRESS: &str = "ingress";
 pub(crate) const TARGET: &str = "target";
+pub(crate) const TARGET6: &str = "target6";
 pub(crate) const REPLY: &str = "reply";
 
 /// The folder of pinned links.
@@ -145,11 +146,11 @@ impl Links {
     }
 }
 
-/// Loads all three programs into the kernel.
+/// Loads all programs into the kernel.
 pub(crate) fn load_programs(object: &mut Ebpf) -> Result<(), Error> {
     let ingress: &mut Xdp = program(object, INGRESS)?;
     ingress.load().map_err(|source| refused("loading", INGRESS, source))?;
-    for name in [TARGET, REPLY] {
+    for name in [TARGET, TARGET6, REPLY] {
         let classifier: &mut SchedClassifier = program(object, name)?;
         classifier.load().map_err(|source| refused("loading", name, source))?;
     }

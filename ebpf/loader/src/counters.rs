@@ -10,7 +10,7 @@ use aya::{
 
 use crate::{
     DataPlane, Error, VipKey,
-    maps::{COUNTERS, Plain, Table, VIP_COUNTERS, VIPS, open},
+    maps::{COUNTERS, Plain, Table, VIP_COUNTERS, VIPS, VIPS6, by_vip, open},
 };
 
 /// The global counters, summed over all CPUs. They only grow, also across restarts of the router.
@@ -61,6 +61,7 @@ impl DataPlane {
 pub struct Meters {
     counters: PerCpuArray<MapData, Plain<common::Counters>>,
     vips: Table<common::VipKey, common::VipValue>,
+    vips6: Table<common::VipKey6, common::VipValue>,
     vip_counters: PerCpuArray<MapData, Plain<VipCounters>>,
 }
 
@@ -71,6 +72,7 @@ impl Meters {
         Ok(Self {
             counters: open(&folder, &COUNTERS)?,
             vips: Table::open(&folder, &VIPS)?,
+            vips6: Table::open(&folder, &VIPS6)?,
             vip_counters: open(&folder, &VIP_COUNTERS)?,
         })
     }
@@ -83,8 +85,9 @@ impl Meters {
     /// What entered at this machine for each VIP port.
     pub fn vips(&self) -> Result<BTreeMap<VipKey, VipCounters>, Error> {
         let mut found = BTreeMap::new();
-        for (key, value) in self.vips.entries()? {
-            if let Some(key) = VipKey::from_map(&key) {
+        let entries = by_vip(self.vips.entries()?).into_iter().chain(by_vip(self.vips6.entries()?));
+        for (_, key, value) in entries {
+            if let Some(key) = key {
                 found.insert(key, vip_total(&self.vip_counters, value.counter)?);
             }
         }

@@ -1,19 +1,20 @@
 //! Instances of this machine.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
-    net::Ipv4Addr,
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    net::{IpAddr, Ipv4Addr},
 };
 
 use anyplace_ebpf_common::{
-    self as common, INTERFACE_NAME_BYTES, InstanceValue, PortKey, PortValue, ReplyKey, ReplyValue,
+    self as common, INTERFACE_NAME_BYTES, InstanceValue, PortKey, PortKey6, PortValue, ReplyKey, ReplyValue,
+    ReplyValue6,
 };
 
 use crate::{
     DataPlane, Error,
     attach::REPLY,
     sys,
-    types::{Instance, Port, Protocol, VipKey, address, container_mac, ipv4},
+    types::{Instance, MapKey as _, Port, Protocol, VipKey, address, container_mac, ipv4},
 };
 
 impl DataPlane {
@@ -39,13 +40,28 @@ impl DataPlane {
         let old = self.maps.instances.get(key)?;
 
         for port in &instance.ports {
-            let (reply, original) = reply_entry(key, port);
-            self.maps.replies.set(reply, original)?;
+            let reply = reply_key(key, port);
+            let vip_port = common::port(port.vip.port);
+            match port.vip.address {
+                IpAddr::V4(vip) => {
+                    let original = ReplyValue { vip: address(vip), port: vip_port, reserved: 0 };
+                    self.maps.replies.set(reply, original)?;
+                }
+                IpAddr::V6(vip) => {
+                    let vip = common::address6(vip.octets());
+                    self.maps.replies6.set(reply, ReplyValue6 { vip, port: vip_port, reserved: 0 })?;
+                }
+            }
         }
         self.links.attach_classifier(&mut self.object, REPLY, interface, name)?;
         for port in &instance.ports {
             let value = PortValue { port: common::port(port.container_port), reserved: 0 };
-            self.maps.ports.set(port_key(key, port.vip), value)?;
+            if let Some(port) = port_key(key, port.vip) {
+                self.maps.ports.set(port, value)?;
+            }
+            if let Some(port) = port_key6(key, port.vip) {
+                self.maps.ports6.set(port, value)?;
+            }
         }
         self.maps.instances.set(key, value)?;
         self.remove_ports(key, &instance.ports)?;
@@ -71,11 +87,15 @@ impl DataPlane {
     /// The instances that are set, by address; after a restart, those of the process before.
     pub fn instances(&self) -> Result<Vec<Instance>, Error> {
         let mut ports: HashMap<u32, Vec<Port>> = HashMap::new();
+        let mut add = |instance, vip: Option<VipKey>, value: PortValue| {
+            let port = vip.map(|vip| Port { vip, container_port: common::port(value.port) });
+            ports.entry(instance).or_default().extend(port);
+        };
         for (key, value) in self.maps.ports.entries()? {
-            let Some(protocol) = Protocol::from_number(key.protocol) else { continue };
-            let vip = VipKey { address: ipv4(key.vip), port: common::port(key.vip_port), protocol };
-            let port = Port { vip, container_port: common::port(value.port) };
-            ports.entry(key.instance).or_default().push(port);
+            add(key.instance, common::VipKey::new(key.vip, key.vip_port, key.protocol).vip(), value);
+        }
+        for (key, value) in self.maps.ports6.entries()? {
+            add(key.instance, common::VipKey6::new(key.vip, key.vip_port, key.protocol).vip(), value);
         }
         let mut found = BTreeMap::new();
         for (key, value) in self.maps.instances.entries()? {
@@ -109,17 +129,32 @@ impl DataPlane {
 
     /// Removes what the maps say of an instance's ports, but for `keep`.
     fn remove_ports(&mut self, instance: u32, keep: &[Port]) -> Result<(), Error> {
-        let ports: BTreeSet<PortKey> = keep.iter().map(|port| port_key(instance, port.vip)).collect();
+        let ports: BTreeSet<PortKey> = keep.iter().filter_map(|port| port_key(instance, port.vip)).collect();
         for (key, _) in self.maps.ports.entries()? {
             if key.instance == instance && !ports.contains(&key) {
                 self.maps.ports.remove(key)?;
             }
         }
-        let replies: BTreeSet<(u16, u8)> =
-            keep.iter().map(|port| (common::port(port.container_port), port.vip.protocol.number())).collect();
+        let ports: BTreeSet<PortKey6> =
+            keep.iter().filter_map(|port| port_key6(instance, port.vip)).collect();
+        for (key, _) in self.maps.ports6.entries()? {
+            if key.instance == instance && !ports.contains(&key) {
+                self.maps.ports6.remove(key)?;
+            }
+        }
+        let replies = |ipv6| -> HashSet<ReplyKey> {
+            let keep = keep.iter().filter(|port| port.vip.address.is_ipv6() == ipv6);
+            keep.map(|port| reply_key(instance, port)).collect()
+        };
+        let (replies, replies6) = (replies(false), replies(true));
         for (key, _) in self.maps.replies.entries()? {
-            if key.instance == instance && !replies.contains(&(key.port, key.protocol)) {
+            if key.instance == instance && !replies.contains(&key) {
                 self.maps.replies.remove(key)?;
+            }
+        }
+        for (key, _) in self.maps.replies6.entries()? {
+            if key.instance == instance && !replies6.contains(&key) {
+                self.maps.replies6.remove(key)?;
             }
         }
         Ok(())
@@ -130,28 +165,30 @@ fn interface_name(value: &InstanceValue) -> String {
     value.name.iter().take_while(|byte| **byte != 0).map(|byte| char::from(*byte)).collect()
 }
 
-fn port_key(instance: u32, vip: VipKey) -> PortKey {
-    let key = vip.to_map();
-    PortKey { instance, vip: key.address, vip_port: key.port, protocol: key.protocol, reserved: 0 }
+fn port_key(instance: u32, vip: VipKey) -> Option<PortKey> {
+    let key = common::VipKey::of(vip)?;
+    Some(PortKey { instance, vip: key.address, vip_port: key.port, protocol: key.protocol, reserved: 0 })
 }
 
-fn reply_entry(instance: u32, port: &Port) -> (ReplyKey, ReplyValue) {
-    let vip = port.vip.to_map();
-    (
-        ReplyKey { instance, port: common::port(port.container_port), protocol: vip.protocol, reserved: 0 },
-        ReplyValue { vip: vip.address, port: vip.port, reserved: 0 },
-    )
+fn port_key6(instance: u32, vip: VipKey) -> Option<PortKey6> {
+    let key = common::VipKey6::of(vip)?;
+    Some(PortKey6 { instance, vip: key.address, vip_port: key.port, protocol: key.protocol, reserved: 0 })
 }
 
-/// A reply is known by the container's port alone, so each may stand for one VIP port only.
+fn reply_key(instance: u32, port: &Port) -> ReplyKey {
+    let (port, protocol) = (common::port(port.container_port), port.vip.protocol.number());
+    ReplyKey { instance, port, protocol, reserved: 0 }
+}
+
+/// A reply is known by the container's port alone, so each may stand for one VIP port only, of each family.
 fn check_replies(instance: &Instance) -> Result<(), Error> {
-    let mut seen: HashMap<(u16, Protocol), VipKey> = HashMap::new();
+    let mut seen: HashMap<(u16, Protocol, bool), VipKey> = HashMap::new();
     for port in &instance.ports {
         let vip = port.vip;
         if vip.port == 0 {
             return Err(Error::ReservedKey(vip));
         }
-        if let Some(first) = seen.insert((port.container_port, vip.protocol), vip)
+        if let Some(first) = seen.insert((port.container_port, vip.protocol, vip.address.is_ipv6()), vip)
             && first != vip
         {
             let (instance, port) = (instance.address, port.container_port);

@@ -6,8 +6,9 @@
 //!
 //! ```text
 //! PIN_DIR/v2/                  one folder for each layout version
-//!   CONFIG VIPS BUCKETS INSTANCES PORTS REPLIES FLOWS EMBRYONIC FRAGMENTS FLEET RATES COUNTERS VIP_COUNTERS
-//!   links/ingress_IFINDEX  links/target_IFINDEX  links/reply_IFINDEX
+//!   CONFIG BUCKETS INSTANCES FLEET RATES COUNTERS VIP_COUNTERS WALK
+//!   VIPS PORTS REPLIES FLOWS EMBRYONIC FRAGMENTS, and with a 6 behind the name those for VIPs that are IPv6 addresses
+//!   links/ingress_IFINDEX  links/target_IFINDEX  links/target6_IFINDEX  links/reply_IFINDEX
 //! ```
 //!
 //! All calls are synchronous and must come from a thread in the machine's network namespace. This crate must not know
@@ -27,7 +28,7 @@ mod types;
 mod vip_counters;
 mod vips;
 
-pub use anyplace_ebpf_common::{Counter, VipCounters, bucket_index, flow_hash};
+pub use anyplace_ebpf_common::{Counter, VipCounters, bucket_index, flow_hash, flow_hash6};
 pub use attach::XdpMode;
 pub use counters::{Meters, Totals};
 pub use error::Error;

@@ -1,6 +1,6 @@
 //! The maps with their types, as they come out of a loaded object.
 
-use std::{io, os::fd::AsFd as _, path::Path};
+use std::{io, net::IpAddr, os::fd::AsFd as _, path::Path};
 
 use anyplace_ebpf_common as common;
 use aya::{
@@ -9,7 +9,13 @@ use aya::{
     sys::SyscallError,
 };
 
-use crate::{Capacity, Error, arena::Arena, sys, vips::whole};
+use crate::{
+    Capacity, Error,
+    arena::Arena,
+    sys,
+    types::{MapKey, VipKey},
+    vips::whole,
+};
 
 /// A layout of the common crate, for aya's trait on plain data.
 #[derive(Clone, Copy, Debug)]
@@ -97,9 +103,12 @@ impl<K: common::Layout, V: common::Layout> Table<K, V> {
 /// All maps but those of flows, fragments and rates, which only the programs use.
 pub(crate) struct Maps {
     pub(crate) vips: Table<common::VipKey, common::VipValue>,
+    pub(crate) vips6: Table<common::VipKey6, common::VipValue>,
     pub(crate) instances: Table<u32, common::InstanceValue>,
     pub(crate) ports: Table<common::PortKey, common::PortValue>,
+    pub(crate) ports6: Table<common::PortKey6, common::PortValue>,
     pub(crate) replies: Table<common::ReplyKey, common::ReplyValue>,
+    pub(crate) replies6: Table<common::ReplyKey, common::ReplyValue6>,
     pub(crate) counters: PerCpuArray<MapData, Plain<common::Counters>>,
     pub(crate) vip_counters: PerCpuArray<MapData, Plain<common::VipCounters>>,
     pub(crate) config: Array<MapData, Plain<common::Config>>,
@@ -111,18 +120,23 @@ impl Maps {
     /// Takes the maps out of a loaded object; also the VIPs that an earlier process left in them.
     pub(crate) fn take(object: &mut Ebpf, sizes: &Sizes) -> Result<(Self, VipEntries), Error> {
         let vips: Table<common::VipKey, common::VipValue> = Table::take(object, &VIPS, sizes.vips)?;
+        let vips6: Table<common::VipKey6, common::VipValue> = Table::take(object, &VIPS6, sizes.vips6)?;
         let Map::Array(buckets) = take(object, BUCKETS.name)? else {
             return Err(Error::Missing { kind: "array map", name: BUCKETS.name });
         };
-        let entries = vips.entries()?;
-        let used = entries.iter().map(|(_, value)| whole(value.full, value.local));
+        let mut entries = by_vip(vips.entries()?);
+        entries.extend(by_vip(vips6.entries()?));
+        let used = entries.iter().map(|(_, _, value)| whole(value.full, value.local));
         let arena = Arena::new(buckets.fd().as_fd(), sizes.buckets, used)
             .map_err(|io_error| BUCKETS.error("mmap", SyscallError { call: "mmap", io_error }.into()))?;
         let maps = Self {
             vips,
+            vips6,
             instances: Table::take(object, &INSTANCES, INSTANCES.entries)?,
             ports: Table::take(object, &PORTS, PORTS.entries)?,
+            ports6: Table::take(object, &PORTS6, PORTS6.entries)?,
             replies: Table::take(object, &REPLIES, REPLIES.entries)?,
+            replies6: Table::take(object, &REPLIES6, REPLIES6.entries)?,
             counters: typed(object, &COUNTERS)?,
             vip_counters: typed(object, &VIP_COUNTERS)?,
             config: typed(object, &CONFIG)?,
@@ -133,14 +147,20 @@ impl Maps {
     }
 }
 
-/// What stands in the VIPS map.
-pub(crate) type VipEntries = Vec<(common::VipKey, common::VipValue)>;
+/// What stands in the maps of VIPs: the address, its port unless it is the address's marker, and the value.
+pub(crate) type VipEntries = Vec<(IpAddr, Option<VipKey>, common::VipValue)>;
+
+pub(crate) fn by_vip<K: MapKey>(entries: Vec<(K, common::VipValue)>) -> VipEntries {
+    entries.into_iter().map(|(key, value)| (key.address(), key.vip(), value)).collect()
+}
 
 /// Sizes of the maps that grow with the number of VIPs.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sizes {
     /// Entries of VIPS.
     pub(crate) vips: u32,
+    /// Entries of VIPS6.
+    pub(crate) vips6: u32,
     /// Slots of the arena.
     pub(crate) buckets: u32,
     /// Slots of the counters.
@@ -149,17 +169,22 @@ pub(crate) struct Sizes {
 
 impl Sizes {
     /// Each map's name and size, for the loader of the object.
-    pub(crate) fn by_name(&self) -> [(&'static str, u32); 3] {
-        [(VIPS.name, self.vips), (BUCKETS.name, self.buckets), (VIP_COUNTERS.name, self.counters)]
+    pub(crate) fn by_name(&self) -> [(&'static str, u32); 4] {
+        [
+            (VIPS.name, self.vips),
+            (VIPS6.name, self.vips6),
+            (BUCKETS.name, self.buckets),
+            (VIP_COUNTERS.name, self.counters),
+        ]
     }
 }
 
 /// Sizes for a capacity, or those of the maps that an earlier process left in `folder`: a map can't grow. Refuses maps
 /// of another layout, before anything is loaded.
 pub(crate) fn sizes(folder: &Path, capacity: Capacity) -> Result<Sizes, Error> {
-    let mut sizes =
-        // An address marker for each port, at most.
-        Sizes { vips: capacity.vips.saturating_mul(2), buckets: capacity.buckets, counters: capacity.vips };
+    // An address marker for each port, at most.
+    let vips = capacity.vips.saturating_mul(2);
+    let mut sizes = Sizes { vips, vips6: vips, buckets: capacity.buckets, counters: capacity.vips };
     for spec in ALL {
         let Some(map) = pinned(folder, spec)? else { continue };
         let info = map.info().map_err(|source| spec.error("BPF_OBJ_GET_INFO_BY_FD", source))?;
@@ -167,6 +192,7 @@ pub(crate) fn sizes(folder: &Path, capacity: Capacity) -> Result<Sizes, Error> {
         let mut expected = (spec.key, spec.value, spec.entries);
         match spec.name {
             "VIPS" => sizes.vips = found.2,
+            "VIPS6" => sizes.vips6 = found.2,
             "BUCKETS" => sizes.buckets = found.2,
             "VIP_COUNTERS" => sizes.counters = found.2,
             _ => {}
@@ -258,15 +284,31 @@ const PORTS: Spec = Spec::new::<common::PortKey, common::PortValue>("PORTS", com
 const REPLIES: Spec = Spec::new::<common::ReplyKey, common::ReplyValue>("REPLIES", common::MAX_PORTS);
 const FLOWS: Spec = Spec::new::<common::FlowKey, common::FlowValue>("FLOWS", common::MAX_FLOWS);
 const EMBRYONIC: Spec = Spec::new::<common::FlowKey, common::FlowValue>("EMBRYONIC", common::MAX_EMBRYONIC);
+pub(crate) const VIPS6: Spec = Spec::new::<common::VipKey6, common::VipValue>("VIPS6", common::MAX_VIPS);
+const PORTS6: Spec = Spec::new::<common::PortKey6, common::PortValue>("PORTS6", common::MAX_PORTS);
+const REPLIES6: Spec = Spec::new::<common::ReplyKey, common::ReplyValue6>("REPLIES6", common::MAX_PORTS);
+const FLOWS6: Spec = Spec::new::<common::FlowKey6, common::FlowValue>("FLOWS6", common::MAX_FLOWS);
+const EMBRYONIC6: Spec =
+    Spec::new::<common::FlowKey6, common::FlowValue>("EMBRYONIC6", common::MAX_EMBRYONIC);
+const FRAGMENTS6: Spec =
+    Spec::new::<common::FragmentKey6, common::FragmentValue6>("FRAGMENTS6", common::MAX_FRAGMENTS);
+const WALK: Spec = Spec::new::<u32, common::Walk>("WALK", 1);
 const FRAGMENTS: Spec = Spec::new::<common::FragmentKey, common::Ports>("FRAGMENTS", common::MAX_FRAGMENTS);
 pub(crate) const FLEET: Spec = Spec::new::<common::FleetKey, u32>("FLEET", common::MAX_FLEET);
 const RATES: Spec = Spec::new::<u32, u64>("RATES", 2);
 pub(crate) const COUNTERS: Spec = Spec::new::<u32, common::Counters>("COUNTERS", 1);
 pub(crate) const VIP_COUNTERS: Spec = Spec::new::<u32, common::VipCounters>("VIP_COUNTERS", common::MAX_VIPS);
 
-const ALL: [&Spec; 13] = [
+const ALL: [&Spec; 20] = [
     &CONFIG,
     &VIPS,
+    &VIPS6,
+    &PORTS6,
+    &REPLIES6,
+    &FLOWS6,
+    &EMBRYONIC6,
+    &FRAGMENTS6,
+    &WALK,
     &BUCKETS,
     &INSTANCES,
     &PORTS,

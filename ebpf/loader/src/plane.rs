@@ -11,8 +11,8 @@ use anyplace_ebpf_common as common;
 use aya::{Ebpf, EbpfLoader, util::KernelVersion};
 
 use crate::{
-    Error, MapMemory, XdpMode,
-    attach::{self, INGRESS, Links, REPLY, TARGET},
+    Error, MapMemory, VipKey, XdpMode,
+    attach::{self, INGRESS, Links, REPLY, TARGET, TARGET6},
     fleet,
     maps::{self, CONFIG, Maps, Plain},
     sys,
@@ -75,8 +75,8 @@ pub struct DataPlane {
     pub(crate) object: Ebpf,
     pub(crate) links: Links,
     pub(crate) maps: Maps,
-    /// What stands in the VIPS map, address markers left out.
-    pub(crate) vips: BTreeMap<common::VipKey, common::VipValue>,
+    /// What stands in the maps of VIPs, address markers left out.
+    pub(crate) vips: BTreeMap<VipKey, common::VipValue>,
     pub(crate) vip_counters: VipCounterSlots,
     capacity: Capacity,
     mode: XdpMode,
@@ -138,7 +138,11 @@ impl DataPlane {
             links: Links::new(links),
             maps,
             vips: BTreeMap::new(),
-            vip_counters: VipCounterSlots::new(sizes.counters, entries.iter().map(|(_, value)| value), clean),
+            vip_counters: VipCounterSlots::new(
+                sizes.counters,
+                entries.iter().map(|(_, _, value)| value),
+                clean,
+            ),
             capacity: Capacity { vips: sizes.counters.min(sizes.vips / 2), buckets: sizes.buckets },
             mode: XdpMode::Native,
             folder,
@@ -186,9 +190,11 @@ impl DataPlane {
         for interface in self.links.interfaces(REPLY)? {
             self.links.update_classifier(&mut self.object, REPLY, interface)?;
         }
-        self.links.attach_classifier(&mut self.object, TARGET, uplink, uplink_name)?;
+        for target in [TARGET, TARGET6] {
+            self.links.attach_classifier(&mut self.object, target, uplink, uplink_name)?;
+        }
         self.mode = self.links.attach_ingress(&mut self.object, uplink)?;
-        for program in [INGRESS, TARGET] {
+        for program in [INGRESS, TARGET, TARGET6] {
             for other in self.links.interfaces(program)? {
                 if other != uplink {
                     self.links.remove(program, other)?;

@@ -1,6 +1,9 @@
 //! The types that user space speaks in; host byte order, `std::net` addresses.
 
-use std::{fmt, net::Ipv4Addr};
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use anyplace_ebpf_common as common;
 
@@ -43,7 +46,7 @@ impl fmt::Display for Protocol {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct VipKey {
     /// The virtual IP.
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     /// The port, not 0.
     pub port: u16,
     /// The protocol.
@@ -52,22 +55,93 @@ pub struct VipKey {
 
 impl fmt::Display for VipKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}/{}", self.address, self.port, self.protocol)
+        write!(f, "{}/{}", std::net::SocketAddr::new(self.address, self.port), self.protocol)
     }
 }
 
 impl VipKey {
-    pub(crate) fn to_map(self) -> common::VipKey {
-        common::VipKey::new(address(self.address), common::port(self.port), self.protocol.number())
+    /// The least key of an address.
+    pub(crate) const fn first(address: IpAddr) -> Self {
+        Self { address, port: 0, protocol: Protocol::Tcp }
+    }
+}
+
+/// A VIP's key as a map has it.
+pub(crate) trait MapKey: common::Layout {
+    /// The address as it stands in a packet.
+    type Address: Copy + PartialEq;
+
+    /// The address of a key, if it is of this family.
+    fn address_of(address: IpAddr) -> Option<Self::Address>;
+    /// Its way back.
+    fn address(&self) -> IpAddr;
+    /// Port, as it stands in a packet, and protocol.
+    fn port(&self) -> (u16, u8);
+    /// A key.
+    fn new(address: Self::Address, port: u16, protocol: u8) -> Self;
+
+    /// `None` for one of the other family.
+    fn of(key: VipKey) -> Option<Self> {
+        let address = Self::address_of(key.address)?;
+        Some(Self::new(address, common::port(key.port), key.protocol.number()))
+    }
+
+    /// The entry that makes an address a VIP.
+    fn marker_of(address: IpAddr) -> Option<Self> {
+        Some(Self::new(Self::address_of(address)?, 0, 0))
     }
 
     /// `None` for an address marker.
-    pub(crate) fn from_map(key: &common::VipKey) -> Option<Self> {
-        Some(Self {
-            address: ipv4(key.address),
-            port: common::port(key.port),
-            protocol: Protocol::from_number(key.protocol)?,
-        })
+    fn vip(&self) -> Option<VipKey> {
+        let (port, protocol) = self.port();
+        let protocol = Protocol::from_number(protocol)?;
+        Some(VipKey { address: self.address(), port: common::port(port), protocol })
+    }
+}
+
+impl MapKey for common::VipKey {
+    type Address = u32;
+
+    fn address_of(ip: IpAddr) -> Option<u32> {
+        match ip {
+            IpAddr::V4(ip) => Some(address(ip)),
+            IpAddr::V6(_) => None,
+        }
+    }
+
+    fn address(&self) -> IpAddr {
+        ipv4(self.address).into()
+    }
+
+    fn port(&self) -> (u16, u8) {
+        (self.port, self.protocol)
+    }
+
+    fn new(address: u32, port: u16, protocol: u8) -> Self {
+        Self::new(address, port, protocol)
+    }
+}
+
+impl MapKey for common::VipKey6 {
+    type Address = common::Address6;
+
+    fn address_of(ip: IpAddr) -> Option<common::Address6> {
+        match ip {
+            IpAddr::V4(_) => None,
+            IpAddr::V6(ip) => Some(common::address6(ip.octets())),
+        }
+    }
+
+    fn address(&self) -> IpAddr {
+        ipv6(self.address).into()
+    }
+
+    fn port(&self) -> (u16, u8) {
+        (self.port, self.protocol)
+    }
+
+    fn new(address: common::Address6, port: u16, protocol: u8) -> Self {
+        Self::new(address, port, protocol)
     }
 }
 
@@ -131,6 +205,14 @@ pub(crate) fn address(address: Ipv4Addr) -> u32 {
 
 pub(crate) fn ipv4(address: u32) -> Ipv4Addr {
     Ipv4Addr::from(address.to_ne_bytes())
+}
+
+pub(crate) fn ipv6(address: common::Address6) -> Ipv6Addr {
+    let mut octets = [0; 16];
+    for (place, piece) in octets.chunks_mut(4).zip(address) {
+        place.copy_from_slice(&piece.to_ne_bytes());
+    }
+    octets.into()
 }
 
 /// MAC address of a container's interface, by convention with the agent: `02:61:` and the instance's address.

@@ -3,13 +3,14 @@
 //! Tables that are equal are stored once for all ports of a VIP, and once for its two kinds; a table that a VIP has
 //! already isn't written again.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, net::IpAddr};
 
 use anyplace_ebpf_common::{self as common, Range, VipValue};
 
 use crate::{
     DataPlane, Error,
-    types::{Bucket, VipKey, VipTable},
+    maps::{Table, VipEntries},
+    types::{Bucket, MapKey, VipKey, VipTable},
 };
 
 /// Entries of one batch: bounds the memory of a call, and how long the kernel is in it (some milliseconds).
@@ -17,7 +18,7 @@ const BATCH: usize = 4_096;
 
 /// An entry that is prepared, and not yet seen by any program.
 struct Staged {
-    key: common::VipKey,
+    key: VipKey,
     value: VipValue,
     old: Option<VipValue>,
     /// A range of its own, written for this entry; otherwise it shares one.
@@ -61,28 +62,26 @@ impl DataPlane {
 
     /// Takes a VIP port away; one that isn't set is fine.
     pub fn remove_vip(&mut self, key: VipKey) -> Result<(), Error> {
-        let map_key = key.to_map();
-        let Some(value) = self.vips.get(&map_key).copied() else { return Ok(()) };
-        self.maps.vips.remove(map_key)?;
-        self.vips.remove(&map_key);
+        let Some(value) = self.vips.get(&key).copied() else { return Ok(()) };
+        remove(&mut self.maps.vips, common::VipKey::of(key))?;
+        remove(&mut self.maps.vips6, common::VipKey6::of(key))?;
+        self.vips.remove(&key);
         self.vip_counters.release(value.counter);
-        self.release(map_key, &value);
-        if self.ports(map_key).next().is_none() {
-            self.maps.vips.remove(common::VipKey::marker(map_key.address))?;
+        self.release(key, &value);
+        if self.ports(key.address).next().is_none() {
+            self.set_marker(key.address, false)?;
         }
         Ok(())
     }
 
     /// The VIP ports that are set, in order; after a restart, those of the process before.
     pub fn vips(&self) -> Vec<VipKey> {
-        let mut keys: Vec<VipKey> = self.vips.keys().filter_map(VipKey::from_map).collect();
-        keys.sort();
-        keys
+        self.vips.keys().copied().collect()
     }
 
     /// The ports that are set of the same address as `key`.
     pub fn ports_of(&self, key: VipKey) -> Vec<VipKey> {
-        self.ports(key.to_map()).filter_map(|(key, _)| VipKey::from_map(key)).collect()
+        self.ports(key.address).map(|(key, _)| *key).collect()
     }
 
     /// A VIP's tables, as the programs see them.
@@ -93,25 +92,35 @@ impl DataPlane {
     }
 
     pub(crate) fn vip_value(&self, key: VipKey) -> Option<VipValue> {
-        self.vips.get(&key.to_map()).copied()
+        self.vips.get(&key).copied()
     }
 
     /// Adopts what an earlier process left: its ports, and a marker for each address, also where that process was
     /// killed between the two.
-    pub(crate) fn adopt_vips(&mut self, entries: Vec<(common::VipKey, VipValue)>) -> Result<(), Error> {
-        let (ports, markers): (Vec<_>, Vec<_>) =
-            entries.into_iter().partition(|(key, _)| VipKey::from_map(key).is_some());
-        self.vips = ports.into_iter().collect();
-        let marked: BTreeSet<common::VipKey> = markers.into_iter().map(|(key, _)| key).collect();
-        let wanted: BTreeSet<common::VipKey> =
-            self.vips.keys().map(|key| common::VipKey::marker(key.address)).collect();
-        for marker in wanted.difference(&marked) {
-            self.maps.vips.set(*marker, MARKER)?;
+    pub(crate) fn adopt_vips(&mut self, entries: VipEntries) -> Result<(), Error> {
+        let mut marked = BTreeSet::new();
+        for (address, port, value) in entries {
+            match port {
+                Some(key) => drop(self.vips.insert(key, value)),
+                None => drop(marked.insert(address)),
+            }
         }
-        for marker in marked.difference(&wanted) {
-            self.maps.vips.remove(*marker)?;
+        let wanted: BTreeSet<IpAddr> = self.vips.keys().map(|key| key.address).collect();
+        for address in wanted.symmetric_difference(&marked) {
+            self.set_marker(*address, wanted.contains(address))?;
         }
         Ok(())
+    }
+
+    /// Makes an address a VIP, or no VIP any more.
+    fn set_marker(&mut self, address: IpAddr, is_vip: bool) -> Result<(), Error> {
+        let (marker, marker6) = (common::VipKey::marker_of(address), common::VipKey6::marker_of(address));
+        if is_vip {
+            marker.map_or(Ok(()), |key| self.maps.vips.set(key, MARKER))?;
+            return marker6.map_or(Ok(()), |key| self.maps.vips6.set(key, MARKER));
+        }
+        remove(&mut self.maps.vips, marker)?;
+        remove(&mut self.maps.vips6, marker6)
     }
 
     /// Writes a table beside those in use; `None` where the port has it already.
@@ -119,7 +128,6 @@ impl DataPlane {
         if key.port == 0 {
             return Err(Error::ReservedKey(key));
         }
-        let key = key.to_map();
         let map = |buckets: &[Bucket]| buckets.iter().map(|bucket| bucket.to_map()).collect::<Vec<_>>();
         let (full, local) = (map(&table.buckets), map(&table.local));
         let arena = &self.maps.arena;
@@ -131,7 +139,7 @@ impl DataPlane {
         let beside = staged.iter().rev().take_while(|entry| entry.key.address == key.address);
         let mut first = beside.clone().next().is_none();
         let mut equal = beside.map(|entry| entry.value).find(&same);
-        for (_, value) in self.ports(key) {
+        for (_, value) in self.ports(key.address) {
             first = false;
             equal = equal.or_else(|| Some(*value).filter(&same));
         }
@@ -171,19 +179,21 @@ impl DataPlane {
 
     /// Makes staged entries the programs' own, as far as the kernel takes them.
     fn publish(&mut self, staged: Vec<Staged>, failed: &mut Vec<(VipKey, Error)>) {
-        let (mut keys, mut values) = (Vec::new(), Vec::new());
-        for entry in &staged {
-            if entry.first {
-                keys.push(common::VipKey::marker(entry.key.address));
-                values.push(MARKER);
-            }
-            keys.push(entry.key);
-            values.push(entry.value);
-        }
-        let (mut written, mut error) = match self.maps.vips.set_all(&keys, &values) {
-            Ok(()) => (keys.len(), None),
-            Err((written, error)) => (written, Some(error)),
-        };
+        let (staged, staged6): (Vec<_>, Vec<_>) =
+            staged.into_iter().partition(|entry| entry.key.address.is_ipv4());
+        let result = write(&mut self.maps.vips, &staged);
+        self.published(staged, result, failed);
+        let result = write(&mut self.maps.vips6, &staged6);
+        self.published(staged6, result, failed);
+    }
+
+    /// Keeps in mind what was written, and gives back what others don't use any more.
+    fn published(
+        &mut self,
+        staged: Vec<Staged>,
+        (mut written, mut error): (usize, Option<Error>),
+        failed: &mut Vec<(VipKey, Error)>,
+    ) {
         let mut left = Vec::new();
         for entry in staged {
             let needs = 1 + usize::from(entry.first);
@@ -199,13 +209,11 @@ impl DataPlane {
             if entry.old.is_none() {
                 self.vip_counters.release(entry.value.counter);
             }
-            if entry.first && self.ports(entry.key).next().is_none() {
+            if entry.first && self.ports(entry.key.address).next().is_none() {
                 // Should this fail too, the next start removes the marker.
-                let _ = self.maps.vips.remove(common::VipKey::marker(entry.key.address));
+                let _ = self.set_marker(entry.key.address, false);
             }
-            if let Some(key) = VipKey::from_map(&entry.key) {
-                failed.push((key, error.take().unwrap_or(Error::NotTried)));
-            }
+            failed.push((entry.key, error.take().unwrap_or(Error::NotTried)));
         }
         left.sort_by_key(|(key, value)| (key.address, value.full.offset, value.local.offset));
         left.dedup_by_key(|(key, value)| (key.address, value.full, value.local));
@@ -215,18 +223,17 @@ impl DataPlane {
     }
 
     /// Gives the ranges of a former value back, unless another port of the VIP uses them.
-    fn release(&mut self, key: common::VipKey, old: &VipValue) {
-        let used = self.ports(key).any(|(_, value)| (value.full, value.local) == (old.full, old.local));
+    fn release(&mut self, key: VipKey, old: &VipValue) {
+        let used =
+            self.ports(key.address).any(|(_, value)| (value.full, value.local) == (old.full, old.local));
         if !used {
             self.maps.arena.release(whole(old.full, old.local));
         }
     }
 
-    /// All ports of a key's address.
-    fn ports(&self, key: common::VipKey) -> impl Iterator<Item = (&common::VipKey, &VipValue)> {
-        self.vips
-            .range(common::VipKey::marker(key.address)..)
-            .take_while(move |(other, _)| other.address == key.address)
+    /// All ports of an address.
+    fn ports(&self, address: IpAddr) -> impl Iterator<Item = (&VipKey, &VipValue)> {
+        self.vips.range(VipKey::first(address)..).take_while(move |(other, _)| other.address == address)
     }
 
     fn new_counter(&mut self) -> Result<u32, Error> {
@@ -236,6 +243,29 @@ impl DataPlane {
         }
         Ok(index)
     }
+}
+
+/// Writes entries of one family with their markers: how many of all these were written, and what went wrong then.
+fn write<K: MapKey>(map: &mut Table<K, VipValue>, staged: &[Staged]) -> (usize, Option<Error>) {
+    let (mut keys, mut values) = (Vec::new(), Vec::new());
+    for entry in staged {
+        if let Some(marker) = K::marker_of(entry.key.address).filter(|_| entry.first) {
+            keys.push(marker);
+            values.push(MARKER);
+        }
+        if let Some(key) = K::of(entry.key) {
+            keys.push(key);
+            values.push(entry.value);
+        }
+    }
+    match map.set_all(&keys, &values) {
+        Ok(()) => (keys.len(), None),
+        Err((written, error)) => (written, Some(error)),
+    }
+}
+
+fn remove<K: MapKey>(map: &mut Table<K, VipValue>, key: Option<K>) -> Result<(), Error> {
+    key.map_or(Ok(()), |key| map.remove(key))
 }
 
 /// The value of an address marker.

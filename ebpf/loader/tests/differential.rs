@@ -16,8 +16,13 @@ mod namespaces;
 #[allow(dead_code, reason = "each test file uses its own part")]
 #[path = "support/packets.rs"]
 mod packets;
+#[allow(dead_code, reason = "each test file uses its own part")]
+#[path = "support/packets6.rs"]
+mod packets6;
 #[path = "support/random.rs"]
 mod random;
+#[path = "support/random6.rs"]
+mod random6;
 #[path = "support/world.rs"]
 mod world;
 
@@ -54,13 +59,15 @@ fn programs_and_model_agree_on_random_packets() {
         done += PACKETS_A_TABLE;
         world.check_state(&format!("before packet {done}"));
     }
-    let coverage = world.coverage();
-    eprintln!("{done} packets, {refused} of them refused by the kernel before any program\n{coverage:?}");
+    eprintln!("{done} packets, {refused} of them refused by the kernel before any program");
     assert!(refused < done / 10);
-    // The model knows no clock, so the rate limit is off here.
-    let missed: Vec<_> =
-        coverage.iter().filter(|(name, count)| **count == 0 && **name != "icmp_limited").collect();
-    assert!(missed.is_empty(), "no packet came to {missed:?}");
+    for (what, coverage) in [("packet", world.coverage()), ("IPv6 packet", world.coverage6())] {
+        eprintln!("by {what}s: {coverage:?}");
+        // The model knows no clock, so the rate limit is off here.
+        let missed: Vec<_> =
+            coverage.iter().filter(|(name, count)| **count == 0 && **name != "icmp_limited").collect();
+        assert!(missed.is_empty(), "no {what} came to {missed:?}");
+    }
 }
 
 #[test]

@@ -286,7 +286,7 @@ fn who(answer: &str, local: SocketAddr, text: &str) -> String {
 }
 
 fn key(protocol: Protocol) -> VipKey {
-    VipKey { address: VIP, port: VIP_PORT, protocol }
+    VipKey { address: VIP.into(), port: VIP_PORT, protocol }
 }
 
 #[test]
@@ -425,25 +425,25 @@ fn a_container_that_is_gone_leaves_nothing() {
     machine.host.ip(&format!("link del {veth}\n"));
     machine.host.enter(|| plane.remove_instance(instance.address).unwrap());
     machine.host.enter(|| plane.remove_instance(instance.address).unwrap());
-    assert_eq!(links(&machine), 2, "ingress and target");
+    assert_eq!(links(&machine), 3, "ingress, target and target6");
 
     // Gone while no router ran.
     machine.host.ip(&format!("link add {veth} type veth peer name inner\n"));
     let plane = machine.plane.as_mut().unwrap();
     machine.host.enter(|| plane.set_instance(&instance).unwrap());
-    assert_eq!(links(&machine), 3);
+    assert_eq!(links(&machine), 4);
     machine.plane = None;
     machine.host.ip(&format!("link del {veth}\n"));
     machine.start();
     assert_eq!(machine.plane().instances().unwrap(), []);
-    assert_eq!(links(&machine), 2);
+    assert_eq!(links(&machine), 3);
 
     // A machine that came back with a new uplink under the old folder.
     machine.plane = None;
     machine.host.ip("link del eth0\nlink add eth0 type veth peer name router\n");
     machine.start();
     assert_ne!(machine.plane().xdp_mode(), XdpMode::Adopted);
-    assert_eq!(links(&machine), 2);
+    assert_eq!(links(&machine), 3);
 
     machine.plane.take().unwrap().unload().unwrap();
     assert!(!machine.bpffs.path.join("anyplace/v2").exists());

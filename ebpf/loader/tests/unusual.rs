@@ -11,6 +11,9 @@ mod namespaces;
 #[allow(dead_code, reason = "each test file uses its own part")]
 #[path = "support/packets.rs"]
 mod packets;
+#[allow(dead_code, reason = "each test file uses its own part")]
+#[path = "support/packets6.rs"]
+mod packets6;
 
 use std::{
     io::Read as _,

@@ -13,7 +13,7 @@ mod namespaces;
 
 use std::{
     fs,
-    net::{Ipv4Addr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, UdpSocket},
     os::fd::OwnedFd,
     path::PathBuf,
     sync::atomic::{AtomicBool, Ordering},
@@ -34,7 +34,8 @@ const WINDOW: u64 = 64;
 /// A packet that isn't back after this is lost.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-const VIP: VipKey = VipKey { address: Ipv4Addr::new(203, 0, 113, 1), port: 80, protocol: Protocol::Udp };
+const VIP: VipKey =
+    VipKey { address: IpAddr::V4(Ipv4Addr::new(203, 0, 113, 1)), port: 80, protocol: Protocol::Udp };
 const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 1, 1, 1);
 const INSIDE: Ipv4Addr = Ipv4Addr::new(10, 1, 1, 65);
 const CONTAINER_PORT: u16 = 8080;

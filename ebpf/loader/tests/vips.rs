@@ -42,7 +42,7 @@ impl Machine {
 }
 
 fn key(vip: u32, port: u16) -> VipKey {
-    VipKey { address: Ipv4Addr::from(0xcb00_0000 + vip), port, protocol: Protocol::Tcp }
+    VipKey { address: Ipv4Addr::from(0xcb00_0000 + vip).into(), port, protocol: Protocol::Tcp }
 }
 
 /// A table of `len` buckets that differs between seeds.

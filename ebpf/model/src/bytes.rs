@@ -1,6 +1,6 @@
 //! Reading and changing packets byte by byte.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use crate::{Flow, Fragmented};
 
@@ -78,7 +78,7 @@ impl Ip {
 
     /// What its fragments have in common.
     pub(crate) fn fragmented(&self) -> Fragmented {
-        (self.source, self.destination, self.id, self.protocol)
+        (self.source.into(), self.destination.into(), self.id.into(), self.protocol)
     }
 
     pub(crate) fn has_ports(&self) -> bool {
@@ -150,8 +150,34 @@ pub(crate) fn flow_hash(flow: &Flow) -> u64 {
         h ^ (h >> 33)
     };
     let &(source, vip, source_port, vip_port, protocol) = flow;
-    let address = |address: Ipv4Addr| u64::from(u32::from_le_bytes(address.octets()));
     let port = |port: u16| u64::from(port.swap_bytes());
     let rest = (port(source_port) << 24) | (port(vip_port) << 8) | u64::from(protocol);
-    mix(((address(source) << 32) | address(vip)) ^ mix(rest ^ 0x9e37_79b9_7f4a_7c15))
+    match (source, vip) {
+        (IpAddr::V6(source), IpAddr::V6(vip)) => {
+            let parts = source.octets().into_iter().chain(vip.octets()).collect::<Vec<u8>>();
+            let numbers = parts.chunks(8).map(|part| {
+                let [a, b, c, d, e, f, g, h] = part.try_into().unwrap_or_default();
+                (u64::from(u32::from_le_bytes([a, b, c, d])) << 32)
+                    | u64::from(u32::from_le_bytes([e, f, g, h]))
+            });
+            let factors = [
+                0x9e37_79b9_7f4a_7c15u64,
+                0xd6e8_feb8_6659_fd93,
+                0xa076_1d64_78bd_642f,
+                0xe703_7ed1_a0b4_28db,
+                0x8ebc_6af0_9c88_c6e3,
+            ];
+            let products =
+                numbers.chain([rest]).zip(factors).map(|(number, factor)| number.wrapping_mul(factor));
+            let sum = products.fold(0u64, u64::wrapping_add);
+            mix(sum ^ (sum >> 29))
+        }
+        _ => {
+            let address = |address: IpAddr| match address {
+                IpAddr::V4(address) => u64::from(u32::from_le_bytes(address.octets())),
+                IpAddr::V6(_) => 0,
+            };
+            mix(((address(source) << 32) | address(vip)) ^ mix(rest ^ 0x9e37_79b9_7f4a_7c15))
+        }
+    }
 }

@@ -35,7 +35,7 @@ pub(crate) fn quoted(frame: &[u8], at: usize, end: usize, vip: Ipv4Addr) -> Resu
     }
     let port = |at| word(frame, at).ok_or(NoQuote::Short);
     let (from, to) = (port(at + ip.header)?, port(at + ip.header + 2)?);
-    Ok((ip.destination, vip, to, from, ip.protocol))
+    Ok((ip.destination.into(), vip.into(), to, from, ip.protocol))
 }
 
 /// Makes the quoted source an instance's address and port.
@@ -73,7 +73,7 @@ pub(crate) fn rewrite_quoted(frame: &mut [u8], icmp: usize, end: usize, to: Ipv4
 }
 
 /// Changes a checksum for words that changed, by RFC 1624.
-fn update(frame: &mut [u8], at: usize, from: &[u8], to: &[u8]) {
+pub(crate) fn update(frame: &mut [u8], at: usize, from: &[u8], to: &[u8]) {
     for (from, to) in from.chunks(2).zip(to.chunks(2)) {
         let inverted = [!frame[at], !frame[at + 1], !from[0], !from[1]];
         let new = !sum(&[&inverted, to]);

@@ -5,20 +5,22 @@ use std::net::Ipv4Addr;
 use anyplace_ebpf_common::{Counter, ENCAPSULATION_BYTES, GUE_PORT, TTL};
 
 use crate::{
-    Bucket, Flow, Machine, Verdict, bucket,
+    Flow, Machine, Verdict, Vip, bucket,
     bytes::{ETHERNET, Ip, flow_hash, opens, put, sum, tcp_flags, word},
     icmp::{NoQuote, is_error, quoted, swap_ethernet},
 };
 
 impl Machine {
     pub(crate) fn ingress(&mut self, frame: &mut Vec<u8>) -> Result<Verdict, Counter> {
-        if word(frame, 12) != Some(0x0800) {
-            return Ok(Verdict::Pass);
+        match word(frame, 12) {
+            Some(0x0800) => {}
+            Some(0x86dd) => return self.ingress6(frame),
+            _ => return Ok(Verdict::Pass),
         }
         let ours = |ip: &Ip| ip.version == 4 && (ip.has_ports() || ip.protocol == 1);
         let Some(ip) = Ip::read(frame, ETHERNET).filter(ours) else { return Ok(Verdict::Pass) };
         // What isn't for a VIP is the stack's.
-        if !self.is_vip(ip.destination) {
+        if !self.is_vip(ip.destination.into()) {
             return Ok(Verdict::Pass);
         }
         let end = ETHERNET + ip.total;
@@ -50,47 +52,57 @@ impl Machine {
             }
         } else if ip.offset != 0 {
             let ports = self.fragments.get(&ip.fragmented()).ok_or(Counter::FragmentUnknown)?;
-            (ip.source, ip.destination, ports.0, ports.1, ip.protocol)
+            (ip.source.into(), ip.destination.into(), ports.0, ports.1, ip.protocol)
         } else {
             let least = if ip.protocol == 6 { 20 } else { 8 };
             let whole = complete && ip.total >= ip.header + least;
             let (Some(from), Some(to)) = (word(frame, transport), word(frame, transport + 2)) else {
                 return Err(Counter::Malformed);
             };
-            if !whole && (!plain || self.vips.contains_key(&(ip.destination, to, ip.protocol))) {
+            if !whole && (!plain || self.vips.contains_key(&(ip.destination.into(), to, ip.protocol))) {
                 return Err(Counter::Malformed);
             }
             opening = ip.protocol == 6 && tcp_flags(frame, transport).is_some_and(opens);
-            (ip.source, ip.destination, from, to, ip.protocol)
+            (ip.source.into(), ip.destination.into(), from, to, ip.protocol)
         };
-        let vip = (ip.destination, flow.3, flow.4);
-        let Some(tables) = self.vips.get(&vip) else {
+        let vip = (ip.destination.into(), flow.3, flow.4);
+        if !self.vips.contains_key(&vip) {
             return Err(if ip.protocol == 1 { Counter::IcmpUnmatched } else { Counter::UnknownPort });
-        };
-        let bucket = bucket(&tables.full, &flow);
+        }
         if ip.protocol == 1 {
             self.count(Counter::IcmpErrors);
         } else if ip.is_first_fragment() {
-            self.fragments.insert(ip.fragmented(), (flow.2, flow.3));
+            self.fragments.insert(ip.fragmented(), (flow.2, flow.3, flow.4));
         }
-
-        let count = self.vip_counters.entry(vip).or_default();
-        count.packets += 1;
-        count.bytes += ip.total as u64;
-        count.connections += u64::from(opening);
-        self.count(Counter::Packets);
-        self.add(Counter::Bytes, ip.total as u64);
-        if ip.total + ENCAPSULATION_BYTES > self.mtu {
+        if !self.admit(vip, ip.total, opening) {
             return self.too_big(frame, &ip);
         }
-        let bucket = bucket.ok_or(Counter::NoBackend)?;
-        Ok(self.encapsulate(frame, &ip, &flow, bucket))
+        self.encapsulate(frame, Packet { class: ip.tos, total: ip.total, six: false }, &flow)
     }
 
-    fn encapsulate(&self, frame: &mut Vec<u8>, ip: &Ip, flow: &Flow, (now, before): Bucket) -> Verdict {
-        let length = ip.total + ENCAPSULATION_BYTES;
+    /// Counts a packet that is for a VIP's port; false if it is too big.
+    pub(crate) fn admit(&mut self, vip: Vip, total: usize, opening: bool) -> bool {
+        let count = self.vip_counters.entry(vip).or_default();
+        count.packets += 1;
+        count.bytes += total as u64;
+        count.connections += u64::from(opening);
+        self.count(Counter::Packets);
+        self.add(Counter::Bytes, total as u64);
+        total + ENCAPSULATION_BYTES <= self.mtu
+    }
+
+    /// Puts the encapsulation in front of a packet.
+    pub(crate) fn encapsulate(
+        &self,
+        frame: &mut Vec<u8>,
+        packet: Packet,
+        flow: &Flow,
+    ) -> Result<Verdict, Counter> {
+        let tables = self.vips.get(&(flow.1, flow.3, flow.4));
+        let (now, before) = tables.and_then(|tables| bucket(&tables.full, flow)).ok_or(Counter::NoBackend)?;
+        let length = packet.total + ENCAPSULATION_BYTES;
         let two = before != now && !before.is_unspecified();
-        let mut outer = vec![0x45, ip.tos];
+        let mut outer = vec![0x45, packet.class];
         outer.extend((length as u16).to_be_bytes());
         outer.extend([0, 0, 0x40, 0, TTL, 17, 0, 0]);
         outer.extend(self.address.octets());
@@ -101,7 +113,7 @@ impl Machine {
         outer.extend(GUE_PORT.to_be_bytes());
         outer.extend((length as u16 - 20).to_be_bytes());
         outer.extend([0, 0]);
-        outer.extend([4, 4, 0, 0, 0, 0, if two { 1 } else { 3 }, 3]);
+        outer.extend([4, if packet.six { 41 } else { 4 }, 0, 0, 0, 0, if two { 1 } else { 3 }, 3]);
         let none = Ipv4Addr::UNSPECIFIED;
         for hop in if two { [none, before, now] } else { [none; 3] } {
             outer.extend(hop.octets());
@@ -110,7 +122,16 @@ impl Machine {
         if !local {
             swap_ethernet(frame);
         }
+        put(frame, 12, &[8, 0]);
         frame.splice(ETHERNET..ETHERNET, outer);
-        if local { Verdict::Pass } else { Verdict::Transmit }
+        Ok(if local { Verdict::Pass } else { Verdict::Transmit })
     }
+}
+
+/// A packet, as far as its encapsulation depends on it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Packet {
+    pub(crate) class: u8,
+    pub(crate) total: usize,
+    pub(crate) six: bool,
 }

@@ -9,24 +9,30 @@
 //! rate limit on, must expect differences.
 
 mod bytes;
+mod bytes6;
 mod icmp;
 mod ingress;
+mod ingress6;
 mod reply;
+mod reply6;
 mod target;
+mod target6;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr},
 };
 
 use anyplace_ebpf_common::Counter;
+
+pub use bytes6::instance6;
 
 /// A program of the data plane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Program {
     /// XDP on the uplink.
     Ingress,
-    /// TCX ingress of the uplink.
+    /// TCX ingress of the uplink; for IPv6 inside, the program behind it too.
     Target,
     /// TCX ingress of an instance's veth, outside.
     Reply,
@@ -57,11 +63,11 @@ pub enum Verdict {
 }
 
 /// A VIP's port.
-pub type Vip = (Ipv4Addr, u16, u8);
+pub type Vip = (IpAddr, u16, u8);
 /// A flow: client, VIP, client's port, VIP's port, protocol.
-pub type Flow = (Ipv4Addr, Ipv4Addr, u16, u16, u8);
-/// A packet in fragments: source, destination, identification, protocol.
-pub type Fragmented = (Ipv4Addr, Ipv4Addr, u16, u8);
+pub type Flow = (IpAddr, IpAddr, u16, u16, u8);
+/// A packet in fragments: source, destination, identification, protocol (0 for IPv6, which doesn't tell by it).
+pub type Fragmented = (IpAddr, IpAddr, u32, u8);
 
 /// Owner now, owner before; 0.0.0.0 for nobody.
 pub type Bucket = (Ipv4Addr, Ipv4Addr);
@@ -99,14 +105,14 @@ pub struct Machine {
     pub instances: BTreeMap<Ipv4Addr, [u8; 6]>,
     /// The port that an instance serves a VIP's port on.
     pub ports: BTreeMap<(Ipv4Addr, Vip), u16>,
-    /// The VIP's port that an instance's port stands for.
-    pub replies: BTreeMap<(Ipv4Addr, u16, u8), (Ipv4Addr, u16)>,
+    /// The VIP's port that an instance's port stands for, by the instance's address of the VIP's family.
+    pub replies: BTreeMap<(IpAddr, u16, u8), (IpAddr, u16)>,
     /// Who owns a flow.
     pub flows: HashMap<Flow, Ipv4Addr>,
     /// Who has seen the one packet of a flow.
     pub embryonic: HashMap<Flow, Ipv4Addr>,
-    /// The ports of packets that come in fragments.
-    pub fragments: HashMap<Fragmented, (u16, u16)>,
+    /// The ports and the protocol of packets that come in fragments.
+    pub fragments: HashMap<Fragmented, (u16, u16, u8)>,
     /// Prefixes that may encapsulate; none for everybody.
     pub fleet: Vec<(Ipv4Addr, u8)>,
     /// Indexed by [`Counter`].
@@ -155,7 +161,7 @@ impl Machine {
         self.counters[counter as usize] += amount;
     }
 
-    fn is_vip(&self, address: Ipv4Addr) -> bool {
+    fn is_vip(&self, address: IpAddr) -> bool {
         self.vips.keys().any(|vip| vip.0 == address)
     }
 }

@@ -1,5 +1,7 @@
 //! What instances send.
 
+use std::net::IpAddr;
+
 use anyplace_ebpf_common::{Counter, ENCAPSULATION_BYTES};
 
 use crate::{
@@ -9,8 +11,10 @@ use crate::{
 
 impl Machine {
     pub(crate) fn reply(&mut self, frame: &mut [u8]) -> Result<Verdict, Counter> {
-        if word(frame, 12) != Some(0x0800) {
-            return Ok(Verdict::Pass);
+        match word(frame, 12) {
+            Some(0x0800) => {}
+            Some(0x86dd) => return self.reply6(frame),
+            _ => return Ok(Verdict::Pass),
         }
         let Some(ip) = Ip::read(frame, ETHERNET).filter(|ip| ip.is_valid() && ip.has_ports()) else {
             return Ok(Verdict::Pass);
@@ -23,11 +27,12 @@ impl Machine {
         let later = ip.offset != 0;
         let ports = match (word(frame, transport), word(frame, transport + 2)) {
             _ if later => self.fragments.get(&ip.fragmented()).copied(),
-            (Some(from), Some(to)) => Some((from, to)),
+            (Some(from), Some(to)) => Some((from, to, ip.protocol)),
             _ => None,
         };
-        let Some((port, client_port)) = ports else { return Ok(Verdict::Pass) };
-        let Some(&(vip, vip_port)) = self.replies.get(&(ip.source, port, ip.protocol)) else {
+        let Some((port, client_port, _)) = ports else { return Ok(Verdict::Pass) };
+        let Some(&(IpAddr::V4(vip), vip_port)) = self.replies.get(&(ip.source.into(), port, ip.protocol))
+        else {
             return Ok(Verdict::Pass);
         };
         let flags = tcp_flags(frame, transport).filter(|_| ip.protocol == 6 && !later);
@@ -35,7 +40,7 @@ impl Machine {
             return Ok(Verdict::Pass);
         }
         if ip.is_first_fragment() {
-            self.fragments.insert(ip.fragmented(), (port, client_port));
+            self.fragments.insert(ip.fragmented(), (port, client_port, ip.protocol));
         }
         if later {
             replace_checksum(frame, ETHERNET + 10, &ip.source.octets(), &vip.octets());
@@ -59,7 +64,7 @@ impl Machine {
         put(frame, ETHERNET + 12, &to);
         put(frame, transport, &vip_port.to_be_bytes());
         if flags.is_some_and(|flags| flags & 2 != 0) {
-            self.clamp(frame, transport + 20, checksum);
+            self.clamp(frame, self.mtu.saturating_sub(ENCAPSULATION_BYTES + 40), transport + 20, checksum);
         }
         self.count(Counter::Replies);
         Ok(self.way_of_reply(&ip))
@@ -71,8 +76,8 @@ impl Machine {
     }
 
     /// Lowers the segment size where the option comes first.
-    fn clamp(&self, frame: &mut [u8], options: usize, checksum: usize) {
-        let limit = self.mtu.saturating_sub(ENCAPSULATION_BYTES + 40) as u16;
+    pub(crate) fn clamp(&self, frame: &mut [u8], limit: usize, options: usize, checksum: usize) {
+        let limit = limit as u16;
         let (Some(kind), Some(size)) = (word(frame, options), word(frame, options + 2)) else { return };
         if kind == 0x0204 && size > limit {
             replace_checksum(frame, checksum, &size.to_be_bytes(), &limit.to_be_bytes());

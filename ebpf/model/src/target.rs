@@ -1,6 +1,6 @@
 //! Encapsulated packets.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use anyplace_ebpf_common::{Counter, ENCAPSULATION_BYTES, GUE_PORT};
 
@@ -12,17 +12,35 @@ use crate::{
     },
 };
 
-use crate::icmp::{is_error, quoted, rewrite_quoted};
+use crate::{
+    icmp::{is_error, quoted, rewrite_quoted},
+    target6::deliver6,
+};
 
 /// Where the client's packet stands.
-const INNER: usize = ETHERNET + ENCAPSULATION_BYTES;
+pub(crate) const INNER: usize = ETHERNET + ENCAPSULATION_BYTES;
 
 /// The client's packet.
-struct Inner {
-    flow: Flow,
-    ip: Ip,
-    opens: bool,
-    continues: bool,
+pub(crate) struct Inner {
+    pub(crate) flow: Flow,
+    pub(crate) kind: Kind,
+    /// Where its transport header stands.
+    pub(crate) transport: usize,
+    /// Where it ends.
+    pub(crate) end: usize,
+    pub(crate) opens: bool,
+    pub(crate) continues: bool,
+}
+
+/// What is rewritten beside the IP header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// The transport header.
+    Transport,
+    /// Nothing: a fragment after the first.
+    Fragment,
+    /// The packet that an ICMP error quotes.
+    Error,
 }
 
 impl Machine {
@@ -35,12 +53,20 @@ impl Machine {
         }
         let here = outer.destination;
         let ours = here == self.address || self.instances.contains_key(&here);
-        let well_formed = frame[42..48] == [4, 4, 0, 0, 0, 0] && frame[48] <= 3 && frame[49] == 3;
+        let six = frame[42..46] == [4, 41, 0, 0];
+        let well_formed = (six || frame[42..46] == [4, 4, 0, 0])
+            && frame[46..48] == [0, 0]
+            && frame[48] <= 3
+            && frame[49] == 3;
         let foreign = !self.may_encapsulate(outer.source);
         if ours && foreign {
             return Err(Counter::ForeignSource);
         }
-        let inner = if well_formed { self.inner(frame, &outer) } else { Err(Counter::Malformed) };
+        let inner = match (well_formed, six) {
+            (false, _) => Err(Counter::Malformed),
+            (true, true) => self.inner6(frame, outer.total),
+            (true, false) => self.inner(frame, &outer),
+        };
         let inner = match inner {
             Ok(inner) => inner,
             Err(reason) if ours => return Err(reason),
@@ -77,6 +103,7 @@ impl Machine {
                 if owned || inner.opens || hops.is_empty() {
                     self.remember(&inner, hop);
                     self.count(Counter::Delivered);
+                    let deliver = if six { deliver6 } else { deliver };
                     deliver(frame, &inner, hop, port, mac);
                     return Ok(Verdict::Redirect);
                 }
@@ -129,7 +156,8 @@ impl Machine {
                 return Err(Counter::Malformed);
             }
             let flow = quoted(frame, transport + 8, end, ip.destination).map_err(|_| Counter::Malformed)?;
-            return Ok(Inner { flow, ip, opens: false, continues: false });
+            let (opens, continues) = (false, false);
+            return Ok(Inner { flow, kind: Kind::Error, transport, end, opens, continues });
         }
         if !ip.has_ports() {
             return Err(Counter::Malformed);
@@ -141,7 +169,7 @@ impl Machine {
             return Err(Counter::Malformed);
         } else {
             let port = |at| word(frame, at).ok_or(Counter::Malformed);
-            (port(transport)?, port(transport + 2)?)
+            (port(transport)?, port(transport + 2)?, ip.protocol)
         };
         if ip.is_first_fragment() {
             self.fragments.insert(ip.fragmented(), ports);
@@ -149,8 +177,10 @@ impl Machine {
         let whole = ip.offset == 0;
         let flags = tcp_flags(frame, transport).filter(|_| whole && ip.protocol == 6);
         Ok(Inner {
-            flow: (ip.source, ip.destination, ports.0, ports.1, ip.protocol),
-            ip,
+            flow: (ip.source.into(), ip.destination.into(), ports.0, ports.1, ip.protocol),
+            kind: if whole { Kind::Transport } else { Kind::Fragment },
+            transport,
+            end,
             opens: flags.is_some_and(opens),
             continues: whole && flags.is_none_or(continues),
         })
@@ -192,14 +222,15 @@ impl Machine {
 fn deliver(frame: &mut Vec<u8>, inner: &Inner, instance: Ipv4Addr, port: u16, mac: [u8; 6]) {
     let (_, vip, _, vip_port, protocol) = inner.flow;
     frame.drain(ETHERNET..INNER);
-    let transport = ETHERNET + inner.ip.header;
+    let transport = inner.transport - ENCAPSULATION_BYTES;
+    let IpAddr::V4(vip) = vip else { return };
     let (from, to) = (vip.octets(), instance.octets());
     replace_checksum(frame, ETHERNET + 10, &from, &to);
     put(frame, ETHERNET + 16, &to);
     put(frame, 0, &mac);
-    if inner.ip.protocol == 1 {
-        rewrite_quoted(frame, transport, ETHERNET + inner.ip.total, instance, port);
-    } else if inner.ip.offset == 0 {
+    if inner.kind == Kind::Error {
+        rewrite_quoted(frame, transport, inner.end - ENCAPSULATION_BYTES, instance, port);
+    } else if inner.kind == Kind::Transport {
         for (from, to) in [(&from[..], &to[..]), (&vip_port.to_be_bytes(), &port.to_be_bytes())] {
             if protocol == 6 {
                 replace_checksum(frame, transport + 16, from, to);

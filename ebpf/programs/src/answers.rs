@@ -23,11 +23,11 @@ use crate::{
 /// First bytes of an ICMP message.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Icmp {
-    kind: u16,
-    checksum: u16,
+pub(crate) struct Icmp {
+    pub(crate) kind: u16,
+    pub(crate) checksum: u16,
     /// Identifier and sequence number; or zero and the MTU.
-    rest: [u16; 2],
+    pub(crate) rest: [u16; 2],
 }
 
 /// An ICMP message up to its data.
@@ -63,7 +63,7 @@ pub(crate) fn too_big(ctx: *mut xdp_md) -> u32 {
 
 /// `None`: a drop that needs no further reason.
 #[inline(always)]
-fn finish(result: Result<u32, Option<Counter>>) -> u32 {
+pub(crate) fn finish(result: Result<u32, Option<Counter>>) -> u32 {
     result.unwrap_or_else(|reason| {
         if let Some(reason) = reason {
             maps::count(reason);

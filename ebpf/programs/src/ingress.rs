@@ -3,14 +3,15 @@
 //! No flow state: the hash of the 5-tuple picks a bucket, the bucket names the owner now and the owner before, and
 //! both travel with the packet. So any machine may take any packet of a flow.
 //!
-//! Here is the way of plain TCP and UDP packets. Fragments, IP options and ICMP are `unusual`, in a function of their
-//! own, so that they cost the others one branch.
+//! Here is the way of plain TCP and UDP packets. Fragments, IP options and ICMP are `unusual`, and IPv6 is `ingress6`, in
+//! functions of their own, so that they cost the others one branch each.
 
 use core::mem::offset_of;
 
 use anyplace_ebpf_common::{
-    Config, Counter, ENCAPSULATION_BYTES, Encapsulation, GUE_FLAGS_AND_PROTOCOL, GUE_PORT, HOPS, Ipv4Header,
-    Ports, TCP, TTL, UdpHeader, VipKey, VipValue, flow_hash, ipv4_checksum, source_port,
+    Config, Counter, ENCAPSULATION_BYTES, Encapsulation, GUE_FLAGS_AND_PROTOCOL, GUE_FLAGS_AND_PROTOCOL_IPV6,
+    GUE_PORT, HOPS, Ipv4Header, Ports, TCP, TTL, UdpHeader, VipKey, VipValue, flow_hash, ipv4_checksum,
+    source_port,
 };
 use aya_ebpf::{
     bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_TX},
@@ -20,8 +21,9 @@ use aya_ebpf::{
 };
 
 use crate::{
-    answers, maps,
+    answers, answers6, ingress6, maps,
     packet::{self, ETHERNET, ETHERTYPE_IPV4, IPV4, TCP_FLAGS},
+    packet6::ETHERTYPE_IPV6,
     unusual,
 };
 
@@ -60,7 +62,14 @@ fn try_ingress(ctx: &XdpContext) -> Result<u32, Counter> {
     // SAFETY: `at` checked the bounds, and no helper moved the packet since.
     let ethernet = unsafe { *ethernet };
     if ethernet.ethertype != ETHERTYPE_IPV4 {
-        return Ok(XDP_PASS);
+        let ipv6 = ethernet.ethertype == ETHERTYPE_IPV6;
+        if !ipv6 {
+            return Ok(XDP_PASS);
+        }
+        return Ok(match ingress6::ingress6(ctx.ctx) {
+            ingress6::UNUSUAL => ingress6::unusual6(ctx.ctx),
+            action => action,
+        });
     }
     let Some(ip) = at::<Ipv4Header>(ctx, ETHERNET) else { return Ok(XDP_PASS) };
     // SAFETY: as above.
@@ -91,7 +100,7 @@ fn try_ingress(ctx: &XdpContext) -> Result<u32, Counter> {
         opens = packet::opens_connection(unsafe { *flags });
     }
     let flow = Flow { source: u32::from_ne_bytes(ip.source), ports, protocol: ip.protocol, opens };
-    forward(ctx, ip, &flow, &vip)
+    forward(ctx, &flow.client(ip), &vip)
 }
 
 /// What a packet for a VIP belongs to: its own flow, or the one that an ICMP error is about.
@@ -102,32 +111,61 @@ pub(crate) struct Flow {
     pub(crate) opens: bool,
 }
 
+impl Flow {
+    #[inline(always)]
+    pub(crate) fn client(&self, ip: &Ipv4Header) -> Client {
+        let vip = u32::from_ne_bytes(ip.destination);
+        Client {
+            ipv6: false,
+            class: ip.tos,
+            length: u32::from(u16::from_be(ip.total_length)),
+            hash: flow_hash(self.source, vip, self.ports.source, self.ports.destination, self.protocol),
+            opens: self.opens,
+            tell: true,
+        }
+    }
+}
+
+/// A client's packet, as far as its encapsulation depends on it.
+pub(crate) struct Client {
+    pub(crate) ipv6: bool,
+    /// The class and the congestion marks.
+    pub(crate) class: u8,
+    /// From the IP header on.
+    pub(crate) length: u32,
+    /// Of its flow.
+    pub(crate) hash: u64,
+    /// Opens a connection.
+    pub(crate) opens: bool,
+    /// IPv6 only: the sender may be told that it is too big.
+    pub(crate) tell: bool,
+}
+
 /// Sends a packet, whose length was checked, to the hops of its flow.
 #[inline(always)]
-pub(crate) fn forward(
-    ctx: &XdpContext,
-    ip: &Ipv4Header,
-    flow: &Flow,
-    vip: &VipValue,
-) -> Result<u32, Counter> {
-    let length = u16::from_be(ip.total_length);
+pub(crate) fn forward(ctx: &XdpContext, client: &Client, vip: &VipValue) -> Result<u32, Counter> {
     maps::count(Counter::Packets);
-    maps::add(Counter::Bytes, u64::from(length));
-    maps::count_vip(vip.counter, u64::from(length), flow.opens);
+    maps::add(Counter::Bytes, u64::from(client.length));
+    maps::count_vip(vip.counter, u64::from(client.length), client.opens);
 
     let config = maps::config().ok_or(Counter::HelperFailed)?;
-    let outer_length = u32::from(length) + ENCAPSULATION_BYTES as u32;
+    let outer_length = client.length + ENCAPSULATION_BYTES as u32;
     if outer_length > config.uplink_mtu {
-        return Ok(answers::too_big(ctx.ctx));
+        return Ok(if client.ipv6 {
+            answers6::too_big(ctx.ctx, client.tell)
+        } else {
+            answers::too_big(ctx.ctx)
+        });
     }
-    let vip_address = u32::from_ne_bytes(ip.destination);
-    let hash = flow_hash(flow.source, vip_address, flow.ports.source, flow.ports.destination, flow.protocol);
-    let bucket = maps::bucket(&vip.full, hash).ok_or(Counter::NoBackend)?;
-    let outer = encapsulation(config, ip, outer_length as u16, hash, bucket.now, bucket.before);
+    let bucket = maps::bucket(&vip.full, client.hash).ok_or(Counter::NoBackend)?;
+    let outer = encapsulation(config, client, bucket.now, bucket.before);
     let local = bucket.now == config.address || maps::instance(bucket.now).is_some();
     let old_ethernet = at::<Ethernet>(ctx, 0).ok_or(Counter::HelperFailed)?;
     // SAFETY: `at` checked the bounds, and no helper moved the packet since.
-    let ethernet = unsafe { *old_ethernet };
+    let mut ethernet = unsafe { *old_ethernet };
+    if client.ipv6 {
+        ethernet.ethertype = ETHERTYPE_IPV4;
+    }
 
     // SAFETY: the context is the kernel's; every packet pointer is fetched anew below.
     if unsafe { bpf_xdp_adjust_head(ctx.ctx, -(ENCAPSULATION_BYTES as i32)) } != 0 {
@@ -148,18 +186,12 @@ pub(crate) fn forward(
 
 /// The header for a flow's packet: first hop as the destination, the rest right-aligned in the list.
 #[inline(always)]
-fn encapsulation(
-    config: &Config,
-    inner: &Ipv4Header,
-    outer_length: u16,
-    hash: u64,
-    now: u32,
-    before: u32,
-) -> Encapsulation {
+fn encapsulation(config: &Config, client: &Client, now: u32, before: u32) -> Encapsulation {
+    let outer_length = client.length as u16 + ENCAPSULATION_BYTES as u16;
     let mut ip = Ipv4Header {
         version_ihl: 0x45,
         // The client's class and congestion marks, as RFC 6040 asks.
-        tos: inner.tos,
+        tos: client.class,
         total_length: outer_length.to_be(),
         id: 0,
         fragment: 0x4000u16.to_be(),
@@ -181,12 +213,12 @@ fn encapsulation(
     Encapsulation {
         ip,
         udp: UdpHeader {
-            source: source_port(hash),
+            source: source_port(client.hash),
             destination: GUE_PORT.to_be(),
             length: (outer_length - IPV4 as u16).to_be(),
             checksum: 0,
         },
-        gue: GUE_FLAGS_AND_PROTOCOL,
+        gue: if client.ipv6 { GUE_FLAGS_AND_PROTOCOL_IPV6 } else { GUE_FLAGS_AND_PROTOCOL },
         private_type: 0,
         next_hop,
         hop_count: HOPS,

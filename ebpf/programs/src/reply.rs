@@ -5,7 +5,7 @@
 
 use core::mem::offset_of;
 
-use anyplace_ebpf_common::{Config, Counter, ENCAPSULATION_BYTES, Ipv4Header, Ports, ReplyKey, TCP};
+use anyplace_ebpf_common::{Counter, ENCAPSULATION_BYTES, Ipv4Header, Ports, ReplyKey, TCP};
 use aya_ebpf::{
     bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC},
     helpers::bpf_redirect_neigh,
@@ -16,6 +16,8 @@ use aya_ebpf::{
 use crate::{
     maps,
     packet::{self, ETHERNET, ETHERTYPE_IPV4, IPV4, TCP_BYTES, TCP_FLAGS},
+    packet6::ETHERTYPE_IPV6,
+    reply6,
 };
 
 #[classifier]
@@ -33,8 +35,10 @@ pub fn reply(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn try_reply(ctx: &TcContext) -> Result<i32, Counter> {
     // SAFETY: the context is the kernel's.
-    if unsafe { (*ctx.skb.skb).protocol } != u32::from(ETHERTYPE_IPV4) {
-        return Ok(TC_ACT_UNSPEC);
+    let ethertype = unsafe { (*ctx.skb.skb).protocol };
+    if ethertype != u32::from(ETHERTYPE_IPV4) {
+        let ipv6 = ethertype == u32::from(ETHERTYPE_IPV6);
+        return Ok(if ipv6 { reply6::reply6(ctx.skb.skb) } else { TC_ACT_UNSPEC });
     }
     let Ok(ip) = ctx.load::<Ipv4Header>(ETHERNET) else { return Ok(TC_ACT_UNSPEC) };
     // 169.254.0.0/16 is the machine talking to its own container: health checks.
@@ -84,7 +88,8 @@ fn try_reply(ctx: &TcContext) -> Result<i32, Counter> {
             .map_err(helper)?;
         ctx.store(transport + offset_of!(Ports, source), &reply.port, 0).map_err(helper)?;
         if ip.protocol == TCP {
-            clamp_segment_size(ctx, config, transport, checksum)?;
+            let limit = config.uplink_mtu.saturating_sub((ENCAPSULATION_BYTES + IPV4 + TCP_BYTES) as u32);
+            clamp_segment_size(ctx, limit, transport, checksum)?;
         }
     }
     maps::count(Counter::Replies);
@@ -100,9 +105,9 @@ fn try_reply(ctx: &TcContext) -> Result<i32, Counter> {
 /// has. Only where the option comes first, as Linux, BSD, macOS and Windows send it; larger packets are dropped at
 /// ingress and counted as too big.
 #[inline(always)]
-fn clamp_segment_size(
+pub(crate) fn clamp_segment_size(
     ctx: &TcContext,
-    config: &Config,
+    limit: u32,
     transport: usize,
     checksum: usize,
 ) -> Result<(), Counter> {
@@ -114,7 +119,6 @@ fn clamp_segment_size(
     }
     let options = transport + TCP_BYTES;
     let Ok([kind, length, high, low]) = ctx.load::<[u8; 4]>(options) else { return Ok(()) };
-    let limit = config.uplink_mtu.saturating_sub((ENCAPSULATION_BYTES + IPV4 + TCP_BYTES) as u32);
     let size = u16::from_be_bytes([high, low]);
     if [kind, length] != MAXIMUM_SEGMENT_SIZE || u32::from(size) <= limit {
         return Ok(());
@@ -125,6 +129,6 @@ fn clamp_segment_size(
 }
 
 #[inline(always)]
-fn helper<E>(_: E) -> Counter {
+pub(crate) fn helper<E>(_: E) -> Counter {
     Counter::HelperFailed
 }

@@ -10,8 +10,9 @@
 use core::mem::offset_of;
 
 use anyplace_ebpf_common::{
-    Config, Counter, ENCAPSULATION_BYTES, Encapsulation, FlowKey, GUE_FLAGS_AND_PROTOCOL, GUE_PORT, HOPS,
-    ICMP, InstanceValue, Ipv4Header, PortKey, Ports, TCP, UDP, VipKey, flow_hash,
+    Bucket, Config, Counter, ENCAPSULATION_BYTES, Encapsulation, FlowKey, GUE_FLAGS_AND_PROTOCOL,
+    GUE_FLAGS_AND_PROTOCOL_IPV6, GUE_PORT, HOPS, ICMP, InstanceValue, Ipv4Header, PortKey, Ports, TCP, UDP,
+    VipKey, flow_hash,
 };
 use aya_ebpf::{
     bindings::{
@@ -30,9 +31,9 @@ use crate::{
 };
 
 /// Offset of the client's packet.
-const INNER: usize = ETHERNET + ENCAPSULATION_BYTES;
+pub(crate) const INNER: usize = ETHERNET + ENCAPSULATION_BYTES;
 /// Hops tried on this machine for one packet: a relay, its two instances, the first of them again, and one to spare.
-const MAX_TRIES: usize = 5;
+pub(crate) const MAX_TRIES: usize = 5;
 
 #[classifier]
 pub fn target(ctx: TcContext) -> i32 {
@@ -104,13 +105,30 @@ enum Kind {
 
 /// The hop being tried and those after it. Three variables and not an array: an index that the verifier can't follow
 /// would cost a bounds check and a stack copy each time.
-struct Route {
-    hop: u32,
+pub(crate) struct Route {
+    pub(crate) hop: u32,
     next: [u32; 3],
-    left: u8,
+    pub(crate) left: u8,
 }
 
 impl Route {
+    /// What an encapsulation says that was received at `hop`.
+    #[inline(always)]
+    pub(crate) fn new(hop: u32, outer: &Encapsulation) -> Self {
+        let hops = [
+            u32::from_ne_bytes(outer.hops[0]),
+            u32::from_ne_bytes(outer.hops[1]),
+            u32::from_ne_bytes(outer.hops[2]),
+        ];
+        let (next, left) = match outer.next_hop {
+            0 => (hops, 3),
+            1 => ([hops[1], hops[2], 0], 2),
+            2 => ([hops[2], 0, 0], 1),
+            _ => ([0; 3], 0),
+        };
+        Self { hop, next, left }
+    }
+
     #[inline(always)]
     fn pop(&mut self) -> bool {
         if self.left == 0 {
@@ -130,6 +148,24 @@ impl Route {
             self.left += 1;
         }
     }
+
+    /// The machine's own address becomes the hops of this location's bucket.
+    #[inline(always)]
+    pub(crate) fn relay(&mut self, bucket: Option<Bucket>) -> Result<(), Counter> {
+        let Some(bucket) = bucket else {
+            return if self.pop() { Ok(()) } else { Err(Counter::NoBackend) };
+        };
+        maps::count(Counter::Relayed);
+        if bucket.before != bucket.now && bucket.before != 0 {
+            // The end of the list is ours to extend, so that a flow which nobody knows comes to its owner after all.
+            if self.left == 0 {
+                self.push(bucket.now);
+            }
+            self.push(bucket.before);
+        }
+        self.hop = bucket.now;
+        Ok(())
+    }
 }
 
 /// A verdict, or the reason for a drop.
@@ -144,6 +180,8 @@ fn try_target(ctx: &TcContext) -> Result<i32, Counter> {
         || outer.ip.protocol != UDP
         || outer.udp.destination != GUE_PORT.to_be()
         || packet::is_fragment(&outer.ip)
+        // What `target6` is for, the next program.
+        || outer.gue == GUE_FLAGS_AND_PROTOCOL_IPV6
     {
         return Ok(TC_ACT_UNSPEC);
     }
@@ -164,18 +202,7 @@ fn try_target(ctx: &TcContext) -> Result<i32, Counter> {
         Err(reason) if ours => return Err(reason),
         Err(_) => return Ok(TC_ACT_UNSPEC),
     };
-    let hops = [
-        u32::from_ne_bytes(outer.hops[0]),
-        u32::from_ne_bytes(outer.hops[1]),
-        u32::from_ne_bytes(outer.hops[2]),
-    ];
-    let (next, left) = match outer.next_hop {
-        0 => (hops, 3),
-        1 => ([hops[1], hops[2], 0], 2),
-        2 => ([hops[2], 0, 0], 1),
-        _ => ([0; 3], 0),
-    };
-    let mut route = Route { hop: received, next, left };
+    let mut route = Route::new(received, &outer);
     if !ours {
         // Routed here, but nobody's: the address of an instance that is gone, if it is about a VIP at all.
         if !maps::is_vip(inner.flow.vip) {
@@ -221,7 +248,7 @@ fn try_target(ctx: &TcContext) -> Result<i32, Counter> {
 }
 
 #[inline(always)]
-fn pass_on(route: &mut Route) -> Result<(), Counter> {
+pub(crate) fn pass_on(route: &mut Route) -> Result<(), Counter> {
     if !route.pop() {
         return Err(Counter::NoInstance);
     }
@@ -333,19 +360,7 @@ fn relay(inner: &Inner, route: &mut Route) -> Result<(), Counter> {
         let hash = flow_hash(flow.source, flow.vip, flow.source_port, flow.vip_port, flow.protocol);
         maps::bucket(&vip.local, hash)
     });
-    let Some(bucket) = bucket else {
-        return if route.pop() { Ok(()) } else { Err(Counter::NoBackend) };
-    };
-    maps::count(Counter::Relayed);
-    if bucket.before != bucket.now && bucket.before != 0 {
-        // The end of the list is ours to extend, so that a flow which nobody knows comes to its owner after all.
-        if route.left == 0 {
-            route.push(bucket.now);
-        }
-        route.push(bucket.before);
-    }
-    route.hop = bucket.now;
-    Ok(())
+    route.relay(bucket)
 }
 
 /// Strips the encapsulation, rewrites the destination and hands the packet to the instance.
@@ -394,7 +409,12 @@ fn deliver(
 
 /// Sends the packet, still encapsulated, to the hop on another machine.
 #[inline(always)]
-fn forward(ctx: &TcContext, outer: &Encapsulation, config: &Config, route: &Route) -> Result<i32, Counter> {
+pub(crate) fn forward(
+    ctx: &TcContext,
+    outer: &Encapsulation,
+    config: &Config,
+    route: &Route,
+) -> Result<i32, Counter> {
     if outer.ip.ttl <= 1 {
         return Err(Counter::TtlExceeded);
     }
@@ -431,11 +451,11 @@ struct HopList {
 }
 
 #[inline(always)]
-fn malformed<E>(_: E) -> Counter {
+pub(crate) fn malformed<E>(_: E) -> Counter {
     Counter::Malformed
 }
 
 #[inline(always)]
-fn helper<E>(_: E) -> Counter {
+pub(crate) fn helper<E>(_: E) -> Counter {
     Counter::HelperFailed
 }

@@ -80,7 +80,7 @@ fn try_unusual(ctx: &XdpContext) -> Result<u32, Counter> {
     } else if packet::is_first_fragment(&ip) {
         maps::record_fragment(&packet::fragment_key(&ip), flow.ports);
     }
-    forward(ctx, &ip, &flow, &vip)
+    forward(ctx, &flow.client(&ip), &vip)
 }
 
 /// The flow of a TCP or UDP packet with options, or of a fragment.
@@ -132,7 +132,7 @@ fn quoted(ctx: &XdpContext, at: usize, end: usize, vip: u32) -> Result<Flow, Cou
 
 /// Copies a `T` out of the packet, at an offset that the verifier can't follow.
 #[inline(always)]
-fn load<T: Copy>(ctx: &XdpContext, offset: usize) -> Result<T, Counter> {
+pub(crate) fn load<T: Copy>(ctx: &XdpContext, offset: usize) -> Result<T, Counter> {
     let mut value = core::mem::MaybeUninit::<T>::uninit();
     // SAFETY: room for as many bytes as are asked for; the helper checks the packet's bounds.
     let result = unsafe {

@@ -72,7 +72,13 @@ fn vips(state: &State) -> BTreeMap<Ipv4Addr, Route> {
             entry.insert(deployment);
             vips.insert(
                 vip,
-                Route { vip, ports: ports.to_vec(), local: Vec::new(), remote: Vec::new(), shared_ms: 0 },
+                Route {
+                    vip: vip.into(),
+                    ports: ports.to_vec(),
+                    local: Vec::new(),
+                    remote: Vec::new(),
+                    shared_ms: 0,
+                },
             );
         }
         // Where a virtual IP went to another deployment, what is left of the one before gets no traffic.

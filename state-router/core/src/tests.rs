@@ -37,7 +37,7 @@ fn remote(index: u8, distance_km: f64, ready: u32, ingress: u8) -> RemoteLocatio
 
 fn route(local: Vec<Endpoint>, remote: Vec<RemoteLocation>) -> Route {
     let port = Port { port: NonZeroU16::MIN, container_port: None, protocol: Protocol::Tcp };
-    Route { vip: Ipv4Addr::new(203, 0, 113, 1), ports: vec![port], local, remote, shared_ms: 0 }
+    Route { vip: Ipv4Addr::new(203, 0, 113, 1).into(), ports: vec![port], local, remote, shared_ms: 0 }
 }
 
 prop_compose! {

@@ -74,7 +74,11 @@ pub(crate) fn measure(bed: &Bed) -> Result<()> {
 fn tables(plane: &mut DataPlane) -> Result<()> {
     ip("link add apv0a010141 type veth peer name inner")?;
     let keys = |vip: u32| {
-        [Protocol::Tcp, Protocol::Udp].map(|protocol| VipKey { address: vip.into(), port: 80, protocol })
+        [Protocol::Tcp, Protocol::Udp].map(|protocol| VipKey {
+            address: Ipv4Addr::from(vip).into(),
+            port: 80,
+            protocol,
+        })
     };
     let table = |seed: u32, len: u32| {
         let hop = |slot| Ipv4Addr::from(0x0a02_0000 + seed.wrapping_mul(31) % 60_000 + slot % 16);

@@ -1,7 +1,7 @@
 use super::*;
 
-fn address(last: u8) -> Ipv4Addr {
-    Ipv4Addr::new(203, 0, 113, last)
+fn address(last: u8) -> IpAddr {
+    IpAddr::from([203, 0, 113, last])
 }
 
 fn put(last: u8, ports: u16) -> WatchEvent<RouteRecord> {
@@ -33,7 +33,11 @@ const SYNCED: WatchEvent<RouteRecord> = WatchEvent::Synced { revision: 1 };
 /// The VIPs that are known, with their number of ports.
 fn known(routes: &Routes) -> Vec<(u8, usize)> {
     let mut known = Vec::new();
-    routes.for_each(|route| known.push((route.vip.octets()[3], route.ports.len()))).unwrap();
+    let last = |vip| match vip {
+        IpAddr::V4(vip) => vip.octets()[3],
+        IpAddr::V6(vip) => vip.octets()[15],
+    };
+    routes.for_each(|route| known.push((last(route.vip), route.ports.len()))).unwrap();
     known.sort_unstable();
     known
 }

@@ -1,6 +1,9 @@
 //! A machine with two instances and a few VIPs, and the rows of packet tables that run on it.
 
-use std::{net::Ipv4Addr, path::PathBuf};
+use std::{
+    net::{Ipv4Addr, Ipv6Addr},
+    path::PathBuf,
+};
 
 use anyplace_ebpf::{
     Bucket, Counter, DataPlane, Instance, Options, Port, Protocol, VipKey, VipTable, flow_hash,
@@ -26,6 +29,7 @@ pub(crate) const TC_REDIRECT: u32 = 7;
 pub(crate) const CLIENT: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 9);
 pub(crate) const OTHER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 7);
 pub(crate) const VIP: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
+pub(crate) const VIP6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0x113, 0, 0, 0, 0, 1);
 pub(crate) const MACHINE: Ipv4Addr = Ipv4Addr::new(10, 1, 1, 1);
 /// Two instances of this machine.
 pub(crate) const HERE: Ipv4Addr = Ipv4Addr::new(10, 1, 1, 65);
@@ -69,12 +73,12 @@ impl Bed {
         bed.vip(82, bucket(HERE, HERE), bucket(HERE, HERE));
         bed.vip(83, bucket(FAR, HERE), bucket(THERE, HERE));
         bed.vip(84, bucket(HERE, THERE), bucket(HERE, HERE_TOO));
-        for protocol in [Protocol::Tcp, Protocol::Udp] {
-            bed.plane.set_vip(key(85, protocol), &VipTable::default()).unwrap();
+        for key in keys(85) {
+            bed.plane.set_vip(key, &VipTable::default()).unwrap();
         }
         for (address, name) in [(HERE, "apv0a010141"), (HERE_TOO, "apv0a010142")] {
             let ports = (80..85)
-                .flat_map(|port| [key(port, Protocol::Tcp), key(port, Protocol::Udp)])
+                .flat_map(keys)
                 .map(|vip| Port { vip, container_port: CONTAINER_PORT + vip.port - 80 })
                 .collect();
             let instance = Instance { address, host_interface: name.into(), ports };
@@ -86,8 +90,8 @@ impl Bed {
 
     pub(crate) fn vip(&mut self, port: u16, full: Bucket, local: Bucket) {
         let table = VipTable { buckets: vec![full], local: vec![local] };
-        for protocol in [Protocol::Tcp, Protocol::Udp] {
-            self.plane.set_vip(key(port, protocol), &table).unwrap();
+        for key in keys(port) {
+            self.plane.set_vip(key, &table).unwrap();
         }
     }
 
@@ -226,7 +230,13 @@ impl Fixture {
 }
 
 pub(crate) fn key(port: u16, protocol: Protocol) -> VipKey {
-    VipKey { address: VIP, port, protocol }
+    VipKey { address: VIP.into(), port, protocol }
+}
+
+/// A port of both VIPs and both protocols.
+pub(crate) fn keys(port: u16) -> [VipKey; 4] {
+    let key6 = |protocol| VipKey { address: VIP6.into(), port, protocol };
+    [key(port, Protocol::Tcp), key(port, Protocol::Udp), key6(Protocol::Tcp), key6(Protocol::Udp)]
 }
 
 pub(crate) fn bucket(now: Ipv4Addr, before: Ipv4Addr) -> Bucket {

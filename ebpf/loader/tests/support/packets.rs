@@ -2,6 +2,8 @@
 
 use std::net::Ipv4Addr;
 
+use crate::packets6::check_ip6;
+
 pub(crate) const SYN: u8 = 0x02;
 pub(crate) const ACK: u8 = 0x10;
 pub(crate) const ROUTER_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0xfe];
@@ -120,9 +122,21 @@ pub(crate) fn gue(source: End, hop: Ipv4Addr, hops: &[Ipv4Addr], inner: &Ip) -> 
 
 /// GUE with any list.
 pub(crate) fn gue_raw(source: End, hop: Ipv4Addr, next: u8, count: u8, list: &[u8], inner: &Ip) -> Ip {
-    let mut data = vec![(1 + list.len() / 4) as u8, 4, 0, 0, 0, 0, next, count];
+    gue_around(source, hop, [next, count], list, 4, &inner.bytes())
+}
+
+/// GUE around any packet, which is of protocol `inside`.
+pub(crate) fn gue_around(
+    source: End,
+    hop: Ipv4Addr,
+    [next, count]: [u8; 2],
+    list: &[u8],
+    inside: u8,
+    packet: &[u8],
+) -> Ip {
+    let mut data = vec![(1 + list.len() / 4) as u8, inside, 0, 0, 0, 0, next, count];
     data.extend(list);
-    data.extend(inner.bytes());
+    data.extend(packet);
     udp_without_checksum(source, (hop, GUE_PORT), &data)
 }
 
@@ -142,6 +156,9 @@ pub(crate) fn frame(destination: [u8; 6], source: [u8; 6], packet: &[u8]) -> Vec
 
 /// Every checksum in a frame, the inner ones of an encapsulation too.
 pub(crate) fn assert_checksums(what: &str, frame: &[u8]) {
+    if frame[12..14] == [0x86, 0xdd] {
+        return check_ip6(what, &frame[14..]);
+    }
     check_ip(what, &frame[14..]);
 }
 
@@ -174,7 +191,8 @@ fn check_ip(what: &str, packet: &[u8]) {
         );
     }
     if protocol == 17 && segment[2..4] == GUE_PORT.to_be_bytes() {
-        check_ip(what, &segment[8 + 20..]);
+        let check = if segment[9] == 41 { check_ip6 } else { check_ip };
+        check(what, &segment[8 + 20..]);
     }
 }
 
@@ -184,7 +202,7 @@ fn transport_checksum(protocol: u8, source: Ipv4Addr, destination: Ipv4Addr, seg
 }
 
 /// RFC 1071, the slow way: byte by byte, carry by carry. Each part but the last has an even length.
-fn checksum(parts: &[&[u8]]) -> u16 {
+pub(crate) fn checksum(parts: &[&[u8]]) -> u16 {
     let mut sum = 0u16;
     for part in parts {
         for pair in part.chunks(2) {

@@ -8,7 +8,11 @@ use anyplace_seed::Seed;
 
 use crate::{
     bed::{CLIENT, CONTAINER_PORT, FAR, GONE, HERE, HERE_TOO, MACHINE, OTHER, SENDER, THERE, THERE_TOO, VIP},
-    packets::{ACK, Ip, SYN, gue_raw, icmp, received, tcp, tcp_with_segment_size, udp, udp_without_checksum},
+    packets::{
+        ACK, Ip, SYN, gue_around, icmp, received, tcp, tcp_with_segment_size, udp, udp_without_checksum,
+    },
+    packets6::received6,
+    random6::{answer6, clients6},
 };
 
 /// A second VIP.
@@ -22,12 +26,14 @@ pub(crate) const PORTS: std::ops::Range<u16> = 80..86;
 pub(crate) fn packet(random: &mut Seed) -> (Program, Vec<u8>) {
     let program = random.pick(&[Program::Ingress, Program::Target, Program::Target, Program::Reply]);
     let made_for = if random.chance(2) { random.pick(&[Program::Ingress, Program::Target]) } else { program };
-    let packet = match made_for {
-        Program::Ingress => clients(random),
-        Program::Target => encapsulated(random),
-        Program::Reply => answer(random),
+    let ipv6 = random.chance(50);
+    let mut frame = match made_for {
+        Program::Ingress if ipv6 => received6(&clients6(random)),
+        Program::Ingress => received(&clients(random)),
+        Program::Target => received(&encapsulated(random, ipv6)),
+        Program::Reply if ipv6 => received6(&answer6(random)),
+        Program::Reply => received(&answer(random)),
     };
-    let mut frame = received(&packet);
     if random.chance(30) {
         damage(random, &mut frame);
     }
@@ -83,14 +89,21 @@ fn answer(random: &mut Seed) -> Ip {
 }
 
 /// What another machine sends.
-fn encapsulated(random: &mut Seed) -> Ip {
-    let inner = clients(random);
+fn encapsulated(random: &mut Seed, ipv6: bool) -> Ip {
+    let inner = if ipv6 { clients6(random).bytes() } else { clients(random).bytes() };
+    let inside = match random.index(200) {
+        0 => 4,
+        1 => 41,
+        2 => 6,
+        _ if ipv6 => 41,
+        _ => 4,
+    };
     let hop = if random.chance(3) { OTHER } else { random.pick(&HOPS) };
     let next = if random.chance(3) { random.index(5) as u8 } else { random.index(4) as u8 };
     let list: Vec<u8> =
         (0..3).flat_map(|_| if random.chance(3) { OTHER } else { random.pick(&HOPS) }.octets()).collect();
     let sender = if random.chance(5) { (OTHER, SENDER.1) } else { SENDER };
-    let mut packet = gue_raw(sender, hop, next, 3, &list, &inner);
+    let mut packet = gue_around(sender, hop, [next, 3], &list, inside, &inner);
     packet.ttl = random.pick(&[64, 64, 63, 2, 1, 0]);
     packet
 }
@@ -134,7 +147,7 @@ fn header(random: &mut Seed, mut packet: Ip) -> Ip {
 /// Damages a frame; most of it where headers are.
 fn damage(random: &mut Seed, frame: &mut Vec<u8>) {
     for _ in 0..=random.index(3) {
-        let at = random.index(frame.len().min(120));
+        let at = random.index(frame.len().min(170));
         match random.index(6) {
             0 => frame[at] ^= 1 << random.index(8),
             1 => frame[at] = random.next() as u8,

@@ -1,9 +1,13 @@
 //! One machine twice: in the kernel's maps, and in the model.
 
-use std::{collections::BTreeMap, net::Ipv4Addr, sync::Mutex};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr},
+    sync::Mutex,
+};
 
 use anyplace_ebpf::{Bucket, Counter, Instance, Port, Protocol, VipKey, VipTable};
-use anyplace_ebpf_model::{Flow, Machine, Program, Tables, Verdict, VipCount};
+use anyplace_ebpf_model::{Flow, Machine, Program, Tables, Verdict, VipCount, instance6};
 use anyplace_seed::Seed;
 use aya::{
     Pod,
@@ -12,14 +16,19 @@ use aya::{
 
 use crate::{
     bed::{
-        Bed, CONTAINER_PORT, HERE, HERE_TOO, MACHINE, OTHER, TC_REDIRECT, TC_SHOT, TC_UNSPEC, VIP, XDP_DROP,
-        XDP_PASS, XDP_TX, hex, test_run,
+        Bed, CONTAINER_PORT, HERE, HERE_TOO, MACHINE, OTHER, TC_REDIRECT, TC_SHOT, TC_UNSPEC, VIP, VIP6,
+        XDP_DROP, XDP_PASS, XDP_TX, hex, test_run,
     },
     random::{HOPS, PORTS, VIP_TOO},
+    random6::VIP6_TOO,
 };
 
+const VIPS: [IpAddr; 4] = [IpAddr::V4(VIP), IpAddr::V4(VIP_TOO), IpAddr::V6(VIP6), IpAddr::V6(VIP6_TOO)];
+
 type FlowMap = HashMap<MapData, [u8; 16], [u8; 4]>;
+type FlowMap6 = HashMap<MapData, [u8; 40], [u8; 4]>;
 type FragmentMap = HashMap<MapData, [u8; 12], [u8; 4]>;
+type FragmentMap6 = HashMap<MapData, [u8; 36], [u8; 8]>;
 
 pub(crate) struct World {
     bed: Bed,
@@ -27,6 +36,11 @@ pub(crate) struct World {
     flows: Mutex<FlowMap>,
     embryonic: Mutex<FlowMap>,
     fragments: Mutex<FragmentMap>,
+    flows6: Mutex<FlowMap6>,
+    embryonic6: Mutex<FlowMap6>,
+    fragments6: Mutex<FragmentMap6>,
+    /// What was counted by IPv6 packets.
+    six: Vec<u64>,
     /// Counters before the present tables.
     base: BTreeMap<&'static str, u64>,
     /// Counters before any packet.
@@ -40,9 +54,24 @@ impl World {
         let flows = Mutex::new(bed.map("FLOWS").try_into().unwrap());
         let embryonic = Mutex::new(bed.map("EMBRYONIC").try_into().unwrap());
         let fragments = Mutex::new(bed.map("FRAGMENTS").try_into().unwrap());
+        let flows6 = Mutex::new(bed.map("FLOWS6").try_into().unwrap());
+        let embryonic6 = Mutex::new(bed.map("EMBRYONIC6").try_into().unwrap());
+        let fragments6 = Mutex::new(bed.map("FRAGMENTS6").try_into().unwrap());
         let model = Machine::new(MACHINE, 1500);
-        let mut world =
-            Self { bed, model, flows, embryonic, fragments, base: BTreeMap::new(), first: BTreeMap::new() };
+        let (base, first, six) = (BTreeMap::new(), BTreeMap::new(), vec![0; Counter::ALL.len()]);
+        let mut world = Self {
+            bed,
+            model,
+            flows,
+            embryonic,
+            fragments,
+            flows6,
+            embryonic6,
+            fragments6,
+            six,
+            base,
+            first,
+        };
         world.first = world.counters();
         world
     }
@@ -52,8 +81,11 @@ impl World {
         clear(&self.flows);
         clear(&self.embryonic);
         clear(&self.fragments);
+        clear(&self.flows6);
+        clear(&self.embryonic6);
+        clear(&self.fragments6);
         self.model = Machine::new(MACHINE, 1500);
-        for vip in [VIP, VIP_TOO] {
+        for vip in VIPS {
             for port in PORTS {
                 for protocol in [Protocol::Tcp, Protocol::Udp] {
                     self.draw_vip(random, VipKey { address: vip, port, protocol });
@@ -67,17 +99,18 @@ impl World {
                 continue;
             }
             let mut ports = Vec::new();
-            for (index, vip) in [VIP, VIP_TOO].into_iter().enumerate() {
+            for (index, vip) in VIPS.into_iter().enumerate() {
                 for (port, protocol) in PORTS.flat_map(|port| [(port, Protocol::Tcp), (port, Protocol::Udp)])
                 {
                     if random.chance(15) {
                         continue;
                     }
-                    let container_port = CONTAINER_PORT + 100 * index as u16 + port - PORTS.start;
+                    let container_port = CONTAINER_PORT + 100 * (index as u16 % 2) + port - PORTS.start;
                     ports.push(Port { vip: VipKey { address: vip, port, protocol }, container_port });
                     let number = number(protocol);
                     model.ports.insert((address, (vip, port, number)), container_port);
-                    model.replies.insert((address, container_port, number), (vip, port));
+                    let own = if vip.is_ipv4() { address.into() } else { instance6(address).into() };
+                    model.replies.insert((own, container_port, number), (vip, port));
                 }
             }
             let [a, b, c, d] = address.octets();
@@ -124,9 +157,19 @@ impl World {
 
     /// Runs a frame through both and compares; false if the kernel takes no such frame.
     pub(crate) fn check(&mut self, program: Program, frame: &[u8], what: &str) -> bool {
-        let Ok((verdict, out)) = test_run(&self.bed.plane, program.name(), frame) else { return false };
+        let Ok((mut verdict, mut out)) = test_run(&self.bed.plane, program.name(), frame) else {
+            return false;
+        };
+        if program == Program::Target && verdict == TC_UNSPEC {
+            (verdict, out) = test_run(&self.bed.plane, "target6", &out).unwrap();
+        }
         let mut expected = frame.to_vec();
+        let before = self.model.counters.clone();
         let wanted = self.model.run(program, &mut expected);
+        if is_ipv6(frame) {
+            let growth = self.model.counters.iter().zip(before).map(|(now, then)| now - then);
+            self.six.iter_mut().zip(growth).for_each(|(sum, growth)| *sum += growth);
+        }
         let tc = program != Program::Ingress;
         let got = match (tc, verdict) {
             (false, XDP_PASS) | (true, TC_UNSPEC) => Verdict::Pass,
@@ -157,14 +200,23 @@ impl World {
             assert_eq!(found, expected, "{what}: counters of {key} (program, model)");
         }
         let expected: BTreeMap<Flow, Ipv4Addr> = self.model.flows.clone().into_iter().collect();
-        assert_eq!(read(&self.flows), expected, "{what}: flows (program, model)");
+        let mut found = read(&self.flows);
+        found.extend(read6(&self.flows6));
+        assert_eq!(found, expected, "{what}: flows (program, model)");
         let expected: BTreeMap<Flow, Ipv4Addr> = self.model.embryonic.clone().into_iter().collect();
-        assert_eq!(read(&self.embryonic), expected, "{what}: embryonic flows (program, model)");
+        let mut found = read(&self.embryonic);
+        found.extend(read6(&self.embryonic6));
+        assert_eq!(found, expected, "{what}: embryonic flows (program, model)");
     }
 
     /// What the programs counted since the beginning, by name.
     pub(crate) fn coverage(&self) -> BTreeMap<&'static str, u64> {
         self.counters().into_iter().map(|(name, value)| (name, value - self.first[name])).collect()
+    }
+
+    /// What the model counted for IPv6 packets since the beginning.
+    pub(crate) fn coverage6(&self) -> BTreeMap<&'static str, u64> {
+        Counter::ALL.iter().map(|counter| (counter.name(), self.six[*counter as usize])).collect()
     }
 
     fn counters(&self) -> BTreeMap<&'static str, u64> {
@@ -184,6 +236,11 @@ impl World {
     }
 }
 
+/// By its own type, or by that of the encapsulation's inside.
+fn is_ipv6(frame: &[u8]) -> bool {
+    frame.get(12..14) == Some(&[0x86, 0xdd]) || frame.get(42..44) == Some(&[4, 41])
+}
+
 fn clear<K: Pod, V: Pod>(map: &Mutex<HashMap<MapData, K, V>>) {
     let mut map = map.lock().unwrap();
     let keys: Vec<K> = map.keys().collect::<Result<_, _>>().unwrap();
@@ -199,7 +256,19 @@ fn read(map: &Mutex<FlowMap>) -> BTreeMap<Flow, Ipv4Addr> {
             let (key, value) = entry.unwrap();
             let address = |at: usize| Ipv4Addr::new(key[at], key[at + 1], key[at + 2], key[at + 3]);
             let port = |at: usize| u16::from_be_bytes([key[at], key[at + 1]]);
-            ((address(0), address(4), port(8), port(10), key[12]), Ipv4Addr::from(value))
+            ((address(0).into(), address(4).into(), port(8), port(10), key[12]), Ipv4Addr::from(value))
+        })
+        .collect()
+}
+
+fn read6(map: &Mutex<FlowMap6>) -> BTreeMap<Flow, Ipv4Addr> {
+    let map = map.lock().unwrap();
+    map.iter()
+        .map(|entry| {
+            let (key, value) = entry.unwrap();
+            let address = |at: usize| IpAddr::from(<[u8; 16]>::try_from(&key[at..at + 16]).unwrap());
+            let port = |at: usize| u16::from_be_bytes([key[at], key[at + 1]]);
+            ((address(0), address(16), port(32), port(34), key[36]), Ipv4Addr::from(value))
         })
         .collect()
 }
