@@ -53,8 +53,8 @@ pub struct Config {
     /// kept warm, stay. No bound unless said.
     #[serde(default)]
     pub image_budget: Option<Bytes>,
-    /// Bytes a second that images to be kept warm are fetched with, all together. Without it they take what live
-    /// pulls leave.
+    /// Bytes a second that images to be kept warm are fetched with, all together. Without it, a twelfth of the uplink's
+    /// speed where the interface tells that, so that traffic loses less than a tenth; else what live pulls leave.
     #[serde(default)]
     pub prewarm_rate: Option<Bytes>,
     /// GPUs; asked from NVML where none is said.

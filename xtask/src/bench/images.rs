@@ -5,6 +5,7 @@
 //! root file system.
 
 mod network;
+mod prewarm;
 mod puller;
 mod source;
 mod start;
@@ -43,7 +44,7 @@ struct Bench {
     work: WorkDir,
 }
 
-const PARTS: &[&str] = &["pack", "cold", "slow", "next", "large", "many", "start"];
+const PARTS: &[&str] = &["pack", "cold", "slow", "next", "large", "many", "prewarm", "start"];
 
 pub(crate) fn run(report: &mut Report, only: Option<&str>) -> Result<()> {
     require(&[
@@ -78,6 +79,9 @@ pub(crate) fn run(report: &mut Report, only: Option<&str>) -> Result<()> {
     }
     if wanted("many")? {
         bench.many(report)?;
+    }
+    if wanted("prewarm")? {
+        prewarm::measure(&bench, report)?;
     }
     if wanted("start")? {
         bench.start(report)?;
@@ -156,12 +160,15 @@ impl Bench {
     }
 
     fn push(&self, server: &Server, layout: &Path, tag: &str, namespace: Option<&str>) -> Result<()> {
+        self.push_as(server, layout, &format!("{IMAGE}:{tag}"), namespace)
+    }
+
+    fn push_as(&self, server: &Server, layout: &Path, name: &str, namespace: Option<&str>) -> Result<()> {
         let registry = format!("http://{}", server.daemon.address);
         let credentials = server.credentials_path();
         let (layout, credentials) = (layout.to_string_lossy(), credentials.to_string_lossy());
-        let name = format!("{IMAGE}:{tag}");
         let words =
-            ["push", &*layout, &name, "--registry", &registry, "--registry-credentials-file", &*credentials];
+            ["push", &*layout, name, "--registry", &registry, "--registry-credentials-file", &*credentials];
         shell::output(&mut client(namespace, &self.anyplace().to_string_lossy(), &words)).map(drop)
     }
 
