@@ -30,6 +30,7 @@ const PACKAGES: &[(&str, Sign, &str)] = &[
     ("zstd", Program("zstd"), "the tests with another reader of layers"),
     ("docker-registry", Program("docker-registry"), "the tests and benches with another registry"),
     ("containerd", Program("ctr"), "the tests and benches with another engine"),
+    ("docker.io", Program("dockerd"), "the tests with another engine"),
     ("skopeo", Program("skopeo"), "the tests and benches with another client"),
     ("curl", Program("curl"), "looking at the platform from outside"),
     ("procps", Program("ps"), "looking at the platform from outside"),

@@ -1,7 +1,7 @@
 //! The same images in other tools' hands: podman, containerd, buildah, skopeo and Debian's docker-registry.
 
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -28,7 +28,7 @@ impl Drop for Server {
     }
 }
 
-fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !done() {
         assert!(begun.elapsed() < START_MAX, "{what} doesn't start");
@@ -70,14 +70,49 @@ fn anyplace(registry: &Registry, home: &Home, args: &[&str]) -> String {
     ran(command.output().unwrap()).ok().trim().to_owned()
 }
 
-/// A root file system with a shell.
-fn busybox(root: &Path) {
+/// A root file system with a shell and `cat`.
+pub(crate) fn busybox(root: &Path) {
     assert!(Path::new("/bin/busybox").is_file(), "this test needs busybox-static; run `cargo xtask setup`");
     std::fs::create_dir_all(root.join("bin")).unwrap();
     std::fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap();
-    std::os::unix::fs::symlink("busybox", root.join("bin/sh")).unwrap();
+    for applet in ["sh", "cat"] {
+        std::os::unix::fs::symlink("busybox", root.join("bin").join(applet)).unwrap();
+    }
     std::fs::create_dir_all(root.join("etc")).unwrap();
     std::fs::write(root.join("etc/motd"), "packed by anyplace\n").unwrap();
+}
+
+/// A folder in which these programs are, and no others.
+pub(crate) fn only(home: &Home, programs: &[&str]) -> PathBuf {
+    let folder = home.path().join("programs");
+    std::fs::create_dir_all(&folder).unwrap();
+    for program in programs {
+        let at = folder.join(Path::new(program).file_name().unwrap());
+        if !at.exists() {
+            std::os::unix::fs::symlink(program, at).unwrap();
+        }
+    }
+    folder
+}
+
+/// What a shell in the image prints, which our client pulled and mounted; the mount ends with its namespace.
+pub(crate) fn run_pulled(registry: &Registry, home: &Home, name: &str, script: &str) -> String {
+    let (root, store) = (home.path().join("mounted"), home.path().join("store"));
+    std::fs::create_dir_all(&root).unwrap();
+    let (root, store) = (root.display().to_string(), store.display().to_string());
+    let pull = registry.command(
+        home,
+        &registry.url(),
+        &["image", "--store", &store, "pull", name, "--mount", &root, "-o", "json"],
+    );
+    let inside = r#"root=$1; script=$2; shift 2; "$@" > /dev/null && chroot "$root" /bin/sh -c "$script""#;
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", inside, "sh", &root, script]);
+    command.arg(pull.get_program()).args(pull.get_args()).stdin(Stdio::null());
+    command.envs(pull.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    let done = ran(command.output().unwrap());
+    assert_eq!(done.code, 0, "{name}: {done:?}");
+    done.out
 }
 
 #[test]
@@ -103,7 +138,7 @@ fn podman_runs_what_we_pack_and_gives_it_back() {
 }
 
 /// The digests of an image's layers.
-fn layers(registry: &Registry, reference: &str) -> Vec<Digest> {
+pub(crate) fn layers(registry: &Registry, reference: &str) -> Vec<Digest> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let reference: Reference = reference.parse().unwrap();
     let raw = runtime.block_on(registry.client().get_manifest(&reference)).unwrap();
@@ -150,6 +185,34 @@ fn buildah_builds_and_podman_runs_the_result() {
     let failed = ran(command.output().unwrap());
     let output = failed.err.lines().any(|line| line.contains(r#""event":"output""#) && line.contains("STEP"));
     assert!(output && failed.code == 1 && failed.err.contains("nothing"), "{failed:?}");
+}
+
+#[test]
+fn podman_builds_too() {
+    if !has(&["podman", "runc", "unshare"]) {
+        return;
+    }
+    let (registry, home) = (Registry::start(), Home::new());
+    let context = home.path().join("context");
+    busybox(&context.join("rootfs"));
+    let dockerfile =
+        "FROM scratch AS first\nCOPY rootfs/ /\nRUN echo made > /made\nFROM first\nENV WHO=world\n";
+    std::fs::write(context.join("Containerfile"), dockerfile).unwrap();
+    let args = ["build", context.to_str().unwrap(), "-t", "built:v1"];
+    let build = || {
+        let mut command = registry.command(&home, &registry.url(), &args);
+        storage(&mut command, &home);
+        // Without buildah, which is asked first.
+        command.env("PATH", only(&home, &["/usr/bin/podman"]));
+        let done = ran(command.output().unwrap());
+        assert!(done.err.contains(r#""item":"podman""#), "{done:?}");
+        done.ok().trim().to_owned()
+    };
+    let built = build();
+    assert_eq!(build(), built, "from the builder's cache, the same bytes");
+    assert_eq!(layers(&registry, &built).len(), 2);
+    assert_eq!(run_pulled(&registry, &home, "built:v1", "cat /made /etc/motd"), "made\npacked by anyplace\n");
+    podman(&home, &["rmi", "--force", "--all"]);
 }
 
 #[test]
