@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyplace_images::{Digest, Reference};
-use anyplace_seed::Seed;
+use anyplace_seed::{Seed, rounds};
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde_json::Value;
 
@@ -19,8 +19,8 @@ use crate::{
     sources::archive,
 };
 
-/// How many pushes are killed.
-const KILLS: u64 = 80;
+/// How many pushes are killed, usually and in a whole campaign.
+const KILLS: (usize, usize) = (80, 1_000);
 /// Every so many images are packed again by each push; the others are sent as they are, which leaves more time to kill.
 const PACKED_EVERY: u64 = 6;
 /// Size of the file that makes most of each image.
@@ -82,7 +82,8 @@ fn a_killed_push_goes_on_at_the_acknowledged_offset() {
     let temporary = home.path().join("tmp");
     std::fs::create_dir(&temporary).unwrap();
     let (mut killed, mut image, mut went_on) = (0, 0, 0);
-    while killed < KILLS {
+    let kills = rounds(KILLS.0, KILLS.1);
+    while killed < kills {
         image += 1;
         let root = home.path().join(format!("tree-{image}"));
         tree(&root, &mut seed, FILE_BYTES);
@@ -111,7 +112,7 @@ fn a_killed_push_goes_on_at_the_acknowledged_offset() {
                 if child.try_wait().unwrap().is_some() {
                     break true;
                 }
-                if killed < KILLS && proxy.counts.up.load(Ordering::Relaxed) >= point {
+                if killed < kills && proxy.counts.up.load(Ordering::Relaxed) >= point {
                     break false;
                 }
                 assert!(begun.elapsed() < DEADLINE, "the push neither ends nor sends");
@@ -149,6 +150,11 @@ fn a_killed_push_goes_on_at_the_acknowledged_offset() {
                 blob.read(FILE_BYTES * 2).await.unwrap();
             }
         });
+        if image > 1 {
+            std::fs::remove_dir_all(&root).unwrap();
+            let _ = std::fs::remove_dir_all(home.path().join(format!("docker-{image}")));
+            let _ = std::fs::remove_file(&archive);
+        }
     }
     eprintln!("{killed} killed, {image} images, {went_on} pushes went on where another ended");
     assert!(went_on > 0, "no kill hit an upload");

@@ -1,9 +1,17 @@
-//! For tests: random numbers from a seed that is printed, and set again with `ANYPLACE_SEED`.
+//! For tests: random numbers from a seed that is printed, and set again with `ANYPLACE_SEED`; and how long campaigns are.
 //!
 //! No crate that ships may depend on this one.
 
 /// The variable that replays a run.
 const VARIABLE: &str = "ANYPLACE_SEED";
+
+/// The variable that makes campaigns whole.
+const CAMPAIGN: &str = "ANYPLACE_CAMPAIGN";
+
+/// How often a campaign does what it does: `usual` in every run of the tests, `whole` where `ANYPLACE_CAMPAIGN` is set.
+pub fn rounds(usual: usize, whole: usize) -> usize {
+    if std::env::var_os(CAMPAIGN).is_some() { whole } else { usual }
+}
 
 /// splitmix64 (Steele, Lea and Flood, OOPSLA 2014): the same numbers for a seed, whatever version of whatever crate.
 #[derive(Clone, Debug)]

@@ -4,34 +4,32 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyplace_images::Digest;
+use anyplace_seed::rounds;
 use axum::body::Bytes;
 use futures_util::{StreamExt as _, stream};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use reqwest::Method;
-use tokio_util::sync::CancellationToken;
 
 use crate::fake::{Fake, Fault};
+use crate::killable::Killable;
 use crate::support::{Registry, cache_config, noise};
 
-/// Flips of a bit in a file of the cache.
-const DISK_FLIPS: usize = 7_000;
+/// Flips of a bit in a file of the cache, usually and in a whole campaign.
+const DISK_FLIPS: (usize, usize) = (7_000, 10_000);
 /// Files that are damaged before the cache is started again and asked for everything.
 const FLIPS_AT_ONCE: usize = 350;
 /// Flips of a bit in a blob on its way from the upstream.
-const WIRE_FLIPS: usize = 2_500;
+const WIRE_FLIPS: (usize, usize) = (2_500, 8_000);
 /// Flips of a bit in a manifest on its way from the upstream.
-const MANIFEST_FLIPS: usize = 500;
+const MANIFEST_FLIPS: (usize, usize) = (500, 2_000);
 /// Kills of a cache's process.
-const KILLS: usize = 200;
-/// Set for the process that is killed: its folder and its upstream.
-const CHILD: &str = "ANYPLACE_TEST_CACHE";
+const KILLS: (usize, usize) = (200, 1_000);
 /// Requests at once.
 const AT_ONCE: usize = 32;
 
@@ -93,14 +91,14 @@ async fn every_flipped_bit_on_disk_is_caught_and_heals() {
     let cache = Arc::new(Registry::start_with(settings.clone()).await);
     check(&cache, &expected).await;
     Arc::into_inner(cache).unwrap().stop().await;
-    let mut flipped = 0;
-    while flipped < DISK_FLIPS {
+    let (mut flipped, flips) = (0, rounds(DISK_FLIPS.0, DISK_FLIPS.1));
+    while flipped < flips {
         let mut all = Vec::new();
         files(&dir.path().join("cache/data"), &mut all);
         files(&dir.path().join("cache/records"), &mut all);
         all.sort();
         let mut chosen = BTreeSet::new();
-        while chosen.len() < FLIPS_AT_ONCE.min(all.len()).min(DISK_FLIPS - flipped) {
+        while chosen.len() < FLIPS_AT_ONCE.min(all.len()).min(flips - flipped) {
             chosen.insert(rng.random_range(0..all.len()));
         }
         let mut blobs = BTreeSet::new();
@@ -130,6 +128,7 @@ async fn every_flipped_bit_on_disk_is_caught_and_heals() {
         assert_eq!((counters.disk_corrupt.load(Ordering::Relaxed), fake.sent()), (0, sent));
         Arc::into_inner(cache).unwrap().stop().await;
     }
+    println!("{flipped} flips on disk were caught");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -138,25 +137,28 @@ async fn every_flipped_bit_on_the_wire_is_caught_and_asked_for_again() {
     let dir = tempfile::tempdir().unwrap();
     let fake = Fake::start().await;
     let cache = Arc::new(Registry::start_with(cache_config(dir.path(), &[(&fake.url, dir.path())])).await);
+    let (blob_flips, manifest_flips) =
+        (rounds(WIRE_FLIPS.0, WIRE_FLIPS.1), rounds(MANIFEST_FLIPS.0, MANIFEST_FLIPS.1));
     let mut expected = Vec::new();
-    for index in 0..WIRE_FLIPS as u64 {
+    for index in 0..blob_flips as u64 {
         let bytes = Bytes::from(noise(20_000 + index, 100 + (index as usize * 7) % 3_000));
         expected.push((format!("/v2/app/blobs/{}", fake.put_blob(bytes.clone())), bytes));
     }
-    fake.next_of_each((0..WIRE_FLIPS).map(|_| Fault::Flip(rng.random())));
+    fake.next_of_each((0..blob_flips).map(|_| Fault::Flip(rng.random())));
     check(&cache, &expected).await;
     let counters = cache.counters.clone().unwrap();
-    assert_eq!(counters.upstream_corrupt.load(Ordering::Relaxed), WIRE_FLIPS as u64);
+    assert_eq!(counters.upstream_corrupt.load(Ordering::Relaxed), blob_flips as u64);
     let mut manifests = Vec::new();
-    for index in 0..MANIFEST_FLIPS {
+    for index in 0..manifest_flips {
         let tag = format!("t{index}");
         let digest = fake.put_image(&tag, &[Bytes::from(index.to_string())], None);
         manifests.push((format!("/v2/app/manifests/{digest}"), fake.manifest(&tag)));
     }
-    fake.next_of_each((0..MANIFEST_FLIPS).map(|_| Fault::Flip(rng.random())));
+    fake.next_of_each((0..manifest_flips).map(|_| Fault::Flip(rng.random())));
     check(&cache, &manifests).await;
     let caught = counters.upstream_corrupt.load(Ordering::Relaxed);
-    assert_eq!(caught, (WIRE_FLIPS + MANIFEST_FLIPS) as u64);
+    assert_eq!(caught, (blob_flips + manifest_flips) as u64);
+    println!("{caught} flips on the wire were caught");
     // What was kept is right.
     let upstream = fake.url.clone();
     drop(fake);
@@ -177,8 +179,15 @@ async fn a_cache_that_is_killed_serves_only_right_content_after() {
     anyplace_service::install_crypto_provider();
     let http = reqwest::Client::builder().no_proxy().build().unwrap();
     let mut compared = 0;
-    for kill in 0..KILLS {
-        let (mut child, url) = start(dir.path(), &fake.url).await;
+    // Small, so that pieces go as well as come.
+    let settings = format!(
+        "[cache]\ntag_ttl_ms = 0\ndisk_budget = '24MiB'\npiece_bytes = '1MiB'\n[[upstreams]]\nurl = '{}'\n",
+        fake.url
+    );
+    let kills = rounds(KILLS.0, KILLS.1);
+    for kill in 0..kills {
+        let mut child = Killable::start(dir.path(), &settings).await;
+        let url = child.url.clone();
         // Nothing of what the last one was fetching is left.
         assert_eq!(std::fs::read_dir(dir.path().join("cache/incoming")).unwrap().count(), 0);
         let credentials = std::fs::read_to_string(dir.path().join("credentials")).unwrap();
@@ -210,66 +219,17 @@ async fn a_cache_that_is_killed_serves_only_right_content_after() {
                 () = &mut killing => break,
             }
         }
-        child.end();
+        child.kill();
         // The upstream's copy of what was asked for is still being sent to nobody; that is no fault.
     }
-    println!("{compared} answers were compared before the kills");
-    let (mut child, url) = start(dir.path(), &fake.url).await;
+    println!("{kills} kills, {compared} answers were compared before them");
+    let mut child = Killable::start(dir.path(), &settings).await;
+    let url = child.url.clone();
     let credentials = std::fs::read_to_string(dir.path().join("credentials")).unwrap();
     let (user, password) = credentials.trim().split_once(':').unwrap();
     for (path, bytes) in &expected {
         let answer = http.get(format!("{url}{path}")).basic_auth(user, Some(password)).send().await.unwrap();
         assert!(answer.status() == 200 && answer.bytes().await.unwrap() == *bytes, "{path}");
     }
-    child.end();
-}
-
-struct Killed(Child);
-
-impl Killed {
-    fn end(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-impl Drop for Killed {
-    fn drop(&mut self) {
-        self.end();
-    }
-}
-
-async fn start(dir: &Path, upstream: &str) -> (Killed, String) {
-    let address = dir.join("address");
-    let _ = std::fs::remove_file(&address);
-    let child = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "cache_campaigns::a_cache_to_kill"])
-        .env(CHILD, format!("{} {upstream}", dir.display()))
-        .stdout(Stdio::null())
-        .spawn();
-    let child = Killed(child.unwrap());
-    let begun = Instant::now();
-    loop {
-        if let Ok(address) = std::fs::read_to_string(&address) {
-            return (child, format!("http://{address}"));
-        }
-        assert!(begun.elapsed() < Duration::from_secs(60), "the cache didn't start");
-        tokio::time::sleep(Duration::from_millis(3)).await;
-    }
-}
-
-/// Not a test by itself: the process that [`a_cache_that_is_killed_serves_only_right_content_after`] kills.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_cache_to_kill() {
-    let Ok(text) = std::env::var(CHILD) else { return };
-    let (dir, upstream) = text.split_once(' ').unwrap();
-    let dir = Path::new(dir);
-    let mut settings = cache_config(dir, &[(upstream, dir)]);
-    // Small, so that pieces go as well as come.
-    settings.cache.disk_budget = Some("24MiB".parse().unwrap());
-    settings.cache.piece_bytes = "1MiB".parse().unwrap();
-    let server = anyplace_registry::Server::bind(settings).await.unwrap();
-    std::fs::write(dir.join("address.new"), server.local_addr().unwrap().to_string()).unwrap();
-    std::fs::rename(dir.join("address.new"), dir.join("address")).unwrap();
-    server.serve(CancellationToken::new()).await.unwrap();
+    child.kill();
 }

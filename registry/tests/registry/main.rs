@@ -13,6 +13,8 @@ mod fake;
 mod gc;
 mod images;
 mod interop;
+mod killable;
+mod pull_kills;
 mod skopeo;
 mod spec;
 mod storage_full;

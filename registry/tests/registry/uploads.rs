@@ -2,18 +2,13 @@
 
 use std::io::Write as _;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyplace_images::{Credentials, Digest};
-use anyplace_registry::Config;
 use reqwest::Method;
-use tokio_util::sync::CancellationToken;
 
+use crate::killable::Killable;
 use crate::support::{Registry, code, header, noise};
-
-/// Makes the test binary a registry; see [`a_registry_for_kill`].
-const CHILD_DIR: &str = "ANYPLACE_REGISTRY_TEST_DIR";
 
 async fn start(registry: &Registry, name: &str) -> String {
     let answer = registry.request(Method::POST, &format!("/v2/{name}/blobs/uploads/")).send().await.unwrap();
@@ -123,7 +118,7 @@ async fn an_upload_survives_kill_9_of_the_registry() {
     let bytes = noise(7, 2_000_000);
     anyplace_service::install_crypto_provider();
     let http = reqwest::Client::builder().no_proxy().build().unwrap();
-    let mut running = Killable::start(dir.path()).await;
+    let mut running = Killable::start(dir.path(), "").await;
     let auth = Credentials::from_file(&dir.path().join("credentials")).unwrap();
     let request =
         |method: Method, url: String| http.request(method, url).basic_auth(&auth.user, Some(&auth.password));
@@ -133,7 +128,7 @@ async fn an_upload_survives_kill_9_of_the_registry() {
     let patch = patch.header("content-range", "0-1199999").body(bytes[..1_200_000].to_vec());
     assert_eq!(patch.send().await.unwrap().status(), 202);
     running.kill();
-    running = Killable::start(dir.path()).await;
+    running = Killable::start(dir.path(), "").await;
     let status = request(Method::GET, format!("{}{location}", running.url)).send().await.unwrap();
     assert_eq!((status.status().as_u16(), header(&status, "range")), (204, "0-1199999".into()));
     let digest = Digest::of(&bytes);
@@ -141,59 +136,10 @@ async fn an_upload_survives_kill_9_of_the_registry() {
     let put = put.header("content-range", "1200000-1999999").body(bytes[1_200_000..].to_vec());
     assert_eq!(put.send().await.unwrap().status(), 201);
     running.kill();
-    running = Killable::start(dir.path()).await;
+    running = Killable::start(dir.path(), "").await;
     let get = request(Method::GET, format!("{}/v2/a/blobs/{digest}", running.url)).send().await.unwrap();
     assert_eq!(get.bytes().await.unwrap(), bytes);
     running.kill();
-}
-
-/// Not a test by itself: the process that [`an_upload_survives_kill_9_of_the_registry`] starts and kills.
-#[tokio::test]
-async fn a_registry_for_kill() {
-    let Some(dir) = std::env::var_os(CHILD_DIR) else { return };
-    let dir = Path::new(&dir);
-    let config = Config { listen: "127.0.0.1:0".parse().unwrap(), ..Config::new(dir) };
-    let server = anyplace_registry::Server::bind(config).await.unwrap();
-    std::fs::write(dir.join("address.new"), server.local_addr().unwrap().to_string()).unwrap();
-    std::fs::rename(dir.join("address.new"), dir.join("address")).unwrap();
-    server.serve(CancellationToken::new()).await.unwrap();
-}
-
-struct Killable {
-    child: Child,
-    url: String,
-}
-
-impl Killable {
-    async fn start(dir: &Path) -> Killable {
-        let _ = std::fs::remove_file(dir.join("address"));
-        #[allow(clippy::zombie_processes, reason = "kill and drop wait for it")]
-        let child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "uploads::a_registry_for_kill"])
-            .env(CHILD_DIR, dir)
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
-        let begun = Instant::now();
-        loop {
-            if let Ok(address) = std::fs::read_to_string(dir.join("address")) {
-                return Killable { child, url: format!("http://{address}") };
-            }
-            assert!(begun.elapsed() < Duration::from_secs(20), "the registry didn't start");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    }
-
-    fn kill(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-impl Drop for Killable {
-    fn drop(&mut self) {
-        self.kill();
-    }
 }
 
 fn uploads_left(dir: &Path) -> usize {

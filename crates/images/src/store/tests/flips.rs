@@ -2,14 +2,16 @@
 
 use std::path::PathBuf;
 
+use anyplace_seed::rounds;
+
 use super::super::table::Table;
 use super::super::testing::{Bed, Format, Member, Seed, archive};
 use super::*;
 
-/// Flips of what the registry sends, for each format.
-const WIRE: usize = 350;
+/// Flips of what the registry sends, for each format, usually and in a whole campaign.
+const WIRE: (usize, usize) = (350, 2_500);
 /// Flips of the store's files.
-const DISK: usize = 1_100;
+const DISK: (usize, usize) = (1_100, 10_000);
 
 fn layer(seed: &mut Seed) -> Vec<u8> {
     archive(&[
@@ -40,7 +42,7 @@ fn shown(store: &Store, diff_id: &Digest) -> Option<Table> {
 fn flips_on_the_wire_are_never_believed() {
     let (bed, mut seed) = (Bed::in_memory(), Seed::new());
     let store = bed.open();
-    let mut caught = 0;
+    let (mut caught, flips) = (0, rounds(WIRE.0, WIRE.1));
     for format in [Format::Plain, Format::Gzip, Format::Zstd, Format::Chunked] {
         let tar = layer(&mut seed);
         let diff_id = Digest::of(&tar);
@@ -48,7 +50,7 @@ fn flips_on_the_wire_are_never_believed() {
         bed.pull(&store, "v").unwrap();
         let expected = shown(&store, &diff_id).unwrap();
         store.remove(&"app:v".parse().unwrap()).unwrap();
-        for round in 0..WIRE {
+        for round in 0..flips {
             let (at, bit) = (seed.next(), seed.below(8));
             bed.server.set_mangle(move |_, body| {
                 let at = (at % body.len() as u64) as usize;
@@ -73,7 +75,8 @@ fn flips_on_the_wire_are_never_believed() {
         }
     }
     bed.assert_tidy(&store);
-    assert!(caught > WIRE, "{caught} of {} flips were errors", 4 * WIRE);
+    eprintln!("{caught} of {} flips were errors", 4 * flips);
+    assert!(caught > flips);
 }
 
 fn files(dir: &std::path::Path, found: &mut Vec<PathBuf>) {
@@ -97,7 +100,8 @@ fn flips_on_the_disk_are_found_and_what_is_lost_is_fetched_again() {
     bed.pull(&store, "v").unwrap();
     let expected = shown(&store, &diff_id).unwrap();
     let parts = ["objects", "layers", "mounts", "blobs"];
-    for round in 0..DISK {
+    let flips = rounds(DISK.0, DISK.1);
+    for round in 0..flips {
         let mut all = Vec::new();
         files(&bed.store_dir().join(parts[seed.below(parts.len())]), &mut all);
         all.sort();
@@ -122,6 +126,7 @@ fn flips_on_the_disk_are_found_and_what_is_lost_is_fetched_again() {
             bed.assert_tidy(&store);
         }
     }
+    eprintln!("{flips} flips were found");
 }
 
 #[test]

@@ -3,11 +3,13 @@
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use anyplace_seed::rounds;
+
 use super::super::testing::{Bed, Format, Member, Seed, archive};
 use super::*;
 
-/// Processes that are killed in the middle.
-const KILLS: usize = 120;
+/// Processes that are killed in the middle, usually and in a whole campaign.
+const KILLS: (usize, usize) = (120, 1_000);
 /// Says to the child what to do: folder and registry.
 const STORE: &str = "ANYPLACE_TEST_STORE";
 const REGISTRY: &str = "ANYPLACE_TEST_REGISTRY";
@@ -46,8 +48,8 @@ fn a_killed_process_leaves_nothing_that_is_wrong() {
         layer.push(shared.clone());
         bed.server.put_image(tag, &[(archive(&layer), format)]);
     }
-    let mut listed = 0;
-    for kill in 0..KILLS {
+    let (mut listed, kills) = (0, rounds(KILLS.0, KILLS.1));
+    for kill in 0..kills {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "store::tests::kills::child", "--nocapture"])
             .env(STORE, bed.store_dir())
@@ -74,5 +76,5 @@ fn a_killed_process_leaves_nothing_that_is_wrong() {
             bed.assert_tidy(&store);
         }
     }
-    eprintln!("{listed} images were listed after {KILLS} kills");
+    eprintln!("{listed} images were listed after {kills} kills");
 }
