@@ -11,7 +11,7 @@ use futures_util::StreamExt as _;
 use object_store::{GetResult, GetResultPayload};
 
 use crate::conditions::{Asked, asked_range, entity_tag, is_known};
-use crate::errors::{Answer, Refusal, internal};
+use crate::errors::{Answer, Refusal};
 use crate::server::App;
 use crate::upstream::Failure;
 
@@ -35,8 +35,7 @@ pub(crate) async fn head(app: &App, name: &str, digest: &Digest, asked: &HeaderM
 }
 
 pub(crate) async fn get(app: &App, name: &str, digest: &Digest, asked: &HeaderMap) -> Answer {
-    let failed = |e| internal("reading a blob", e);
-    let stored = app.storage.blob_size(name, digest).await.map_err(failed)?;
+    let stored = app.storage.blob_size(name, digest).await?;
     let (size, cache) = match (stored, &app.cache) {
         (Some(size), _) => (size, None),
         (None, Some(cache)) => {
@@ -67,7 +66,7 @@ pub(crate) async fn get(app: &App, name: &str, digest: &Digest, asked: &HeaderMa
         let opened = cache.read(name, digest, range.unwrap_or(0..size)).await;
         Body::from_stream(opened.map_err(|failure| refused(name, digest, failure))?)
     } else {
-        body_of(app.storage.open_content(digest, range).await.map_err(failed)?)
+        body_of(app.storage.open_content(digest, range).await?)
     };
     Ok((status, headers(digest, length), AppendHeaders(content_range), body).into_response())
 }

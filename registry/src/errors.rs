@@ -71,6 +71,12 @@ impl Refusal {
         Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "UNSUPPORTED", message).header(ALLOW, allowed)
     }
 
+    /// What the registry stands on doesn't answer; the same request may succeed in a moment. Clients that give up on
+    /// `TOOMANYREQUESTS`, as docker does, try this one again.
+    pub(crate) fn unavailable(message: impl Into<String>) -> Refusal {
+        Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "UNAVAILABLE", message).header(RETRY_AFTER, "1")
+    }
+
     /// Too much work for now.
     pub(crate) fn busy(message: impl Into<String>) -> Refusal {
         Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "TOOMANYREQUESTS", message).header(RETRY_AFTER, "1")

@@ -166,8 +166,7 @@ async fn find(app: &App, name: &str, key: &str) -> Answer<(Arc<Described>, Optio
         Some(digest) => (digest, None),
         None => resolve(app, name, key).await?,
     };
-    let failed = |e| internal("reading a manifest", e);
-    let stored = app.storage.manifest(name, &digest).await.map_err(failed)?;
+    let stored = app.storage.manifest(name, &digest).await?;
     let mut manifest = stored.map(|(entry, bytes)| (entry.media_type, bytes));
     if let (None, Some(cache)) = (&manifest, &app.cache) {
         manifest = match cache.manifest(name, &digest).await {
@@ -190,8 +189,7 @@ async fn find(app: &App, name: &str, key: &str) -> Answer<(Arc<Described>, Optio
 /// While the upstream is out of reach, its last answer stands in for it, with a warning.
 async fn resolve(app: &App, name: &str, tag: &str) -> Answer<(Digest, Option<String>)> {
     let unknown = || Refusal::manifest_unknown(name, tag);
-    let failed = |e| internal("reading a tag", e);
-    let seen = async |of| app.storage.tag(of, name, tag).await.map_err(failed);
+    let seen = async |of| app.storage.tag(of, name, tag).await;
     let Some(cache) = &app.cache else {
         return Ok((seen(TagOf::Push).await?.ok_or_else(unknown)?, None));
     };

@@ -37,8 +37,7 @@ pub(crate) async fn list(app: &App, name: &str, subject: &Digest, uri: &Uri) -> 
         let message = format!("{e}; expected ?artifactType=TYPE&n=NUMBER&last=DIGEST");
         Refusal::new(StatusCode::BAD_REQUEST, "UNSUPPORTED", message)
     })?;
-    let failed = |e| internal("listing referrers", e);
-    let mut digests = app.storage.referrers(name, subject).await.map_err(failed)?;
+    let mut digests = app.storage.referrers(name, subject).await?;
     digests.retain(|digest| page.last.as_ref().is_none_or(|last| digest > last));
     let limit = page.n.unwrap_or(PAGE_MAX).clamp(1, PAGE_MAX);
     let (mut manifests, mut bytes, mut next) = (Vec::new(), 0, None);
@@ -82,8 +81,7 @@ pub(crate) async fn list(app: &App, name: &str, subject: &Digest, uri: &Uri) -> 
 
 /// The descriptor of a referrer; none if it was deleted a moment ago.
 async fn describe(app: &App, name: &str, digest: &Digest) -> Answer<Option<Value>> {
-    let found = app.storage.manifest_entry(name, digest).await;
-    let Some(entry) = found.map_err(|e| internal("reading a referrer", e))? else { return Ok(None) };
+    let Some(entry) = app.storage.manifest_entry(name, digest).await? else { return Ok(None) };
     let mut descriptor = json!({ "mediaType": entry.media_type, "digest": digest, "size": entry.size });
     if let Some(artifact_type) = entry.artifact_type {
         descriptor["artifactType"] = artifact_type.into();

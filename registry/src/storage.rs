@@ -98,6 +98,8 @@ pub(crate) struct Storage {
 
 struct Inner {
     objects: Arc<dyn ObjectStore>,
+    /// The same objects, with more patience: for puts that may take long.
+    bulk: Arc<dyn ObjectStore>,
     /// How the store is called in messages.
     name: String,
     place: Place,
@@ -116,14 +118,14 @@ impl Storage {
     /// The store can't be used, or has a layout of another version.
     pub(crate) async fn open(config: &Config) -> anyhow::Result<Storage> {
         let renew_after = config.gc.grace.to_std() / 4;
-        if let Some(Remote { objects, parts, name }) = Remote::open(&config.storage)? {
-            return Storage::assemble(objects, Place::Bucket(parts), name, renew_after).await;
+        if let Some(Remote { objects, bulk, parts, name }) = Remote::open(&config.storage)? {
+            return Storage::assemble(objects, bulk, Place::Bucket(parts), name, renew_after).await;
         }
         let folder = &config.data_dir;
         let objects = Folder::open(folder)
             .with_context(|| format!("can't open {}; check data_dir", folder.display()))?;
-        let name = format!("the folder {}", folder.display());
-        Storage::assemble(Arc::new(objects), Place::Folder(folder.clone()), name, renew_after).await
+        let (objects, name) = (Arc::new(objects), format!("the folder {}", folder.display()));
+        Storage::assemble(objects.clone(), objects, Place::Folder(folder.clone()), name, renew_after).await
     }
 
     /// Storage over a store of a test.
@@ -133,18 +135,20 @@ impl Storage {
         place: Place,
         renew_after: Duration,
     ) -> anyhow::Result<Storage> {
-        Storage::assemble(objects, place, "a store of a test".to_owned(), renew_after).await
+        let name = "a store of a test".to_owned();
+        Storage::assemble(objects.clone(), objects, place, name, renew_after).await
     }
 
     async fn assemble(
         objects: Arc<dyn ObjectStore>,
+        bulk: Arc<dyn ObjectStore>,
         place: Place,
         name: String,
         renew_after: Duration,
     ) -> anyhow::Result<Storage> {
         let clock = OnceLock::new();
         let conditional = probe(&*objects, &name).await?;
-        let inner = Inner { objects, name, place, conditional, clock, renew_after };
+        let inner = Inner { objects, bulk, name, place, conditional, clock, renew_after };
         let storage = Storage { inner: Arc::new(inner) };
         storage.check_format().await?;
         storage.now().await?;
@@ -207,8 +211,9 @@ impl Storage {
         put.map(drop).map_err(|e| self.failed("write", key, e))
     }
 
+    /// Puts an object that may be as large as a part.
     pub(crate) async fn put_payload(&self, key: &Path, payload: object_store::PutPayload) -> Result<()> {
-        self.inner.objects.put(key, payload).await.map(drop).map_err(|e| self.failed("write", key, e))
+        self.inner.bulk.put(key, payload).await.map(drop).map_err(|e| self.failed("write", key, e))
     }
 
     /// All of an object, as it comes.

@@ -10,7 +10,7 @@ use axum::response::{AppendHeaders, IntoResponse as _};
 use serde::Deserialize;
 use serde_json::json;
 
-use crate::errors::{Answer, Refusal, internal};
+use crate::errors::{Answer, Refusal};
 use crate::server::App;
 use crate::storage::TagOf;
 
@@ -29,12 +29,12 @@ pub(crate) async fn list(app: &App, name: &str, uri: &Uri) -> Answer {
     })?;
     let mut tags = BTreeSet::new();
     for of in [TagOf::Push, TagOf::Upstream] {
-        tags.extend(app.storage.tags(of, name).await.map_err(|e| internal("listing tags", e))?);
+        tags.extend(app.storage.tags(of, name).await?);
     }
     if let Some(cache) = &app.cache {
         tags.extend(cache.tags(name).await);
     }
-    if tags.is_empty() && !app.storage.has_repository(name).await.map_err(|e| internal("listing tags", e))? {
+    if tags.is_empty() && !app.storage.has_repository(name).await? {
         return Err(Refusal::name_unknown(name));
     }
     let after = page.last.unwrap_or_default();

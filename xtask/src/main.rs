@@ -24,7 +24,7 @@ Commands:
   bench NAME [--only PART] [--json]
                  figures beside the peers': registry, images
   ebpf           rebuild the eBPF object that is committed
-  setup          install the Debian packages that the other commands need
+  setup          install the Debian packages and tools that the other commands need
   help           this text
 
 demo and test need root: they make network namespaces, cgroups and containers.";
@@ -50,7 +50,10 @@ fn run(words: &[&str]) -> Result<ExitCode> {
         ["test", filter] if !filter.starts_with('-') => return test::run(Some(filter)),
         ["bench", words @ ..] => return bench::run(words),
         ["ebpf"] => ebpf::build(&shell::root()?)?,
-        ["setup"] => setup::ensure()?,
+        ["setup"] => {
+            setup::ensure()?;
+            setup::tools::ensure()?;
+        }
         _ => bail!("found `{}`, expected one of the commands in `cargo xtask help`", words.join(" ")),
     }
     Ok(ExitCode::SUCCESS)

@@ -1,4 +1,6 @@
-//! The Debian packages that the build, the demo and the tests need.
+//! The Debian packages that the build, the demo and the tests need, and programs that Debian doesn't have.
+
+pub(crate) mod tools;
 
 use anyhow::{Context, Result, bail};
 
@@ -8,9 +10,10 @@ use crate::shell;
 enum Sign {
     Program(&'static str),
     File(&'static str),
+    Python(&'static str),
 }
 
-use Sign::{File, Program};
+use Sign::{File, Program, Python};
 
 /// Package, how to see that it is there, and what it is for.
 const PACKAGES: &[(&str, Sign, &str)] = &[
@@ -36,6 +39,7 @@ const PACKAGES: &[(&str, Sign, &str)] = &[
     ("procps", Program("ps"), "looking at the platform from outside"),
     ("tzdata", File("/usr/share/zoneinfo/Asia/Tokyo"), "the locations' time zones"),
     ("ca-certificates", File("/etc/ssl/certs/ca-certificates.crt"), "fetching crates"),
+    ("python3-venv", Python("import ensurepip, venv"), "the registry's tests on another S3 server"),
     ("wrk", Program("wrk"), "the registry's bench"),
 ];
 
@@ -80,6 +84,9 @@ fn missing() -> Vec<&'static (&'static str, Sign, &'static str)> {
     let is_missing = |(_, sign, _): &&(&str, Sign, &str)| match sign {
         Program(name) => !shell::has_program(name),
         File(path) => !std::path::Path::new(path).exists(),
+        Python(line) => !shell::command("python3", &["-c", line])
+            .and_then(|mut python| Ok(python.stderr(std::process::Stdio::null()).status()?.success()))
+            .unwrap_or(false),
     };
     PACKAGES.iter().filter(is_missing).collect()
 }

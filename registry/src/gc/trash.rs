@@ -8,10 +8,13 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyplace_images::Digest;
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 
 use crate::references;
 use crate::storage::{Linked, NewManifest, Result, Storage, TagOf, Trashed, TrashedItem};
 
+/// Tags that are read, and deleted, at once: in a bucket each read is a round trip, and repositories have thousands.
+const TAGS_AT_ONCE: usize = 16;
 /// Deepest nesting of indexes that comes back whole.
 const DEPTH_MAX: usize = 8;
 
@@ -72,16 +75,21 @@ pub(crate) async fn delete_manifest(
     }
     // Tags first: a tag must not lead nowhere.
     for of in [TagOf::Push, TagOf::Upstream] {
-        for tag in storage.tags(of, repository).await? {
+        let delete = async |tag: String| -> Result<Option<String>> {
             if storage.tag(of, repository, &tag).await?.as_ref() != Some(digest) {
-                continue;
+                return Ok(None);
             }
             if of == TagOf::Push && !window.is_zero() {
                 let what = Trashed::Tag { tag: tag.clone(), digest: digest.clone() };
                 storage.put_trash(repository, &what).await?;
             }
             storage.delete_tag(of, repository, &tag).await?;
-            removed.push(tag);
+            Ok(Some(tag))
+        };
+        let tags = storage.tags(of, repository).await?;
+        let mut deleted = stream::iter(tags).map(delete).buffer_unordered(TAGS_AT_ONCE);
+        while let Some(tag) = deleted.try_next().await? {
+            removed.extend(tag);
         }
     }
     Ok(storage.delete_manifest(repository, digest).await?.then_some(removed))

@@ -72,7 +72,7 @@ impl Storage {
             Place::Folder(_) => bytes,
             Place::Bucket(_) => bucket::inline(&bytes),
         };
-        self.put(&keys::content(digest), object).await
+        self.put_payload(&keys::content(digest), object.into()).await
     }
 
     /// Makes a synced file of the data folder the content of `digest`; only where content is files.

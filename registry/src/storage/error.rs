@@ -1,7 +1,6 @@
 //! What can go wrong with the store, and what a client is told about it.
 
 use axum::http::StatusCode;
-use axum::http::header::RETRY_AFTER;
 
 use crate::errors::Refusal;
 
@@ -22,13 +21,14 @@ pub(crate) enum Error {
         store: String,
     },
     /// The store refused, or can't be reached, also after retries.
-    #[error("can't {operation} `{key}` in {store}: {}", describe(source))]
+    #[error("can't {operation} `{key}` in {store}: {}", describe(cause))]
     Store {
         /// Such as "write".
         operation: &'static str,
         key: String,
         store: String,
-        source: object_store::Error,
+        /// Not `source`: the text has it already, and whoever prints the chain would say it twice.
+        cause: object_store::Error,
     },
     /// A collector was at this content, or tag, for longer than a request should wait.
     #[error("{what} is being collected as garbage; ask again in a moment")]
@@ -39,12 +39,12 @@ pub(crate) enum Error {
 }
 
 impl Error {
-    pub(super) fn of(operation: &'static str, key: &str, store: &str, source: object_store::Error) -> Error {
+    pub(super) fn of(operation: &'static str, key: &str, store: &str, cause: object_store::Error) -> Error {
         let (key, store) = (key.to_owned(), store.to_owned());
-        if is_full(&source) {
+        if is_full(&cause) {
             return Error::Full { operation, key, store };
         }
-        Error::Store { operation, key, store, source }
+        Error::Store { operation, key, store, cause }
     }
 
     pub(crate) fn damaged(key: impl std::fmt::Display, reason: impl std::fmt::Display) -> Error {
@@ -56,17 +56,15 @@ impl Error {
 impl From<Error> for Refusal {
     fn from(error: Error) -> Refusal {
         tracing::error!(%error, "the storage failed");
-        let busy = |message: String| {
-            Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "TOOMANYREQUESTS", message).header(RETRY_AFTER, "1")
-        };
         match error {
             Error::Full { .. } => {
                 let message = "the registry's storage is full; free space or collect garbage, and try again";
                 Refusal::new(StatusCode::INSUFFICIENT_STORAGE, "DENIED", message)
             }
-            Error::Collecting { .. } => busy(error.to_string()),
+            Error::Collecting { .. } => Refusal::unavailable(error.to_string()),
             Error::Store { operation, .. } => {
-                busy(format!("the registry's storage can't {operation} just now; its log says why"))
+                let message = format!("the registry's storage can't {operation} just now; its log says why");
+                Refusal::unavailable(message)
             }
             Error::Damaged { .. } => {
                 let message = "the registry's storage is damaged; its log says where";

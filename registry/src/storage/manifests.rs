@@ -95,7 +95,10 @@ impl Storage {
             Ok(missing)
         };
         let outcome = outcome.await;
-        self.remove(&pending).await?;
+        // A store that failed may not answer this either, and a client waits; what is left is the collector's.
+        if !matches!(outcome, Err(Error::Store { .. })) {
+            self.remove(&pending).await?;
+        }
         outcome
     }
 

@@ -18,10 +18,15 @@ use serde::Deserialize;
 
 /// How long a connection may take to open.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a store may say nothing. A part of 16 MiB is sent meanwhile, and a listing made.
-const SILENCE_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long a request is tried again, after 500, 503, 429, or no answer. Clients wait so long at most.
-const RETRY_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a store may say nothing when it is asked for something, or told little. A listing is made meanwhile.
+const SILENCE_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long it may say nothing about a part. One of 16 MiB is sent meanwhile, beside seven others.
+const BULK_SILENCE_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a request is tried again, after 500, 503, 429, or no answer. The last try begins within it, so clients have
+/// their answer after this and one silence at most.
+const RETRY_TIMEOUT: Duration = Duration::from_secs(15);
+/// Longest pause between two tries.
+const PAUSE_MAX: Duration = Duration::from_secs(2);
 const RETRIES_MAX: usize = 10;
 
 /// Where content is kept.
@@ -87,6 +92,8 @@ pub struct Container {
 /// A store that isn't a folder.
 pub(super) struct Remote {
     pub(super) objects: Arc<dyn ObjectStore>,
+    /// The same for large objects.
+    pub(super) bulk: Arc<dyn ObjectStore>,
     pub(super) parts: Arc<dyn MultipartStore>,
     /// How it is called in messages.
     pub(super) name: String,
@@ -101,42 +108,47 @@ impl Remote {
             StorageConfig::S3(bucket) => {
                 let name =
                     format!("the bucket {} at {}", bucket.bucket, place(&bucket.endpoint, "Amazon S3"));
-                remote(s3(bucket).with_context(|| wrong(&name))?, &bucket.prefix, name)
+                remote(|silence| s3(bucket, silence), &bucket.prefix, name)?
             }
             StorageConfig::Gcs(bucket) => {
                 let name =
                     format!("the bucket {} at {}", bucket.bucket, place(&bucket.endpoint, "Google Cloud"));
-                remote(gcs(bucket).with_context(|| wrong(&name))?, &bucket.prefix, name)
+                remote(|silence| gcs(bucket, silence), &bucket.prefix, name)?
             }
             StorageConfig::Azure(container) => {
                 let place = place(&container.endpoint, "Azure");
                 let name =
                     format!("the container {} of {} at {place}", container.container, container.account);
-                remote(azure(container).with_context(|| wrong(&name))?, &container.prefix, name)
+                remote(|silence| azure(container, silence), &container.prefix, name)?
             }
         }))
     }
 }
 
-fn remote<T: ObjectStore + MultipartStore>(store: T, prefix: &str, name: String) -> Remote {
-    let store = Arc::new(PrefixStore::new(store, prefix));
-    Remote { objects: store.clone(), parts: store, name }
+/// Opens a store twice, for each patience once.
+fn remote<T: ObjectStore + MultipartStore>(
+    open: impl Fn(Duration) -> anyhow::Result<T>,
+    prefix: &str,
+    name: String,
+) -> anyhow::Result<Remote> {
+    let open = |silence| -> anyhow::Result<_> {
+        let store = open(silence).with_context(|| format!("can't use {name}; check [storage]"))?;
+        Ok(Arc::new(PrefixStore::new(store, prefix)))
+    };
+    let (objects, bulk) = (open(SILENCE_TIMEOUT)?, open(BULK_SILENCE_TIMEOUT)?);
+    Ok(Remote { objects, bulk: bulk.clone(), parts: bulk, name })
 }
 
 fn place(endpoint: &Option<String>, default: &str) -> String {
     endpoint.clone().unwrap_or_else(|| default.to_owned())
 }
 
-fn wrong(name: &str) -> String {
-    format!("can't use {name}; check [storage]")
-}
-
-fn s3(bucket: &Bucket) -> anyhow::Result<object_store::aws::AmazonS3> {
+fn s3(bucket: &Bucket, silence: Duration) -> anyhow::Result<object_store::aws::AmazonS3> {
     let mut builder = AmazonS3Builder::from_env()
         .with_bucket_name(&bucket.bucket)
         // What is stored is verified by its digest; over TLS, hashing it once more for the signature adds nothing.
         .with_unsigned_payload(!bucket.allow_http)
-        .with_client_options(options(bucket.allow_http))
+        .with_client_options(options(bucket.allow_http, silence))
         .with_allow_http(bucket.allow_http)
         .with_retry(retry());
     if let Some(endpoint) = &bucket.endpoint {
@@ -152,10 +164,10 @@ fn s3(bucket: &Bucket) -> anyhow::Result<object_store::aws::AmazonS3> {
     Ok(builder.build()?)
 }
 
-fn gcs(bucket: &Bucket) -> anyhow::Result<object_store::gcp::GoogleCloudStorage> {
+fn gcs(bucket: &Bucket, silence: Duration) -> anyhow::Result<object_store::gcp::GoogleCloudStorage> {
     let mut builder = GoogleCloudStorageBuilder::from_env()
         .with_bucket_name(&bucket.bucket)
-        .with_client_options(options(bucket.allow_http))
+        .with_client_options(options(bucket.allow_http, silence))
         .with_retry(retry());
     if let Some(endpoint) = &bucket.endpoint {
         builder = builder.with_base_url(endpoint);
@@ -166,11 +178,11 @@ fn gcs(bucket: &Bucket) -> anyhow::Result<object_store::gcp::GoogleCloudStorage>
     Ok(builder.build()?)
 }
 
-fn azure(container: &Container) -> anyhow::Result<object_store::azure::MicrosoftAzure> {
+fn azure(container: &Container, silence: Duration) -> anyhow::Result<object_store::azure::MicrosoftAzure> {
     let mut builder = MicrosoftAzureBuilder::from_env()
         .with_account(&container.account)
         .with_container_name(&container.container)
-        .with_client_options(options(container.allow_http))
+        .with_client_options(options(container.allow_http, silence))
         .with_allow_http(container.allow_http)
         .with_retry(retry());
     if let Some(endpoint) = &container.endpoint {
@@ -183,19 +195,19 @@ fn azure(container: &Container) -> anyhow::Result<object_store::azure::Microsoft
     Ok(builder.build()?)
 }
 
-fn options(allow_http: bool) -> ClientOptions {
+fn options(allow_http: bool, silence: Duration) -> ClientOptions {
     ClientOptions::new()
         .with_allow_http(allow_http)
         .with_connect_timeout(CONNECT_TIMEOUT)
         // No limit on a whole download: a slow client makes it as long as it likes.
         .with_timeout_disabled()
-        .with_read_timeout(SILENCE_TIMEOUT)
+        .with_read_timeout(silence)
 }
 
 fn retry() -> RetryConfig {
     let backoff = BackoffConfig {
         init_backoff: Duration::from_millis(100),
-        max_backoff: Duration::from_secs(5),
+        max_backoff: PAUSE_MAX,
         ..BackoffConfig::default()
     };
     RetryConfig { backoff, max_retries: RETRIES_MAX, retry_timeout: RETRY_TIMEOUT }

@@ -3,7 +3,8 @@
 mod cases;
 mod faults;
 mod faulty;
-mod servers;
+#[path = "../../tests/registry/stores.rs"]
+mod stores;
 mod upload_cases;
 
 use std::path::Path as FilePath;
@@ -19,6 +20,7 @@ use super::{Place, Storage};
 use crate::config::Config;
 use crate::uploads::{Sizes, Uploads};
 use faulty::Faulty;
+use stores::Store;
 
 /// Parts as small as moto and Amazon take them.
 const PART_BYTES: usize = 5 << 20;
@@ -62,22 +64,17 @@ impl Bed {
         Bed { opener: Opener::Memory(store), part_bytes: 100_000, long_keys: true, _held: Vec::new() }
     }
 
-    async fn s3s() -> Bed {
-        let (server, dir) = servers::s3s().await;
-        let config = Box::new(servers::config(dir.path(), server.address));
-        Bed {
-            opener: Opener::Config(config),
-            part_bytes: PART_BYTES,
-            long_keys: false,
-            _held: vec![Box::new(server), Box::new(dir)],
-        }
+    /// A folder of its own in a bucket of this store.
+    fn bucket(store: &Arc<Store>, prefix: &str, long_keys: bool) -> Bed {
+        let dir = tempfile::tempdir().unwrap();
+        let storage = toml::from_str(&store.settings(store.address, prefix)).unwrap();
+        let config = Box::new(Config { storage, ..Config::new(dir.path()) });
+        let held: Vec<Box<dyn std::any::Any + Send>> = vec![Box::new(store.clone()), Box::new(dir)];
+        Bed { opener: Opener::Config(config), part_bytes: PART_BYTES, long_keys, _held: held }
     }
 
-    async fn moto() -> Option<Bed> {
-        let (server, dir) = servers::moto().await?;
-        let config = Box::new(servers::config(dir.path(), server.address));
-        let held: Vec<Box<dyn std::any::Any + Send>> = vec![Box::new(server), Box::new(dir)];
-        Some(Bed { opener: Opener::Config(config), part_bytes: PART_BYTES, long_keys: true, _held: held })
+    async fn s3s() -> Bed {
+        Bed::bucket(&Arc::new(stores::s3s().await), "r", false)
     }
 
     pub(super) async fn open(&self) -> Process {
@@ -89,6 +86,7 @@ impl Bed {
             Opener::Config(config) => Storage::open(config).await?,
             Opener::Memory(store) => {
                 Storage::assemble(
+                    store.clone(),
                     store.clone(),
                     Place::Bucket(store.clone()),
                     "memory".to_owned(),
@@ -175,35 +173,34 @@ contract! {
     sweeps_take_only_what_is_nobodys in upload_cases,
 }
 
-/// The same suite on moto, one after the other: it starts slowly.
+/// The same suite on a store that starts slowly: on one, each case in a folder of its own.
+async fn everything_in(store: Store) {
+    let store = Arc::new(store);
+    let bed = |case: &str| Bed::bucket(&store, case, true);
+    cases::content_and_links(&bed("links")).await;
+    cases::manifests(&bed("manifests")).await;
+    cases::tags_trash_and_ages(&bed("tags")).await;
+    cases::writers_wait_for_collectors(&bed("collectors")).await;
+    upload_cases::chunks_in_turn_of_two_processes(&bed("chunks")).await;
+    upload_cases::small_uploads(&bed("small")).await;
+    upload_cases::wrong_and_cancelled_uploads(&bed("wrong")).await;
+    upload_cases::one_of_two_writers_wins(&bed("writers")).await;
+    upload_cases::clients_that_go_away(&bed("clients")).await;
+    upload_cases::sweeps_take_only_what_is_nobodys(&bed("sweeps")).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn everything_in_moto() {
-    let Some(bed) = Bed::moto().await else { return };
-    cases::content_and_links(&bed).await;
-    for case in 0..9 {
-        let Some(bed) = Bed::moto().await else { return };
-        match case {
-            0 => cases::manifests(&bed).await,
-            1 => cases::tags_trash_and_ages(&bed).await,
-            2 => cases::writers_wait_for_collectors(&bed).await,
-            3 => upload_cases::chunks_in_turn_of_two_processes(&bed).await,
-            4 => upload_cases::small_uploads(&bed).await,
-            5 => upload_cases::wrong_and_cancelled_uploads(&bed).await,
-            6 => upload_cases::one_of_two_writers_wins(&bed).await,
-            7 => upload_cases::clients_that_go_away(&bed).await,
-            _ => upload_cases::sweeps_take_only_what_is_nobodys(&bed).await,
-        }
-    }
+    let Some(store) = stores::moto().await else { return };
+    everything_in(store).await;
 }
 
 /// A store that answers 500, 503 and 429 now and then: nobody notices.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn errors_of_a_store_that_pass_are_not_seen() {
     let failures = Arc::new(AtomicU64::new(0));
-    let (server, dir) = servers::s3s_that_fails(4, failures.clone()).await;
-    let config = Box::new(servers::config(dir.path(), server.address));
-    let held: Vec<Box<dyn std::any::Any + Send>> = vec![Box::new(server), Box::new(dir)];
-    let bed = Bed { opener: Opener::Config(config), part_bytes: PART_BYTES, long_keys: false, _held: held };
+    let store = Arc::new(stores::s3s_that_fails(4, failures.clone()).await);
+    let bed = Bed::bucket(&store, "r", false);
     cases::manifests(&bed).await;
     upload_cases::wrong_and_cancelled_uploads(&bed).await;
     upload_cases::clients_that_go_away(&bed).await;
@@ -225,12 +222,17 @@ async fn other_layouts_are_refused() {
 }
 
 #[tokio::test]
-async fn stores_that_cannot_be_used_say_what_to_check() {
-    let dir = tempfile::tempdir().unwrap();
+async fn stores_that_cannot_be_used_say_once_what_to_check() {
+    let (dir, store) = (tempfile::tempdir().unwrap(), stores::s3s().await);
     let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let storage = toml::from_str(&store.settings(nobody, "r")).unwrap();
     // Nothing listens there; the retries are object_store's, so this takes as long as one gives up.
-    let config = servers::config(dir.path(), nobody);
-    let opened = tokio::time::timeout(Duration::from_secs(120), Storage::open(&config)).await;
-    let error = opened.unwrap().err().unwrap().to_string();
+    let config = Config { storage, ..Config::new(dir.path()) };
+    let opened = tokio::time::timeout(Duration::from_secs(60), Storage::open(&config)).await;
+    // As a command ends with it: the error and what it came from.
+    let error = format!("{:#}", opened.unwrap().err().unwrap());
     assert!(error.contains("check that the endpoint in [storage] is right"), "{error}");
+    for part in error.split(": ").map(str::trim).filter(|part| part.len() > 8) {
+        assert_eq!(error.matches(part).count(), 1, "`{part}` is said more than once: {error}");
+    }
 }

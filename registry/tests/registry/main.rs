@@ -4,6 +4,7 @@
 
 mod access;
 mod api;
+mod bucket_down;
 mod cache;
 mod cache_campaigns;
 mod cache_faults;
@@ -19,5 +20,6 @@ mod skopeo;
 mod spec;
 mod storage_full;
 mod storage_kill;
+mod stores;
 mod support;
 mod uploads;

@@ -11,20 +11,21 @@ use std::time::{Duration, SystemTime};
 
 use anyplace_images::{Credentials, Digest};
 use anyplace_seed::{Seed, rounds};
-use hyper_util::rt::TokioIo;
 use reqwest::{Method, StatusCode};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::killable::Killable;
+use crate::stores::{self, Store};
 use crate::support::{OCI_MANIFEST, header, manifest, noise};
 
 /// Kills of a registry on a folder, usually and in a whole campaign.
 const KILLS: (usize, usize) = (300, 1_000);
 /// One on a bucket for so many on a folder: S3 in this process is slower than a disk.
 const FOLDER_TO_BUCKET: usize = 6;
+/// And on moto, whose Python takes turns with everything else.
+const FOLDER_TO_MOTO: usize = 25;
 const CLIENTS: u64 = 3;
-const BUCKET: &str = "images";
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_folder_acknowledged_survives_kills() {
@@ -33,39 +34,23 @@ async fn what_a_folder_acknowledged_survives_kills() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_bucket_acknowledged_survives_kills() {
-    let dir = tempfile::tempdir().unwrap();
-    std::fs::create_dir_all(dir.path().join(BUCKET)).unwrap();
-    let mut builder = s3s::service::S3ServiceBuilder::new(s3s_fs::FileSystem::new(dir.path()).unwrap());
-    builder.set_auth(s3s::auth::SimpleAuth::from_single("test", "secret"));
-    let service = builder.build();
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let server = tokio::spawn(async move {
-        while let Ok((socket, _)) = listener.accept().await {
-            let service = service.clone();
-            tokio::spawn(async move {
-                let http = hyper::server::conn::http1::Builder::new();
-                let _ = http.serve_connection(TokioIo::new(socket), service).await;
-            });
-        }
-    });
-    campaign(rounds(KILLS.0, KILLS.1) / FOLDER_TO_BUCKET, Some(format!("http://{address}"))).await;
-    server.abort();
+    let store = stores::s3s().await;
+    campaign(rounds(KILLS.0, KILLS.1) / FOLDER_TO_BUCKET, Some(store)).await;
 }
 
-async fn campaign(kills: usize, s3: Option<String>) {
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_moto_acknowledged_survives_kills() {
+    let Some(store) = stores::moto().await else { return };
+    campaign(rounds(KILLS.0, KILLS.1) / FOLDER_TO_MOTO, Some(store)).await;
+}
+
+async fn campaign(kills: usize, bucket: Option<Store>) {
     anyplace_service::install_crypto_provider();
     let mut seed = Seed::from_env();
     let home = tempfile::tempdir().unwrap();
-    let settings = s3.as_ref().map_or(String::new(), |endpoint| {
-        let credentials = home.path().join("s3.credentials");
-        std::fs::write(&credentials, "AWS_ACCESS_KEY_ID=test\nAWS_SECRET_ACCESS_KEY=secret\n").unwrap();
-        format!(
-            "[storage]\nkind = 's3'\nbucket = '{BUCKET}'\nendpoint = '{endpoint}'\nregion = 'us-east-1'\n\
-             credentials_file = '{}'\nallow_http = true\n",
-            credentials.display()
-        )
-    });
+    let settings = bucket
+        .as_ref()
+        .map_or(String::new(), |store| format!("[storage]\n{}", store.settings(store.address, "r")));
     let mut child = Killable::start(home.path(), &settings).await;
     let credentials = Credentials::from_file(&home.path().join("credentials")).unwrap();
     let (urls, url) = watch::channel(child.url.clone());
@@ -118,7 +103,7 @@ async fn campaign(kills: usize, s3: Option<String>) {
         }
     }
     child.kill();
-    if s3.is_none() {
+    if bucket.is_none() {
         // Files that were being written are not content. Once no request can be writing them, a start removes them.
         for entry in std::fs::read_dir(home.path().join("tmp")).unwrap() {
             let old = SystemTime::now() - Duration::from_secs(2 * 3_600);

@@ -9,6 +9,8 @@ use futures_util::TryStreamExt as _;
 
 use super::super::{ManifestEntry, NewManifest};
 use super::{Bed, Opener, Process, noise};
+use crate::gc;
+use crate::storage::{TagOf, Trashed};
 
 /// Uploads in all; each has some tens of operations on the store.
 const UPLOADS: u64 = 120;
@@ -131,4 +133,33 @@ async fn a_store_that_is_down_is_an_error_and_loses_nothing() {
     process.append(&id, &bytes[1000..]).await.unwrap();
     process.finish(&id, &Digest::of(&bytes)).await.unwrap();
     assert_eq!(process.read(&Digest::of(&bytes), None).await, bytes);
+}
+
+/// The clock stands still while anything can go on, so all reads that are begun at once are seen at once.
+#[tokio::test(start_paused = true)]
+async fn tags_of_a_manifest_that_goes_are_read_several_at_once() {
+    let bed = Bed::memory(true);
+    let Opener::Memory(store) = &bed.opener else { panic!("no memory") };
+    let process = bed.open().await;
+    let blob = Digest::of(b"blob");
+    process.storage.put_link("a/b", &blob).await.unwrap();
+    process.storage.put_content(&blob, b"blob".as_slice().into()).await.unwrap();
+    let goes = put_manifest(&process, b"goes", &blob).await;
+    let stays = put_manifest(&process, b"stays", &blob).await;
+    for number in 0..100 {
+        let digest = if number % 2 == 0 { &goes } else { &stays };
+        process.storage.put_tag(TagOf::Push, "a/b", &format!("v{number}"), digest).await.unwrap();
+    }
+    store.slow.store(true, Ordering::SeqCst);
+    let removed = gc::delete_manifest(&process.storage, "a/b", &goes, Duration::from_secs(60)).await;
+    assert_eq!(removed.unwrap().unwrap().len(), 50);
+    assert_eq!(store.reading_max.load(Ordering::SeqCst), 16);
+    let left = process.storage.tags(TagOf::Push, "a/b").await.unwrap();
+    assert_eq!(left.len(), 50);
+    for tag in left {
+        assert_eq!(process.storage.tag(TagOf::Push, "a/b", &tag).await.unwrap().as_ref(), Some(&stays));
+    }
+    let trash = process.storage.trash("a/b").await.unwrap();
+    let tags = trash.iter().filter(|item| matches!(item.what, Trashed::Tag { .. })).count();
+    assert_eq!((trash.len(), tags), (51, 50));
 }

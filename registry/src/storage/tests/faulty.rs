@@ -28,6 +28,11 @@ pub(super) struct Faulty {
     pub(super) faults: AtomicU64,
     /// Nothing works.
     pub(super) down: AtomicBool,
+    /// Reads take a millisecond.
+    pub(super) slow: AtomicBool,
+    reading: AtomicU64,
+    /// Most slow reads at once.
+    pub(super) reading_max: AtomicU64,
 }
 
 /// What happens to one operation.
@@ -41,7 +46,17 @@ impl Faulty {
     pub(super) fn new(inner: InMemory, conditional: bool) -> Faulty {
         let zero = || AtomicU64::new(0);
         let seed = Mutex::new(Seed::new(1));
-        Faulty { inner, conditional, seed, one_in: zero(), faults: zero(), down: AtomicBool::new(false) }
+        Faulty {
+            inner,
+            conditional,
+            seed,
+            one_in: zero(),
+            faults: zero(),
+            down: AtomicBool::new(false),
+            slow: AtomicBool::new(false),
+            reading: zero(),
+            reading_max: zero(),
+        }
     }
 
     pub(super) fn seed(&self, seed: u64) {
@@ -115,6 +130,12 @@ impl ObjectStore for Faulty {
     }
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
+        if self.slow.load(Ordering::SeqCst) {
+            let reading = self.reading.fetch_add(1, Ordering::SeqCst) + 1;
+            self.reading_max.fetch_max(reading, Ordering::SeqCst);
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            self.reading.fetch_sub(1, Ordering::SeqCst);
+        }
         self.run(self.inner.get_opts(location, options)).await
     }
 

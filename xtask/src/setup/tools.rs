@@ -1,0 +1,56 @@
+//! Programs that tests run and Debian doesn't have: in `target/tools`, each in a folder of its own.
+//!
+//! A folder's file `installed` says what was installed, and is written last. What is there of another version, or half, is
+//! removed and installed anew.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use crate::shell;
+
+struct Tool {
+    name: &'static str,
+    purpose: &'static str,
+    /// What is installed; another one replaces it.
+    version: &'static str,
+    install: fn(&Path, &str) -> Result<()>,
+}
+
+const TOOLS: &[Tool] = &[Tool {
+    name: "moto",
+    purpose: "the registry's tests on another S3 server",
+    version: include_str!("moto.txt"),
+    install: with_pip,
+}];
+
+/// Installs what is missing; says what it does.
+pub(crate) fn ensure() -> Result<()> {
+    for tool in TOOLS {
+        let folder = shell::root()?.join("target/tools").join(tool.name);
+        let installed = folder.join("installed");
+        if std::fs::read_to_string(&installed).is_ok_and(|version| version == tool.version) {
+            continue;
+        }
+        println!("{}: missing; it is for {}, and goes to {}", tool.name, tool.purpose, folder.display());
+        if folder.exists() {
+            std::fs::remove_dir_all(&folder).with_context(|| format!("remove {}", folder.display()))?;
+        }
+        std::fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
+        (tool.install)(&folder, tool.version).with_context(|| format!("install {}", tool.name))?;
+        std::fs::write(&installed, tool.version).with_context(|| format!("write {}", installed.display()))?;
+    }
+    println!("tools: all {} are in target/tools", TOOLS.len());
+    Ok(())
+}
+
+/// Python packages, each of one version.
+fn with_pip(folder: &Path, requirements: &str) -> Result<()> {
+    let file = folder.join("requirements.txt");
+    std::fs::write(&file, requirements).with_context(|| format!("write {}", file.display()))?;
+    let (at, file) = (folder.to_string_lossy(), file.to_string_lossy());
+    shell::show(shell::command("python3", &["-m", "venv", &at])?)?;
+    let pip = folder.join("bin/pip");
+    let words = ["install", "--quiet", "--disable-pip-version-check", "--requirement", &file];
+    shell::show(shell::command(&pip.to_string_lossy(), &words)?)
+}
