@@ -92,6 +92,11 @@ impl Who {
         matches!(self.rights, Rights::Operator)
     }
 
+    /// Whether a token was their proof.
+    fn is_by_token(&self) -> bool {
+        matches!(self.rights, Rights::Token(_))
+    }
+
     fn may_operate(&self) -> bool {
         match &self.rights {
             Rights::Operator => true,

@@ -1,6 +1,10 @@
 //! Start and end of the registry.
 
+use std::fs::Permissions;
+use std::io::ErrorKind;
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -24,6 +28,8 @@ use crate::uploads::Uploads;
 use crate::upstream::Cache;
 use crate::{admin, connections, routes};
 
+/// The key of tokens, in the data folder where content is kept there.
+const TOKEN_KEY: &str = "access/token-key";
 /// How long a collection or a scrub may take to come to a stop.
 const BACKGROUND_STOPS_WITHIN: Duration = Duration::from_secs(10);
 
@@ -54,6 +60,7 @@ impl Server {
     /// # Errors
     /// The data folder, the credentials or the address can't be used.
     pub async fn bind(config: Config) -> anyhow::Result<Server> {
+        make_private(&config.data_dir)?;
         let storage = Storage::open(&config).await?;
         let access =
             Access::open(config.access.clone(), &config.credentials_path(), &config.data_dir, &storage)
@@ -129,6 +136,41 @@ impl Server {
         let _ = tokio::time::timeout(BACKGROUND_STOPS_WITHIN, ended).await;
         Ok(())
     }
+}
+
+/// Makes the data folder, and keeps others out of it: what is below has no modes of its own. Where they could read it
+/// until now, the key of tokens is made anew.
+fn make_private(folder: &Path) -> anyhow::Result<()> {
+    let private = || -> std::io::Result<bool> {
+        let was_open = match std::fs::metadata(folder) {
+            Ok(there) => there.permissions().mode() & 0o077 != 0,
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                std::fs::create_dir_all(folder)?;
+                false
+            }
+            Err(error) => return Err(error),
+        };
+        std::fs::set_permissions(folder, Permissions::from_mode(0o700))?;
+        if !was_open {
+            return Ok(false);
+        }
+        match std::fs::remove_file(folder.join(TOKEN_KEY)) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    };
+    let renewed = private().with_context(|| {
+        let path = folder.display();
+        format!("can't make {path} private; check data_dir, and that it belongs to the user that runs this")
+    })?;
+    if renewed {
+        tracing::warn!(
+            folder = %folder.display(),
+            "others could read the data folder, and so the key of tokens: it is private now, and the key is a new one"
+        );
+    }
+    Ok(())
 }
 
 async fn healthz(State(app): State<Arc<App>>) -> (StatusCode, &'static str) {

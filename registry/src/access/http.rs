@@ -65,6 +65,11 @@ async fn give_token(access: &Access, request: Request) -> Answer {
         (who, scopes(&form)?)
     } else {
         let who = access.identify(request.headers())?;
+        // Or who has one could go on for ever, whatever became of the account.
+        if who.is_by_token() {
+            let message = "a token gets no other token; send the name and password of an account";
+            return Err(Refusal::new(StatusCode::UNAUTHORIZED, "UNAUTHORIZED", message));
+        }
         (who, scopes(&pairs(request.uri().query().unwrap_or_default()))?)
     };
     let token = access.token(&who, &scopes)?;

@@ -1,5 +1,8 @@
 //! Accounts, tokens, teams and the audit record, over HTTP and with skopeo.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt as _;
+
 use anyplace_images::{Client, Credentials};
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -137,6 +140,48 @@ async fn accounts_do_what_they_were_granted_until_they_end() {
     let answer =
         registry.anonymous(Method::GET, "/v2/").basic_auth("ams-1", Some(&robot)).send().await.unwrap();
     assert_eq!(answer.status(), 200);
+    registry.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_gets_no_other_token() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = Registry::start(dir.path()).await;
+    let secret = account(&registry, "ana", json!({"grants": ["vision/**:pull,push"]})).await;
+    let scope = "repository:vision/app:pull,push";
+    let first = token(&registry, Some(("ana", &secret)), &[scope]).await;
+    let path = format!("/auth/token?service=anyplace-registry&scope={scope}");
+    let renew = || registry.anonymous(Method::GET, &path).bearer_auth(&first).send();
+    assert_eq!(code(renew().await.unwrap()).await, (401, "UNAUTHORIZED".into()));
+    let gone = registry.request(Method::DELETE, "/v1/accounts/ana").send().await.unwrap();
+    assert_eq!(gone.status(), 204);
+    assert_eq!(renew().await.unwrap().status(), 401);
+    let again = registry.anonymous(Method::GET, &path).basic_auth("ana", Some(&secret)).send().await.unwrap();
+    assert_eq!(again.status(), 401);
+    registry.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn others_cant_read_the_data_folder_and_a_key_that_they_could_read_is_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("registry");
+    let mode = || std::fs::metadata(&folder).unwrap().permissions().mode() & 0o777;
+    let key = || std::fs::read(folder.join("access/token-key")).unwrap();
+    let registry = Registry::start(&folder).await;
+    assert_eq!(mode(), 0o700);
+    let made = key();
+    let early = token(&registry, Some(("anyplace", &registry.credentials().password)), &[]).await;
+    registry.stop().await;
+    let registry = Registry::start(&folder).await;
+    assert_eq!(key(), made);
+    registry.stop().await;
+    // As an earlier version left it.
+    std::fs::set_permissions(&folder, Permissions::from_mode(0o755)).unwrap();
+    let registry = Registry::start(&folder).await;
+    assert_eq!(mode(), 0o700);
+    assert_ne!(key(), made);
+    let forged = registry.anonymous(Method::GET, "/v2/").bearer_auth(&early).send().await.unwrap();
+    assert_eq!(forged.status(), 401);
     registry.stop().await;
 }
 
