@@ -40,6 +40,8 @@ const PACKAGES: &[(&str, Sign, &str)] = &[
     ("tzdata", File("/usr/share/zoneinfo/Asia/Tokyo"), "the locations' time zones"),
     ("ca-certificates", File("/etc/ssl/certs/ca-certificates.crt"), "fetching crates"),
     ("python3-venv", Python("import ensurepip, venv"), "the registry's tests on another S3 server"),
+    ("nodejs", Program("node"), "the registry's tests on Azure"),
+    ("npm", Program("npm"), "the registry's tests on Azure"),
     ("wrk", Program("wrk"), "the registry's bench"),
 ];
 

@@ -3,6 +3,7 @@
 mod cases;
 mod faults;
 mod faulty;
+mod garbage;
 #[path = "../../tests/registry/stores.rs"]
 mod stores;
 mod upload_cases;
@@ -171,6 +172,7 @@ contract! {
     one_of_two_writers_wins in upload_cases,
     clients_that_go_away in upload_cases,
     sweeps_take_only_what_is_nobodys in upload_cases,
+    collections_take_what_nothing_needs in garbage,
 }
 
 /// The same suite on a store that starts slowly: on one, each case in a folder of its own.
@@ -187,11 +189,18 @@ async fn everything_in(store: Store) {
     upload_cases::one_of_two_writers_wins(&bed("writers")).await;
     upload_cases::clients_that_go_away(&bed("clients")).await;
     upload_cases::sweeps_take_only_what_is_nobodys(&bed("sweeps")).await;
+    garbage::collections_take_what_nothing_needs(&bed("garbage")).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn everything_in_moto() {
     let Some(store) = stores::moto().await else { return };
+    everything_in(store).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn everything_in_azurite() {
+    let Some(store) = stores::azurite().await else { return };
     everything_in(store).await;
 }
 

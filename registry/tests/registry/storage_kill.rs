@@ -23,8 +23,8 @@ use crate::support::{OCI_MANIFEST, header, manifest, noise};
 const KILLS: (usize, usize) = (300, 1_000);
 /// One on a bucket for so many on a folder: S3 in this process is slower than a disk.
 const FOLDER_TO_BUCKET: usize = 6;
-/// And on moto, whose Python takes turns with everything else.
-const FOLDER_TO_MOTO: usize = 25;
+/// And on programs in Python and JavaScript, which take turns with everything else.
+const FOLDER_TO_SLOW: usize = 25;
 const CLIENTS: u64 = 3;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -41,7 +41,13 @@ async fn what_a_bucket_acknowledged_survives_kills() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_moto_acknowledged_survives_kills() {
     let Some(store) = stores::moto().await else { return };
-    campaign(rounds(KILLS.0, KILLS.1) / FOLDER_TO_MOTO, Some(store)).await;
+    campaign(rounds(KILLS.0, KILLS.1) / FOLDER_TO_SLOW, Some(store)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_azurite_acknowledged_survives_kills() {
+    let Some(store) = stores::azurite().await else { return };
+    campaign(rounds(KILLS.0, KILLS.1) / FOLDER_TO_SLOW, Some(store)).await;
 }
 
 async fn campaign(kills: usize, bucket: Option<Store>) {

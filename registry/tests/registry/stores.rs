@@ -1,6 +1,7 @@
-//! Object stores for tests, on loopback, each with an empty bucket: s3s-fs in this process, moto in one of its own.
+//! Object stores for tests, on loopback, each with an empty bucket: s3s-fs in this process, moto (S3) and azurite (Azure)
+//! in processes of their own.
 //!
-//! moto is installed by `cargo xtask setup` and `cargo xtask test`. Where it is missing, its tests fail in CI, and are
+//! Those are installed by `cargo xtask setup` and `cargo xtask test`. Where one is missing, its tests fail in CI, and are
 //! skipped with the reason elsewhere.
 
 use std::net::SocketAddr;
@@ -10,10 +11,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use base64::prelude::{BASE64_STANDARD, Engine as _};
+use hmac::{Hmac, KeyInit as _, Mac as _};
 use hyper_util::rt::TokioIo;
 use tempfile::TempDir;
 
 const BUCKET: &str = "images";
+/// azurite's account, and its key in base64: "secret".
+const ACCOUNT: (&str, &str) = ("test", "c2VjcmV0");
 /// How long a server may take to start on a busy machine.
 const START_MAX: Duration = Duration::from_secs(120);
 
@@ -22,7 +27,14 @@ pub(crate) struct Store {
     pub(crate) address: SocketAddr,
     task: Option<tokio::task::JoinHandle<()>>,
     process: Option<Child>,
+    protocol: Protocol,
     dir: TempDir,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Protocol {
+    S3,
+    Azure,
 }
 
 impl Drop for Store {
@@ -40,13 +52,25 @@ impl Drop for Store {
 impl Store {
     /// What `[storage]` says for this store at `address`, itself or something before it; keys begin with `prefix`.
     pub(crate) fn settings(&self, address: SocketAddr, prefix: &str) -> String {
-        let credentials = self.dir.path().join("credentials");
-        std::fs::write(&credentials, "AWS_ACCESS_KEY_ID=test\nAWS_SECRET_ACCESS_KEY=secret\n").unwrap();
-        format!(
-            "kind = 's3'\nbucket = '{BUCKET}'\nprefix = '{prefix}'\nendpoint = 'http://{address}'\n\
-             region = 'us-east-1'\ncredentials_file = '{}'\nallow_http = true\n",
-            credentials.display()
-        )
+        let (account, key) = ACCOUNT;
+        let (secrets, settings) = match self.protocol {
+            Protocol::S3 => (
+                "AWS_ACCESS_KEY_ID=test\nAWS_SECRET_ACCESS_KEY=secret\n".to_owned(),
+                format!(
+                    "kind = 's3'\nbucket = '{BUCKET}'\nendpoint = 'http://{address}'\nregion = 'us-east-1'\n"
+                ),
+            ),
+            Protocol::Azure => (
+                format!("AZURE_STORAGE_ACCOUNT_KEY={key}\n"),
+                format!(
+                    "kind = 'azure'\naccount = '{account}'\ncontainer = '{BUCKET}'\n\
+                     endpoint = 'http://{address}/{account}'\n"
+                ),
+            ),
+        };
+        let file = self.dir.path().join("credentials");
+        std::fs::write(&file, secrets).unwrap();
+        format!("{settings}prefix = '{prefix}'\ncredentials_file = '{}'\nallow_http = true\n", file.display())
     }
 }
 
@@ -92,7 +116,7 @@ pub(crate) async fn s3s_that_fails(one_in: u64, failures: Arc<AtomicU64>) -> Sto
             });
         }
     });
-    Store { address, task: Some(task), process: None, dir }
+    Store { address, task: Some(task), process: None, protocol: Protocol::S3, dir }
 }
 
 /// moto; none, with the reason printed, where it is not installed.
@@ -100,43 +124,71 @@ pub(crate) async fn moto() -> Option<Store> {
     let program = tool("moto/bin/moto_server")?;
     let arguments =
         |port: u16| vec!["-H".to_owned(), "127.0.0.1".to_owned(), "-p".to_owned(), port.to_string()];
-    let store = start(&program, tempfile::tempdir().unwrap(), arguments, async |http, address| {
-        let made = http.put(format!("http://{address}/{BUCKET}")).send().await;
-        made.is_ok_and(|answer| answer.status().is_success())
-    });
-    Some(store.await)
+    let make_bucket = |http: &reqwest::Client, address| http.put(format!("http://{address}/{BUCKET}"));
+    Some(start(Command::new(program), arguments, Protocol::S3, make_bucket).await)
+}
+
+/// azurite; none, with the reason printed, where it is not installed.
+pub(crate) async fn azurite() -> Option<Store> {
+    let program = tool("azurite/node_modules/.bin/azurite-blob")?;
+    let mut command = Command::new(program);
+    command.args(["--silent", "--skipApiVersionCheck", "--disableTelemetry", "--blobHost", "127.0.0.1"]);
+    command.env("AZURITE_ACCOUNTS", format!("{}:{}", ACCOUNT.0, ACCOUNT.1));
+    let arguments = |port: u16| vec!["--blobPort".to_owned(), port.to_string()];
+    Some(start(command, arguments, Protocol::Azure, make_container).await)
+}
+
+/// As `Put Container` and `Authorize with Shared Key` of Azure's documentation say.
+fn make_container(http: &reqwest::Client, address: SocketAddr) -> reqwest::RequestBuilder {
+    let (account, key) = ACCOUNT;
+    let printer = jiff::fmt::rfc2822::DateTimePrinter::new();
+    let date = printer.timestamp_to_rfc9110_string(&jiff::Timestamp::now()).unwrap();
+    let (version, path) = ("2023-11-03", format!("/{account}/{BUCKET}"));
+    // The verb, eleven standard headers without a value, ours, and the resource.
+    let to_sign = format!(
+        "PUT{}x-ms-date:{date}\nx-ms-version:{version}\n/{account}{path}\nrestype:container",
+        "\n".repeat(12)
+    );
+    let mut mac = Hmac::<sha2::Sha256>::new_from_slice(&BASE64_STANDARD.decode(key).unwrap()).unwrap();
+    mac.update(to_sign.as_bytes());
+    let signature = BASE64_STANDARD.encode(mac.finalize().into_bytes());
+    http.put(format!("http://{address}{path}?restype=container"))
+        .header("x-ms-date", date)
+        .header("x-ms-version", version)
+        .header("authorization", format!("SharedKey {account}:{signature}"))
+        .header("content-length", "0")
 }
 
 /// Starts a program that listens on a port that was free a moment ago, and waits until its bucket is made.
 async fn start(
-    program: &Path,
-    dir: TempDir,
+    mut command: Command,
     arguments: impl Fn(u16) -> Vec<String>,
-    make_bucket: impl AsyncFn(&reqwest::Client, SocketAddr) -> bool,
+    protocol: Protocol,
+    make_bucket: impl Fn(&reqwest::Client, SocketAddr) -> reqwest::RequestBuilder,
 ) -> Store {
+    let dir = tempfile::tempdir().unwrap();
     anyplace_service::install_crypto_provider();
     let http = reqwest::Client::builder().no_proxy().build().unwrap();
     let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let log = std::fs::File::create(dir.path().join("log")).unwrap();
-    let process = Command::new(program)
-        .args(arguments(address.port()))
-        .current_dir(dir.path())
-        .stdin(Stdio::null())
-        .stdout(log.try_clone().unwrap())
-        .stderr(log)
-        .spawn()
-        .unwrap_or_else(|e| panic!("can't start {}: {e}", program.display()));
-    let mut store = Store { address, task: None, process: Some(process), dir };
+    command.args(arguments(address.port())).current_dir(dir.path()).stdin(Stdio::null());
+    command.stdout(log.try_clone().unwrap()).stderr(log);
+    let process = command.spawn().unwrap_or_else(|e| panic!("can't start {command:?}: {e}"));
+    let mut store = Store { address, task: None, process: Some(process), protocol, dir };
     let begun = Instant::now();
-    while !make_bucket(&http, address).await {
+    loop {
+        let answer = match make_bucket(&http, address).send().await {
+            Ok(answer) if answer.status().is_success() => return store,
+            Ok(answer) => format!("{}: {}", answer.status(), answer.text().await.unwrap_or_default()),
+            Err(error) => format!("{error:?}"),
+        };
         let ended = store.process.as_mut().and_then(|process| process.try_wait().unwrap());
         if ended.is_some() || begun.elapsed() > START_MAX {
             let log = std::fs::read_to_string(store.dir.path().join("log")).unwrap_or_default();
-            panic!("{} doesn't answer on {address} ({ended:?}):\n{log}", program.display());
+            panic!("{command:?} has no bucket ({ended:?}): {answer}\n{log}");
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    store
 }
 
 /// A program that `cargo xtask setup` installs.

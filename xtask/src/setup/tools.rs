@@ -17,12 +17,21 @@ struct Tool {
     install: fn(&Path, &str) -> Result<()>,
 }
 
-const TOOLS: &[Tool] = &[Tool {
-    name: "moto",
-    purpose: "the registry's tests on another S3 server",
-    version: include_str!("moto.txt"),
-    install: with_pip,
-}];
+const TOOLS: &[Tool] = &[
+    Tool {
+        name: "moto",
+        purpose: "the registry's tests on another S3 server",
+        version: include_str!("moto.txt"),
+        install: with_pip,
+    },
+    Tool {
+        name: "azurite",
+        purpose: "the registry's tests on Azure",
+        // The last one that runs on Debian 12's node.
+        version: "azurite@3.35.0",
+        install: with_npm,
+    },
+];
 
 /// Installs what is missing; says what it does.
 pub(crate) fn ensure() -> Result<()> {
@@ -42,6 +51,14 @@ pub(crate) fn ensure() -> Result<()> {
     }
     println!("tools: all {} are in target/tools", TOOLS.len());
     Ok(())
+}
+
+/// A package of one version, with what it needs, and without running anything of it.
+fn with_npm(folder: &Path, package: &str) -> Result<()> {
+    let at = folder.to_string_lossy();
+    let quiet = ["--ignore-scripts", "--no-audit", "--no-fund", "--loglevel", "error"];
+    let words = [&["install", "--prefix", &at], quiet.as_slice(), &[package]].concat();
+    shell::show(shell::command("npm", &words)?)
 }
 
 /// Python packages, each of one version.
