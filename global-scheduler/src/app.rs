@@ -67,6 +67,7 @@ impl App {
             shutdown,
         });
         app.forget_the_old().await.map_err(|Failure(problem)| anyhow::anyhow!("{problem}"))?;
+        app.complete_vips().await.map_err(|Failure(problem)| anyhow::anyhow!("{problem}"))?;
         Ok(app)
     }
 

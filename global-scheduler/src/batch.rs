@@ -1,7 +1,5 @@
 //! One conditional write to the store together with the same change in memory.
 
-use std::net::Ipv4Addr;
-
 use anyplace_api::{Event, EventSeverity};
 use anyplace_model::{AttemptId, DeploymentName, JobName, LocationId, LocationSettings, Prewarm};
 use anyplace_store::{Revision, Txn};
@@ -69,27 +67,28 @@ impl Batch {
         let name = record.spec.name.clone();
         self.when_deployment(world, &name);
         self.put(deployment_key(&name), &record)?;
-        if !world.vips.contains_key(&record.vip) {
-            self.when(vip_key(record.vip), 0);
-            self.put(vip_key(record.vip), &name)?;
+        for vip in record.vips().filter(|vip| !world.vips.contains_key(vip)) {
+            self.when(vip_key(vip), 0);
+            self.put(vip_key(vip), &name)?;
         }
         self.then(move |world, revision| {
-            world.vips.insert(record.vip, name.clone());
+            world.vips.extend(record.vips().map(|vip| (vip, name.clone())));
             world.deployments.insert(name, Stored { value: record, revision });
         });
         Ok(())
     }
 
-    pub(crate) fn delete_deployment(&mut self, world: &World, name: &DeploymentName, vip: Ipv4Addr) {
+    pub(crate) fn delete_deployment(&mut self, world: &World, record: &DeploymentRecord) {
+        let name = &record.spec.name;
         self.when_deployment(world, name);
         self.delete(deployment_key(name));
         self.delete_prefix(format!("placements/{name}/"));
-        self.delete(vip_key(vip));
-        let name = name.clone();
+        record.vips().for_each(|vip| self.delete(vip_key(vip)));
+        let (name, vips) = (name.clone(), record.vips());
         self.then(move |world, _| {
             world.deployments.remove(&name);
             world.placements.remove(&name);
-            world.vips.remove(&vip);
+            vips.for_each(|vip| drop(world.vips.remove(&vip)));
             world.missing.remove(&name);
             world.locations.values_mut().for_each(|location| {
                 location.refused.remove(&name);

@@ -2,7 +2,8 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use ipnet::Ipv4Net;
+use anyplace_model::INSTANCE_NET6;
+use ipnet::IpNet;
 use serde::Deserialize;
 
 /// Shorter leases would be lost by a busy machine's ordinary pauses.
@@ -17,8 +18,8 @@ pub struct Config {
     /// Address of the API.
     #[serde(default = "default_listen")]
     pub listen: SocketAddr,
-    /// Where deployments get their virtual IPs from.
-    pub vip_pools: Vec<Ipv4Net>,
+    /// Where deployments get their virtual IPs from: one of each family that is here. IPv4 has to be.
+    pub vip_pools: Vec<IpNet>,
     /// A location that hasn't reported for so long is lost.
     #[serde(default = "default_lease")]
     pub location_lease_ms: u64,
@@ -38,15 +39,61 @@ impl Config {
     }
 
     pub(crate) fn validate(&self) -> anyhow::Result<()> {
-        anyhow::ensure!(
-            !self.vip_pools.is_empty(),
-            "vip_pools is empty; write one such as \"203.0.113.0/24\""
-        );
+        self.validate_pools()?;
         anyhow::ensure!(
             self.location_lease_ms >= MIN_LEASE_MS,
             "location_lease_ms is {}; write {MIN_LEASE_MS} or more",
             self.location_lease_ms
         );
         Ok(())
+    }
+
+    fn validate_pools(&self) -> anyhow::Result<()> {
+        anyhow::ensure!(
+            self.vip_pools.iter().any(|pool| pool.addr().is_ipv4()),
+            "vip_pools has no IPv4 prefix; write one such as \"203.0.113.0/24\""
+        );
+        for (position, pool) in self.vip_pools.iter().enumerate() {
+            let overlaps = |other: &&IpNet| other.contains(&pool.trunc()) || pool.contains(&other.trunc());
+            if let Some(other) = self.vip_pools.iter().take(position).find(overlaps) {
+                anyhow::bail!("vip_pools: {pool} overlaps {other}; leave one of them out");
+            }
+            if let IpNet::V6(pool) = pool
+                && (pool.contains(&INSTANCE_NET6) || INSTANCE_NET6.contains(pool))
+            {
+                anyhow::bail!(
+                    "vip_pools: {pool} overlaps {INSTANCE_NET6}, which instances have; write another"
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn problem(pools: &str) -> Option<String> {
+        let pools: Vec<&str> = pools.split_whitespace().collect();
+        let config = serde_json::json!({ "data_dir": "/var/lib/anyplace/global", "vip_pools": pools });
+        let config: Config = serde_json::from_value(config).unwrap();
+        config.validate().err().map(|problem| problem.to_string())
+    }
+
+    #[test]
+    fn pools_of_both_families_may_not_overlap() {
+        assert_eq!(problem("203.0.113.0/24 198.51.100.0/24 2001:db8::/64 2001:db8:0:1::/64"), None);
+        for (pools, words) in [
+            ("", "vip_pools has no IPv4 prefix"),
+            ("2001:db8::/64", "vip_pools has no IPv4 prefix"),
+            ("203.0.113.0/24 203.0.113.128/25", "vip_pools: 203.0.113.128/25 overlaps 203.0.113.0/24"),
+            ("203.0.113.9/24 203.0.0.0/16", "vip_pools: 203.0.0.0/16 overlaps 203.0.113.9/24"),
+            ("203.0.113.0/24 2001:db8::/64 2001:db8::/32", "2001:db8::/32 overlaps 2001:db8::/64"),
+            ("203.0.113.0/24 fd5b:27d6:914c::/48", "overlaps fd5b:27d6:914c::/96"),
+        ] {
+            let found = problem(pools).unwrap_or_default();
+            assert!(found.contains(words), "{pools}: {found}");
+        }
     }
 }

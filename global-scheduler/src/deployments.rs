@@ -41,12 +41,13 @@ impl App {
                     None => DeploymentRecord {
                         generation: 1 + world.tombstones.get(&tombstone(&name)).map_or(0, |stone| stone.last),
                         vip: vips::allocate(&self.config.vip_pools, &world.vips)?,
+                        vip6: vips::allocate6(&self.config.vip_pools, &world.vips)?,
                         created_at: Timestamp::now(),
                         spec,
                     },
                 };
                 let message = if created {
-                    format!("created with virtual IP {}", record.vip)
+                    format!("created with virtual IP {}", vips::text(record.vips()))
                 } else {
                     format!("changed to generation {}", record.generation)
                 };
@@ -73,9 +74,9 @@ impl App {
             let record = &world.deployments.get(name).ok_or_else(|| unknown_deployment(name))?.value;
             let mut batch = Batch::default();
             let stone = Tombstone { last: record.generation, deleted_at: Timestamp::now() };
-            batch.delete_deployment(&world, name, record.vip);
+            batch.delete_deployment(&world, record);
             batch.put_tombstone(tombstone(name), Some(stone))?;
-            let message = format!("deleted; virtual IP {} is free again", record.vip);
+            let message = format!("deleted; virtual IP {} is free again", vips::text(record.vips()));
             batch.event(EventSeverity::Normal, format!("deployment/{name}"), message);
             batch
         };

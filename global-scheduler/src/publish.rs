@@ -8,6 +8,7 @@ use anyplace_model::{
     AttemptId, DeploymentName, InstancePhase, LocationDesired, LocationId, Placement, Prewarm, RemoteBackend,
     RemoteRoute,
 };
+use ipnet::IpNet;
 
 use crate::{app::App, views, world::World};
 
@@ -29,7 +30,7 @@ pub(crate) fn all(app: &App, world: &World) {
             "settings".into(),
             LocationDesired::Settings {
                 settings: location.settings.clone(),
-                vip_prefixes: app.config.vip_pools.clone(),
+                vip_prefixes: app.config.vip_pools.iter().map(IpNet::trunc).collect(),
             },
         );
         desired.extend(placements(world, id));
@@ -76,6 +77,7 @@ fn route(world: &World, name: &DeploymentName) -> Option<RemoteRoute> {
     Some(RemoteRoute {
         deployment: name.clone(),
         vip: record.vip,
+        vip6: record.vip6,
         ports: record.spec.ports.clone(),
         backends: backends.collect(),
     })
@@ -88,8 +90,13 @@ fn placements<'a>(
     world.placements.iter().filter_map(move |(name, placements)| {
         let count = placements.get(id)?.count;
         let record = &world.deployments.get(name)?.value;
-        let placement =
-            Placement { generation: record.generation, spec: record.spec.clone(), vip: record.vip, count };
+        let placement = Placement {
+            generation: record.generation,
+            spec: record.spec.clone(),
+            vip: record.vip,
+            vip6: record.vip6,
+            count,
+        };
         Some((format!("placements/{name}"), LocationDesired::Placement(Box::new(placement))))
     })
 }

@@ -14,7 +14,7 @@
 //! | `tombstones/{deployments,jobs}/<name>` | [`Tombstone`] |
 //! | `events/<number>` | `Event` |
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use anyplace_api::{Role, TokenScope};
 use anyplace_model::{
@@ -30,7 +30,15 @@ pub(crate) struct DeploymentRecord {
     pub(crate) spec: DeploymentSpec,
     pub(crate) generation: u64,
     pub(crate) vip: Ipv4Addr,
+    #[serde(default)]
+    pub(crate) vip6: Option<Ipv6Addr>,
     pub(crate) created_at: Timestamp,
+}
+
+impl DeploymentRecord {
+    pub(crate) fn vips(&self) -> impl Iterator<Item = IpAddr> + use<> {
+        anyplace_model::vips(self.vip, self.vip6)
+    }
 }
 
 /// What a location was asked to run.
@@ -127,7 +135,7 @@ pub(crate) fn placement_key(name: &DeploymentName, location: &LocationId) -> Str
     format!("placements/{name}/{location}")
 }
 
-pub(crate) fn vip_key(vip: Ipv4Addr) -> String {
+pub(crate) fn vip_key(vip: IpAddr) -> String {
     format!("vips/{vip}")
 }
 

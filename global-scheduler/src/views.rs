@@ -75,6 +75,7 @@ pub(crate) fn deployment(world: &World, name: &DeploymentName) -> Option<Deploym
         name: name.clone(),
         generation: record.generation,
         vip: record.vip,
+        vip6: record.vip6,
         created_at: record.created_at,
         phase,
         wanted,

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr},
     sync::Arc,
     time::Instant,
 };
@@ -85,7 +85,7 @@ impl LocationState {
 pub(crate) struct World {
     pub(crate) deployments: BTreeMap<DeploymentName, Stored<DeploymentRecord>>,
     pub(crate) placements: BTreeMap<DeploymentName, BTreeMap<LocationId, PlacementRecord>>,
-    pub(crate) vips: BTreeMap<Ipv4Addr, DeploymentName>,
+    pub(crate) vips: BTreeMap<IpAddr, DeploymentName>,
     pub(crate) jobs: BTreeMap<JobName, Stored<JobRecord>>,
     pub(crate) attempts: BTreeMap<AttemptId, Stored<AttemptRecord>>,
     /// Wishes for warm images, by reference.
@@ -122,8 +122,9 @@ impl World {
     pub(crate) async fn load(store: &dyn Store) -> anyhow::Result<Self> {
         let mut world = Self::default();
         for (name, stored) in read::<DeploymentRecord>(store, "deployments/").await? {
-            world.vips.insert(stored.value.vip, name.parse()?);
-            world.deployments.insert(name.parse()?, stored);
+            let name: DeploymentName = name.parse()?;
+            world.vips.extend(stored.value.vips().map(|vip| (vip, name.clone())));
+            world.deployments.insert(name, stored);
         }
         for (key, stored) in read(store, "placements/").await? {
             let (name, location) = key.split_once('/').with_context(|| format!("key placements/{key}"))?;

@@ -45,6 +45,34 @@ async fn an_instance_is_placed_gets_ready_and_leaves_the_route_when_it_is_not() 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_ipv6_address_comes_to_running_instances_and_stays_while_they_drain() {
+    let mut bed = Bed::start(&["m1", "m2"]).await;
+    let mut wish = placement("hello", 1, 2, "");
+    bed.want("hello", wish.clone());
+    let routes = bed.routes();
+    routes.until(SOON, |r| r.ready("203.0.113.1") == 2).await;
+    let before = bed.running();
+    assert_eq!(routes.now().endpoints("2001:db8:a::1"), []);
+
+    wish.vip6 = Some("2001:db8:a::1".parse().unwrap());
+    bed.want("hello", wish);
+    routes.until(SOON, |r| r.ready("2001:db8:a::1") == 2).await;
+    let addresses = |vip: &str| -> Vec<_> {
+        routes.now().endpoints(vip).into_iter().map(|it| (it.instance, it.address, it.slot)).collect()
+    };
+    assert_eq!(addresses("2001:db8:a::1"), addresses("203.0.113.1"));
+    assert_eq!((bed.running(), bed.started()), (before, 2), "the same instances");
+    bed.restart().await;
+    let routes = bed.routes();
+    routes.until(SOON, |r| r.ready("2001:db8:a::1") == 2).await;
+
+    bed.forget("hello");
+    routes.until(SOON, |r| r.draining("2001:db8:a::1") == 2 && r.draining("203.0.113.1") == 2).await;
+    bed.until(SOON, "all ended", |bed| bed.running().is_empty()).await;
+    bed.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_silent_machine_leaves_the_routes_with_its_lease_and_is_replaced_soon_after() {
     let bed = Bed::start(&["m1", "m2"]).await;
     bed.want("hello", placement("hello", 1, 1, ""));

@@ -1,7 +1,9 @@
 //! The instance's network: a namespace of its own and a veth pair into it.
 //!
 //! The host's end (named after the address) has 169.254.1.1 and a route to the address; inside, `eth0` has the
-//! address and its default route over 169.254.1.1. Nothing is bridged. The namespace stays over restarts of the
+//! address and its default route over 169.254.1.1. For clients of IPv6 virtual IPs it has an IPv6 address too, which
+//! follows from the other, with its default route over fe80::61; the host has no IPv6 there: the state router delivers
+//! and takes the packets. Nothing is bridged. The namespace stays over restarts of the
 //! container, so that what the state router attached to the pair stays too.
 //!
 //! Everything is done by the kernel's own messages ([`netlink`]): a container's start waits for it.
@@ -18,14 +20,14 @@ use std::{
 };
 
 use anyhow::Context as _;
-use anyplace_model::{GATEWAY, container_mac, host_interface};
+use anyplace_model::{GATEWAY, GATEWAY6, container_mac, host_interface, instance_address6};
 use nix::{
     mount::{MsFlags, mount},
-    sched::{CloneFlags, unshare},
+    sched::{CloneFlags, setns, unshare},
 };
 
 use crate::{paths::InstancePaths, rootfs};
-use netlink::Netlink;
+use netlink::{Link, Netlink, Request};
 
 /// Taken off the uplink's MTU: the GUE encapsulation between machines needs up to 60 bytes, rounded up.
 const ENCAPSULATION_BYTES: u32 = 100;
@@ -33,6 +35,11 @@ const ENCAPSULATION_BYTES: u32 = 100;
 const MAX_MTU: u32 = 1_500;
 /// Where the uplink can't be asked.
 const FALLBACK_MTU: u32 = 1_400;
+/// In the mark of a complete network; those from before IPv6 are empty.
+const COMPLETE: &[u8] = b"6";
+/// Settings of an instance's IPv6: its addresses and routes are the agent's, who knows that nobody else is on the wire.
+const IPV6_SETTINGS: [(&str, &str); 4] =
+    [("addr_gen_mode", "1"), ("accept_ra", "0"), ("accept_dad", "0"), ("disable_ipv6", "0")];
 /// Filesystem type of network namespaces.
 const NSFS_MAGIC: i64 = 0x6e73_6673;
 
@@ -72,7 +79,7 @@ pub(crate) fn bytes_per_s(interface: &str) -> Option<u64> {
 pub(crate) fn ensure(paths: &InstancePaths, address: Ipv4Addr, mtu: u32) -> anyhow::Result<()> {
     let host = host_interface(address);
     if paths.network_mark.exists() && is_namespace(&paths.netns) && exists(&host) {
-        return Ok(());
+        return complete(paths, address);
     }
     remove(paths, Some(address))?;
     let mut inside = make_namespace(&paths.netns)?;
@@ -83,21 +90,58 @@ pub(crate) fn ensure(paths: &InstancePaths, address: Ipv4Addr, mtu: u32) -> anyh
     // Before it is up: no IPv6 address, and nothing dropped after the router has decapsulated it.
     sysctl(&format!("ipv6/conf/{host}/disable_ipv6"), "1");
     sysctl(&format!("ipv4/conf/{host}/rp_filter"), "0");
-    let (loopback, eth0) = (inside.index("lo")?, inside.index("eth0")?);
-    inside.run(&[
+    let (loopback, eth0) = (inside.link("lo")?.index, inside.link("eth0")?.index);
+    let gateway = outside.link(&host)?;
+    let mut requests = vec![
         netlink::up(loopback),
         netlink::up(eth0),
         netlink::address(eth0, address, libc::RT_SCOPE_UNIVERSE),
         netlink::default_route(eth0, GATEWAY),
-    ])?;
-    let host = outside.index(&host)?;
+    ];
+    requests.extend(ipv6(eth0, address, gateway));
+    inside.run(&requests)?;
+    let host = gateway.index;
     outside.run(&[
         netlink::address(host, GATEWAY, libc::RT_SCOPE_LINK),
         netlink::up(host),
         netlink::host_route(host, address, GATEWAY),
         netlink::neighbour(host, address, mac),
     ])?;
-    fs::write(&paths.network_mark, b"").context("can't mark the network as complete")
+    mark(paths)
+}
+
+/// Gives the network of an instance what one made today has and one made by an earlier agent lacks. Blocks.
+pub(crate) fn complete(paths: &InstancePaths, address: Ipv4Addr) -> anyhow::Result<()> {
+    if fs::read(&paths.network_mark).is_ok_and(|found| found == COMPLETE) {
+        return Ok(());
+    }
+    let gateway = Netlink::open()?.link(&host_interface(address))?;
+    let netns = File::open(&paths.netns).context("can't open the network namespace")?;
+    let mut inside = in_thread(move || {
+        setns(&netns, CloneFlags::CLONE_NEWNET).context("can't enter the network namespace")?;
+        for (name, value) in IPV6_SETTINGS {
+            sysctl(&format!("ipv6/conf/eth0/{name}"), value);
+        }
+        Netlink::open()
+    })?;
+    let eth0 = inside.link("eth0")?.index;
+    inside.run(&ipv6(eth0, address, gateway).collect::<Vec<_>>())?;
+    mark(paths)
+}
+
+fn mark(paths: &InstancePaths) -> anyhow::Result<()> {
+    fs::write(&paths.network_mark, COMPLETE).context("can't mark the network as complete")
+}
+
+/// The IPv6 side of `eth0`, if the kernel has IPv6. The gateway answers no questions, so its address is told.
+fn ipv6(eth0: u32, address: Ipv4Addr, gateway: Link) -> impl Iterator<Item = Request> {
+    let requests = [
+        netlink::address(eth0, instance_address6(address), libc::RT_SCOPE_UNIVERSE),
+        netlink::neighbour(eth0, GATEWAY6, gateway.mac),
+        netlink::default_route(eth0, GATEWAY6),
+    ];
+    let known = Path::new("/proc/sys/net/ipv6").exists();
+    requests.into_iter().filter(move |_| known).map(Request::or_replace)
 }
 
 /// Removes the instance's network, whatever there is of it. Blocks.
@@ -157,18 +201,23 @@ fn make_namespace(path: &Path) -> anyhow::Result<Netlink> {
     }
     File::create(path).with_context(|| format!("can't make {}", path.display()))?;
     let path = path.to_owned();
-    let made = std::thread::spawn(move || -> anyhow::Result<Netlink> {
+    in_thread(move || {
         unshare(CloneFlags::CLONE_NEWNET).context("can't make a network namespace; run the agent as root")?;
-        for scope in ["all", "default"] {
-            sysctl(&format!("ipv6/conf/{scope}/disable_ipv6"), "1");
+        for (name, value) in IPV6_SETTINGS {
+            sysctl(&format!("ipv6/conf/default/{name}"), value);
         }
         // A namespace of one app needs no root to listen on port 80.
         sysctl("ipv4/ip_unprivileged_port_start", "0");
         mount(Some("/proc/thread-self/ns/net"), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
             .with_context(|| format!("can't mount {}", path.display()))?;
         Netlink::open()
-    });
-    made.join().map_err(|_| anyhow::anyhow!("the thread that makes a network namespace panicked"))?
+    })
+}
+
+/// In a thread of its own, which may move into another namespace, and ends.
+fn in_thread(work: impl FnOnce() -> anyhow::Result<Netlink> + Send + 'static) -> anyhow::Result<Netlink> {
+    let thread = std::thread::spawn(work);
+    thread.join().map_err(|_| anyhow::anyhow!("a thread in a network namespace panicked"))?
 }
 
 /// Sets a value of the namespace that the thread is in. What isn't there (no IPv6) needs no setting.

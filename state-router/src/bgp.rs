@@ -1,13 +1,17 @@
 //! Drives bird2: writes the file that `bird.conf` includes, and tells the daemon to read it again.
 //!
-//! The file is one static protocol, `anyplace_vips`, with a route for each announced prefix. A placeholder from
-//! TEST-NET-1 is always there, so the file never changes its form; the export filter in `bird.conf` must leave it
-//! out. The control socket speaks lines: a reply ends with a line whose four-digit code is followed by a space.
+//! The file is two static protocols, `anyplace_vips` and `anyplace_vips6`, with a route for each announced prefix of
+//! their family. A placeholder is always in each, from TEST-NET-1 and from the discard prefix, so the file never changes
+//! its form; the export filters in `bird.conf` must leave them out. The control socket speaks lines: a reply ends with a line whose four-digit code is followed by a space.
 
-use std::{fmt::Write as _, net::Ipv4Addr, time::Duration};
+use std::{
+    fmt::Write as _,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    time::Duration,
+};
 
 use anyhow::{Context as _, bail};
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
     net::UnixStream,
@@ -15,8 +19,9 @@ use tokio::{
 
 use crate::BgpConfig;
 
-/// In the file, and never exported: 192.0.2.255/32.
+/// In the file, and never exported: 192.0.2.255/32 and 100::/128.
 const PLACEHOLDER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 255);
+const PLACEHOLDER6: Ipv6Addr = Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 0);
 /// Reading a configuration anew takes bird some milliseconds.
 const TIMEOUT: Duration = Duration::from_secs(2);
 /// A reply to `configure` has three lines.
@@ -25,7 +30,7 @@ const MAX_REPLY_LINES: usize = 100;
 /// The BGP daemon, and what it was last told.
 pub(crate) struct Bgp {
     config: BgpConfig,
-    announced: Option<Vec<Ipv4Net>>,
+    announced: Option<Vec<IpNet>>,
     failing: bool,
 }
 
@@ -35,7 +40,7 @@ impl Bgp {
     }
 
     /// Announces exactly these prefixes. Returns whether the daemon has taken them.
-    pub(crate) async fn announce(&mut self, prefixes: &[Ipv4Net]) -> bool {
+    pub(crate) async fn announce(&mut self, prefixes: &[IpNet]) -> bool {
         if self.announced.as_deref() == Some(prefixes) {
             return true;
         }
@@ -56,7 +61,7 @@ impl Bgp {
         }
     }
 
-    async fn configure(&self, prefixes: &[Ipv4Net]) -> anyhow::Result<()> {
+    async fn configure(&self, prefixes: &[IpNet]) -> anyhow::Result<()> {
         let (include, socket) = (&self.config.include, &self.config.control_socket);
         anyplace_service::write_atomically(include, include_file(prefixes).as_bytes(), 0o644)
             .with_context(|| format!("can't write {}; check bgp.include", include.display()))?;
@@ -95,15 +100,22 @@ async fn reply(stream: &mut BufReader<UnixStream>) -> anyhow::Result<()> {
     bail!("bird's reply has no end")
 }
 
-fn include_file(prefixes: &[Ipv4Net]) -> String {
-    let mut text = String::from(
-        "# Written by the state router; changes are lost.\nprotocol static anyplace_vips {\n  ipv4;\n",
-    );
-    for prefix in std::iter::once(&Ipv4Net::from(PLACEHOLDER)).chain(prefixes) {
+fn include_file(prefixes: &[IpNet]) -> String {
+    let mut text = String::from("# Written by the state router; changes are lost.\n");
+    let families = [
+        ("anyplace_vips", "ipv4", IpNet::from(IpAddr::from(PLACEHOLDER))),
+        ("anyplace_vips6", "ipv6", IpNet::from(IpAddr::from(PLACEHOLDER6))),
+    ];
+    for (protocol, channel, placeholder) in families {
+        let same = prefixes.iter().filter(|prefix| prefix.addr().is_ipv4() == placeholder.addr().is_ipv4());
         // Writing to a string can't fail.
-        let _ = writeln!(text, "  route {prefix} unreachable;");
+        let _ = writeln!(text, "protocol static {protocol} {{\n  {channel};");
+        for prefix in std::iter::once(&placeholder).chain(same) {
+            let _ = writeln!(text, "  route {prefix} unreachable;");
+        }
+        text += "}\n";
     }
-    text + "}\n"
+    text
 }
 
 #[cfg(test)]
@@ -114,10 +126,33 @@ mod tests {
 
     #[test]
     fn the_file_is_never_empty() {
-        assert!(include_file(&[]).contains("route 192.0.2.255/32 unreachable;"));
-        assert!(
-            include_file(&["203.0.113.0/24".parse().unwrap()]).contains("route 203.0.113.0/24 unreachable;")
-        );
+        let file = |prefixes: &[&str]| {
+            let prefixes: Vec<IpNet> = prefixes.iter().map(|prefix| prefix.parse().unwrap()).collect();
+            include_file(&prefixes)
+        };
+        let head = "# Written by the state router; changes are lost.\n";
+        let empty = "protocol static anyplace_vips {
+  ipv4;
+  route 192.0.2.255/32 unreachable;
+}
+protocol static anyplace_vips6 {
+  ipv6;
+  route 100::/128 unreachable;
+}
+";
+        assert_eq!(file(&[]), format!("{head}{empty}"));
+        let both = "protocol static anyplace_vips {
+  ipv4;
+  route 192.0.2.255/32 unreachable;
+  route 203.0.113.0/24 unreachable;
+}
+protocol static anyplace_vips6 {
+  ipv6;
+  route 100::/128 unreachable;
+  route 2001:db8:a::/64 unreachable;
+}
+";
+        assert_eq!(file(&["2001:db8:a::/64", "203.0.113.0/24"]), format!("{head}{both}"));
     }
 
     async fn announce_to(answer: &'static str) -> bool {

@@ -4,8 +4,8 @@
 //! paths over their machines (ECMP), prefer their own location by the shorter AS path and nearer locations by the MED,
 //! and tell clients nothing but VIPs.
 //!
-//! The include file is a static protocol named `anyplace_vips` with one route for each announced prefix; see
-//! [`vip_include`]. Its routes never reach the machine's kernel: bird has no kernel protocol there.
+//! The include file is two static protocols, `anyplace_vips` and `anyplace_vips6`, with one route for each announced
+//! prefix of their family; see [`vip_include`]. Its routes never reach the machine's kernel: bird has no kernel protocol there.
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -15,10 +15,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::node::{Node, Process};
-use crate::topology::{Location, Machine, Topology, VIP_PREFIX};
+use crate::topology::{Location, Machine, Topology, VIP_PREFIX, VIP_PREFIX6};
 
 /// Always in the include file and never exported, so that the file stays valid with nothing to announce.
 const PLACEHOLDER: &str = "192.0.2.255/32";
+const PLACEHOLDER6: &str = "100::/128";
 
 /// Options of every session. Hold time and BFD decide how fast a frozen peer is noticed: 3 s by BGP alone, half a
 /// second by BFD (five times 100 ms: shorter ones flap when a 2-core machine compiles beside).
@@ -31,11 +32,18 @@ const START_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The include file that announces these prefixes.
 pub fn vip_include(prefixes: &[&str]) -> String {
-    let mut text = format!("protocol static anyplace_vips {{\n  ipv4;\n  route {PLACEHOLDER} unreachable;\n");
-    for prefix in prefixes {
-        let _ = writeln!(text, "  route {prefix} unreachable;");
+    let mut text = String::new();
+    for (protocol, channel, placeholder) in
+        [("anyplace_vips", "ipv4", PLACEHOLDER), ("anyplace_vips6", "ipv6", PLACEHOLDER6)]
+    {
+        let _ =
+            writeln!(text, "protocol static {protocol} {{\n  {channel};\n  route {placeholder} unreachable;");
+        for prefix in prefixes.iter().filter(|prefix| prefix.contains(':') == (channel == "ipv6")) {
+            let _ = writeln!(text, "  route {prefix} unreachable;");
+        }
+        text += "}\n";
     }
-    text + "}\n"
+    text
 }
 
 /// Where a node's bird keeps its files.
@@ -82,6 +90,7 @@ protocol bfd {{
 filter announced {{
   if proto = \"instances\" then accept;
   if proto = \"anyplace_vips\" && net != {PLACEHOLDER} then {vips};
+  if proto = \"anyplace_vips6\" && net != {PLACEHOLDER6} then {vips};
   reject;
 }}
 protocol bgp to_edge {{
@@ -89,6 +98,7 @@ protocol bgp to_edge {{
     neighbor {gateway} as {edge_as};
     bfd on;
 {SESSION}    ipv4 {{ import none; export filter announced; }};
+    ipv6 {{ import none; export filter announced; }};
 }}
 ",
         head = head(address),
@@ -105,10 +115,14 @@ pub(crate) fn edge_config(topology: &Topology, location: &Location) -> String {
     let own_as = location.edge_as();
     let _ = write!(
         text,
-        "protocol direct {{ ipv4; interface \"m*\", \"ctl\", \"global\", \"client\"; }}
+        "protocol direct {{ ipv4; ipv6; interface \"m*\", \"ctl\", \"global\", \"client\"; }}
 protocol kernel {{
   merge paths on;
   ipv4 {{ import none; export filter {{ if source = RTS_DEVICE then reject; accept; }}; }};
+}}
+protocol kernel {{
+  merge paths on;
+  ipv6 {{ import none; export filter {{ if source = RTS_DEVICE then reject; accept; }}; }};
 }}
 protocol bfd {{
   interface \"m*\" {{ {BFD} }};
@@ -123,6 +137,7 @@ protocol bfd {{
     neighbor {} as {};
     bfd on;
 {SESSION}    ipv4 {{ import filter {{ bgp_med = 0; accept; }}; export none; }};
+    ipv6 {{ import filter {{ bgp_med = 0; accept; }}; export none; }};
 }}
 ",
             machine.index,
@@ -140,6 +155,7 @@ protocol bfd {{
     neighbor {peer_address} as {};
     med metric on;
 {SESSION}    ipv4 {{ import filter {{ bgp_med = {med}; accept; }}; export all; }};
+    ipv6 {{ import filter {{ bgp_med = {med}; accept; }}; export all; }};
 }}
 ",
             peer.name,
@@ -153,6 +169,7 @@ protocol bfd {{
     local {} as {own_as};
     neighbor {client} as {};
 {SESSION}    ipv4 {{ import none; export filter {{ if net ~ [ {VIP_PREFIX}+ ] then accept; reject; }}; }};
+    ipv6 {{ import none; export filter {{ if net ~ [ {VIP_PREFIX6}+ ] then accept; reject; }}; }};
 }}
 ",
         client_gateway(location),
@@ -168,10 +185,14 @@ pub(crate) fn client_config(location: &Location) -> String {
         "{head}protocol kernel {{
   ipv4 {{ import none; export all; }};
 }}
+protocol kernel {{
+  ipv6 {{ import none; export all; }};
+}}
 protocol bgp to_edge {{
     local {client} as {client_as};
     neighbor {gateway} as {edge_as};
 {SESSION}    ipv4 {{ import all; export none; }};
+    ipv6 {{ import all; export none; }};
 }}
 ",
         head = head(client),
@@ -184,6 +205,17 @@ protocol bgp to_edge {{
 /// The edge's end of the client's link.
 pub(crate) fn client_gateway(location: &Location) -> std::net::Ipv4Addr {
     std::net::Ipv4Addr::from(u32::from(location.client_address()) + 1)
+}
+
+/// The same for IPv6.
+pub(crate) fn client_gateway6(location: &Location) -> std::net::Ipv6Addr {
+    std::net::Ipv6Addr::from(u128::from(location.client_address6()) - 1)
+}
+
+/// The IPv6 address of the end of an edge link that has this IPv4 address.
+pub(crate) fn edge_link6(end: std::net::Ipv4Addr) -> std::net::Ipv6Addr {
+    let [_, _, link, side] = end.octets();
+    std::net::Ipv6Addr::new(0xfd61, 0xff, link.into(), 0, 0, 0, 0, side.into())
 }
 
 /// The other edges, with this edge's and their address on the link between.

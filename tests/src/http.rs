@@ -30,7 +30,8 @@ pub fn http_get(node: &Node, url: &str, timeout: Duration) -> Result<Response> {
         .strip_prefix("http://")
         .with_context(|| format!("found `{url}`, expected http://ADDRESS:PORT/"))?;
     let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
-    let address = if host.contains(':') { host.to_owned() } else { format!("{host}:80") };
+    let has_port = host.rsplit(']').next().is_some_and(|end| end.contains(':'));
+    let address = if has_port { host.to_owned() } else { format!("{host}:80") };
     let address: SocketAddr = address.parse().with_context(|| format!("address in `{url}`"))?;
     node.inside(|| get(address, &format!("/{path}"), timeout))
         .with_context(|| format!("GET {url} from {}", node.name()))

@@ -37,5 +37,5 @@ pub use load::{Load, LoadReport, Request, combine};
 pub use node::{Node, Process};
 pub use platform::Platform;
 pub use testbed::{Testbed, require_root, target_dir};
-pub use topology::{Location, Machine, Topology, VIP_PREFIX};
+pub use topology::{Location, Machine, Topology, VIP_PREFIX, VIP_PREFIX6};
 pub use xdp_pass::attach_pass;

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::Command;
 
-use crate::bird::{client_gateway, edge_links};
+use crate::bird::{client_gateway, client_gateway6, edge_link6, edge_links};
 use crate::node::{self, Process};
 use crate::procs::BED_VARIABLE;
 use crate::relay::Link;
@@ -22,9 +22,11 @@ const NODE_SYSCTLS: &[(&str, &str)] = &[
     // Decapsulated packets arrive from "wrong" interfaces, and replies leave by other ways.
     ("net/ipv4/conf/all/rp_filter", "0"),
     ("net/ipv4/conf/default/rp_filter", "0"),
-    // The testbed is IPv4 for now; without this each link sends solicitations for half a minute.
-    ("net/ipv6/conf/all/disable_ipv6", "1"),
-    ("net/ipv6/conf/default/disable_ipv6", "1"),
+    // Addresses count at once, and stay when a machine's link goes; nobody is asked for routes.
+    ("net/ipv6/conf/all/accept_dad", "0"),
+    ("net/ipv6/conf/default/accept_dad", "0"),
+    ("net/ipv6/conf/default/accept_ra", "0"),
+    ("net/ipv6/conf/default/keep_addr_on_down", "1"),
 ];
 
 /// Makes all namespaces.
@@ -39,7 +41,10 @@ pub(crate) fn namespaces(bed: &str, topology: &Topology) -> Result<()> {
         }
         if node.ends_with("-edge") {
             // ECMP by the flow, not by the pair of hosts.
-            netns::sysctls(&namespace, &[("net/ipv4/fib_multipath_hash_policy", "1")])?;
+            let by_flow =
+                ["net/ipv4", "net/ipv6"].map(|family| format!("{family}/fib_multipath_hash_policy"));
+            netns::sysctls(&namespace, &by_flow.each_ref().map(|name| (name.as_str(), "1")))?;
+            netns::sysctls(&namespace, &[("net/ipv6/conf/all/forwarding", "1")])?;
         }
     }
     Ok(())
@@ -69,8 +74,11 @@ pub(crate) fn wires(bed: &str, topology: &Topology) -> Result<Vec<OwnedFd>> {
             let (gateway, address) = (machine.gateway().to_string(), machine.address().to_string());
             machine_ends.push((device.clone(), machine.clone()));
             let far = wire(&mut lines, &device, &machine.name, gateway, address);
+            lines.push(format!("addr add {}/127 dev {device}", machine.gateway6()));
             netns::ip_batch(&edge, &std::mem::take(&mut lines))?;
             let mut far_lines = host_lines(&far.1, &far.2);
+            far_lines.push(format!("addr add {}/127 dev eth0", machine.address6()));
+            far_lines.push(format!("route add default via {}", machine.gateway6()));
             // What no instance has must not go back to the edge, which would send it here again.
             far_lines.push(format!("route add unreachable {} metric 9999", machine.instance_cidr()));
             netns::ip_batch(&far.0, &far_lines)?;
@@ -129,16 +137,21 @@ pub(crate) fn delayed_links(bed: &str, topology: &Topology, logs: &Path) -> Resu
     let relay = start_relay(bed, &links, logs)?;
     for location in &topology.locations {
         let gateway = client_gateway(location);
-        let mut lines =
-            vec![format!("addr add {gateway}/31 dev client"), "link set client mtu 1500 up".to_owned()];
+        let mut lines = vec![
+            format!("addr add {gateway}/31 dev client"),
+            format!("addr add {}/127 dev client", client_gateway6(location)),
+            "link set client mtu 1500 up".to_owned(),
+        ];
         for (peer, own, _) in edge_links(topology, location) {
             lines.push(format!("addr add {own}/31 dev to-{}", peer.name));
+            lines.push(format!("addr add {}/127 dev to-{}", edge_link6(own), peer.name));
             lines.push(format!("link set to-{} mtu {FABRIC_MTU} up", peer.name));
         }
         netns::ip_batch(&namespace(&location.edge()), &lines)?;
         let lines = [
             "link set lo up".to_owned(),
             format!("addr add {}/31 dev eth0", location.client_address()),
+            format!("addr add {}/127 dev eth0", location.client_address6()),
             "link set eth0 mtu 1500 up".to_owned(),
         ];
         netns::ip_batch(&namespace(&location.client()), &lines)?;

@@ -182,6 +182,8 @@ impl Testbed {
         let (gateway, instances) = (found.gateway().to_string(), found.instance_cidr());
         node.run("ip", &["link", "set", "eth0", "up"])?;
         node.run("ip", &["route", "replace", "default", "via", &gateway])?;
+        let gateway6 = found.gateway6().to_string();
+        node.run("ip", &["-6", "route", "replace", "default", "via", &gateway6])?;
         node.run("ip", &["route", "replace", "unreachable", &instances, "metric", "9999"])?;
         self.announce_prefixes(machine, &[])?;
         self.start_bird(machine, &self.machine_config(&found, false)?)?;
@@ -221,18 +223,22 @@ impl Testbed {
         bird::start(self.node(node)?, &Files::new(&self.state, node), config)
     }
 
-    /// Waits until every edge has a route to every machine's instances and to every control address.
+    /// Waits until every edge has a route to every machine's instances, every control address and every client's IPv6.
     fn wait_for_routes(&self) -> Result<()> {
         let deadline = Instant::now() + CONVERGENCE_TIMEOUT;
         for location in &self.topology.locations {
             let edge = self.node(&location.edge())?;
             loop {
-                let table = edge.run("ip", &["route", "show"])?;
+                let table =
+                    edge.run("ip", &["route", "show"])? + &edge.run("ip", &["-6", "route", "show"])?;
                 let known: Vec<_> = table.lines().filter_map(|line| line.split(' ').next()).collect();
                 let mut missing: Vec<_> =
                     self.topology.machines().iter().map(Machine::instance_cidr).collect();
                 missing.extend(
                     self.topology.locations.iter().map(|far| format!("{}/31", far.control_address())),
+                );
+                missing.extend(
+                    self.topology.locations.iter().map(|far| format!("{}/127", bird::client_gateway6(far))),
                 );
                 missing.retain(|prefix| !known.contains(&prefix.as_str()));
                 if missing.is_empty() {

@@ -1,13 +1,16 @@
 //! Which nodes there are, how they are addressed, and how far apart they are.
 //!
 //! Location `L` (from 1) uses 10.L.0.0/16 inside the fabric; every link is a /31 whose odd or even end is fixed below,
-//! so an address says which node and which link it belongs to.
+//! so an address says which node and which link it belongs to. Links that clients' packets take have a /127 too, out
+//! of fd61:L::/32 inside the fabric and 2001:db8:c::/48 for clients.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 /// The pool of virtual IPs that every location announces.
 pub const VIP_PREFIX: &str = "203.0.113.0/24";
+/// The same for IPv6.
+pub const VIP_PREFIX6: &str = "2001:db8:a::/64";
 
 /// One location: its name, number and what its scheduler tells the global one about it.
 #[derive(Clone, Debug)]
@@ -66,6 +69,11 @@ impl Location {
         Ipv4Addr::new(198, 51, 100, self.index * 10)
     }
 
+    /// IPv6 address of the client near this location.
+    pub fn client_address6(&self) -> Ipv6Addr {
+        Ipv6Addr::new(0x2001, 0xdb8, 0xc, self.index.into(), 0, 0, 0, 1)
+    }
+
     /// AS number of the machines of this location.
     pub fn machine_as(&self) -> u32 {
         65_000 + u32::from(self.index)
@@ -104,6 +112,16 @@ impl Machine {
     /// The edge's end of the uplink.
     pub fn gateway(&self) -> Ipv4Addr {
         Ipv4Addr::new(10, self.location_index, self.index, 0)
+    }
+
+    /// IPv6 address of the uplink.
+    pub fn address6(&self) -> Ipv6Addr {
+        Ipv6Addr::new(0xfd61, self.location_index.into(), self.index.into(), 0, 0, 0, 0, 1)
+    }
+
+    /// The edge's end of the uplink.
+    pub fn gateway6(&self) -> Ipv6Addr {
+        Ipv6Addr::new(0xfd61, self.location_index.into(), self.index.into(), 0, 0, 0, 0, 0)
     }
 
     /// Addresses of the instances on this machine.

@@ -6,6 +6,7 @@
 mod scenarios {
     mod confinement;
     mod control_plane;
+    mod ipv6;
     mod jobs;
     mod refusals;
     mod traffic;

@@ -31,6 +31,8 @@ struct Demo {
     started: Instant,
     /// The deployment's virtual IP, once there is one.
     vip: String,
+    /// The same for IPv6.
+    vip6: String,
 }
 
 /// Runs the demo to its end. Returns whether everything was as it should be.
@@ -90,7 +92,8 @@ fn show(check: bool, report: &mut Report) -> Result<()> {
     let started = Instant::now();
     let platform = Platform::start(bed, platform::Options::default())?;
     println!("all schedulers and registries answer after {} ms", started.elapsed().as_millis());
-    let mut demo = Demo { platform, report: Report::default(), started, vip: String::new() };
+    let mut demo =
+        Demo { platform, report: Report::default(), started, vip: String::new(), vip6: String::new() };
 
     let result = demo.steps(&rootfs).and_then(|()| if check { Ok(()) } else { demo.stay_up() });
     *report = std::mem::take(&mut demo.report);

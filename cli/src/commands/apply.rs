@@ -72,7 +72,8 @@ async fn deployment(
     output::note(format_args!("deployment {} {what}", view.name));
     if format == Format::Table {
         // At once: the address is good for the deployment's life, ready or not.
-        output::line(format_args!("{} {}", view.name, view.vip))?;
+        let vip6 = view.vip6.map(|vip6| format!(" {vip6}")).unwrap_or_default();
+        output::line(format_args!("{} {}{vip6}", view.name, view.vip))?;
     }
     let mut code = ExitCode::SUCCESS;
     if waiting.wait {

@@ -88,6 +88,7 @@ fn deployment(view: &DeploymentView, events: &[Event]) -> String {
     text.field("Name", &view.name);
     text.field("Team", spec.team.as_str());
     text.field("Virtual IP", view.vip);
+    text.optional("Virtual IPv6", view.vip6);
     let ports: Vec<String> = spec
         .ports
         .iter()

@@ -55,8 +55,13 @@ async fn deployments(session: &Session, name: Option<String>, format: Format) ->
 }
 
 fn deployment_table(views: &[DeploymentView]) -> String {
-    let mut table =
-        Table::new(&["NAME", "VIP", "READY", "WANTED", "PHASE", "LOCATIONS", "IMAGE", "AGE", "REASON"]);
+    let mut headings = vec!["NAME", "VIP", "READY", "WANTED", "PHASE", "LOCATIONS", "IMAGE", "AGE", "REASON"];
+    // Without a pool of IPv6 addresses nobody has one.
+    let dual = views.iter().any(|view| view.vip6.is_some());
+    if dual {
+        headings.insert(2, "VIP6");
+    }
+    let mut table = Table::new(&headings);
     for view in views {
         let locations: Vec<_> = view
             .locations
@@ -64,7 +69,8 @@ fn deployment_table(views: &[DeploymentView]) -> String {
             .filter(|share| share.wanted > 0)
             .map(|share| share.location.as_str())
             .collect();
-        table.row([
+        let vip6 = view.vip6.map_or_else(|| "-".to_owned(), |vip6| vip6.to_string());
+        let mut row = vec![
             view.name.to_string(),
             view.vip.to_string(),
             view.ready.to_string(),
@@ -74,7 +80,11 @@ fn deployment_table(views: &[DeploymentView]) -> String {
             short_image(&view.spec.image),
             output::age(view.created_at),
             output::reason(&view.reasons),
-        ]);
+        ];
+        if dual {
+            row.insert(2, vip6);
+        }
+        table.row(row);
     }
     or_none(&table, "no deployments; `anyplace apply -f FILE` makes one")
 }

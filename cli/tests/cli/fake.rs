@@ -130,6 +130,7 @@ async fn apply(
         name: spec.name.clone(),
         generation: before.as_ref().map_or(1, |before| before.generation + u64::from(changed)),
         vip: Ipv4Addr::new(203, 0, 113, 1),
+        vip6: None,
         created_at: Timestamp::now(),
         phase: if fits { DeploymentPhase::Progressing } else { DeploymentPhase::Pending },
         wanted: spec.instances.min,

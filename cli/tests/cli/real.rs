@@ -54,11 +54,13 @@ impl Drop for Role {
 }
 
 fn global_scheduler(home: &Home) -> Role {
+    global_scheduler_with(home, "['203.0.113.0/24']")
+}
+
+fn global_scheduler_with(home: &Home, pools: &str) -> Role {
     let data = home.path().join("global");
-    let config = format!(
-        "data_dir = '{}'\nlisten = '127.0.0.1:0'\nvip_pools = ['203.0.113.0/24']\n",
-        data.to_string_lossy()
-    );
+    let config =
+        format!("data_dir = '{}'\nlisten = '127.0.0.1:0'\nvip_pools = {pools}\n", data.to_string_lossy());
     let role = Role::start(home, "global-scheduler", &home.file("global.toml", &config));
     let token = data.join("admin.token");
     assert_eq!(std::fs::metadata(&token).unwrap().permissions().mode() & 0o777, 0o600);
@@ -100,6 +102,48 @@ fn a_deployment_waits_for_a_location_with_a_reason_and_survives_a_restart() {
     home.run(&["delete", "deployment", "hello"]).ok();
     assert_eq!(home.run(&["get", "deployments", "-o", "json"]).ok(), "[]\n");
     assert!(home.run(&["describe", "deployment", "hello"]).failed().contains("hello"));
+}
+
+#[test]
+fn a_pool_of_ipv6_addresses_gives_each_deployment_one_the_old_ones_too() {
+    let home = Home::new();
+    let role = global_scheduler(&home);
+    let _registry = use_registry(&home);
+    let apply = ["apply", "-f", &example("hello.yaml")];
+    assert_eq!(home.run(&apply).ok(), "hello 203.0.113.1\n");
+    assert_eq!(role.stop(), 0);
+    let role = global_scheduler_with(&home, "['203.0.113.0/24', '2001:db8:a::/64']");
+    assert_eq!(home.run(&apply).ok(), "hello 203.0.113.1 2001:db8:a::1\n");
+    let table = home.run(&["get", "deployments"]).ok();
+    let words: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(words[0][..4], ["NAME", "VIP", "VIP6", "READY"]);
+    assert_eq!(words[1][..4], ["hello", "203.0.113.1", "2001:db8:a::1", "0"]);
+    let text = home.run(&["describe", "deployment", "hello"]).ok();
+    assert!(
+        text.lines().any(|line| line.contains("Virtual IPv6") && line.ends_with("2001:db8:a::1")),
+        "{text}"
+    );
+    let json = home.run(&["get", "deployments", "hello", "-o", "json"]).ok();
+    assert_eq!(serde_json::from_str::<Value>(&json).unwrap()["vip6"], "2001:db8:a::1");
+
+    // It is kept when the pool goes, and free again when the deployment does.
+    assert_eq!(role.stop(), 0);
+    let role = global_scheduler(&home);
+    assert!(home.run(&["get", "deployments"]).ok().contains("2001:db8:a::1"));
+    assert_eq!(role.stop(), 0);
+    let _role = global_scheduler_with(&home, "['203.0.113.0/24', '2001:db8:a::/64']");
+    home.run(&["delete", "deployment", "hello"]).ok();
+    assert_eq!(home.run(&apply).ok(), "hello 203.0.113.1 2001:db8:a::1\n");
+}
+
+#[test]
+fn pools_that_overlap_are_refused_by_the_fields_name() {
+    let home = Home::new();
+    let config =
+        "data_dir = '/nowhere'\nvip_pools = ['203.0.113.0/24', '2001:db8::/32', '2001:db8:a::/64']\n";
+    let ran = home.run(&["global-scheduler", "--config", &home.file("global.toml", config)]);
+    let text = ran.failed();
+    assert!(text.contains("vip_pools: 2001:db8:a::/64 overlaps 2001:db8::/32"), "{text}");
 }
 
 #[test]

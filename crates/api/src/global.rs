@@ -26,7 +26,7 @@
 //! | `PUT /v1/locations/{name}/report` | `LocationReport` | 204 |
 //! | `GET /healthz`, `GET /openapi.json` | | without a token |
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use anyplace_model::{
     Advert, DeploymentName, DeploymentSpec, ImageState, InstanceStatus, JobPhase, JobSpec, LocationId,
@@ -83,6 +83,10 @@ pub struct DeploymentView {
     /// The address that works from everywhere.
     #[schema(value_type = String)]
     pub vip: Ipv4Addr,
+    /// The same for IPv6, where the platform has a pool of such addresses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub vip6: Option<Ipv6Addr>,
     /// When it was first applied.
     #[schema(value_type = String, format = DateTime)]
     pub created_at: jiff::Timestamp,

@@ -24,10 +24,10 @@ pub use id::{DeploymentName, InstanceId, InvalidId, JobName, LocationId, Machine
 pub use instance::{AttemptStatus, InstancePhase, InstanceStatus, JobPhase};
 pub use location::{
     Advert, GpuBlock, LocationDesired, LocationRecord, LocationReport, LocationSettings, Placement,
-    PlacementStatus, RemoteBackend, RemoteRoute,
+    PlacementStatus, RemoteBackend, RemoteRoute, vips,
 };
 pub use machine::{Assignment, Condition, Gpu, ImageState, MachineDesired, MachineRecord, MachineReport};
-pub use naming::{GATEWAY, container_mac, host_interface};
+pub use naming::{GATEWAY, GATEWAY6, INSTANCE_NET6, container_mac, host_interface, instance_address6};
 pub use off_peak::{InvalidWindow, OffPeakWindow};
 pub use prewarm::{PRIORITY_AWAITED, PRIORITY_MAX, Prewarm};
 pub use quantity::{Bytes, DurationMs, InvalidQuantity, MilliCpu};

@@ -1,8 +1,11 @@
 //! Records between the global scheduler and the location schedulers.
 
-use std::{collections::BTreeMap, net::Ipv4Addr};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -126,7 +129,7 @@ pub enum LocationDesired {
         settings: LocationSettings,
         /// Prefixes of the virtual IP pools, to announce.
         #[schema(value_type = Vec<String>)]
-        vip_prefixes: Vec<Ipv4Net>,
+        vip_prefixes: Vec<IpNet>,
     },
 }
 
@@ -140,8 +143,24 @@ pub struct Placement {
     /// The deployment's virtual IP.
     #[schema(value_type = String)]
     pub vip: Ipv4Addr,
+    /// Its IPv6 one, where there is a pool of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub vip6: Option<Ipv6Addr>,
     /// How many instances here.
     pub count: u32,
+}
+
+impl Placement {
+    /// The virtual IPs of both families.
+    pub fn vips(&self) -> impl Iterator<Item = IpAddr> {
+        vips(self.vip, self.vip6)
+    }
+}
+
+/// Virtual IPs of both families, as one list.
+pub fn vips(vip: Ipv4Addr, vip6: Option<Ipv6Addr>) -> impl Iterator<Item = IpAddr> {
+    std::iter::once(vip.into()).chain(vip6.map(IpAddr::from))
 }
 
 /// Where a deployment is served in all locations. A location ignores its own entry.
@@ -152,10 +171,21 @@ pub struct RemoteRoute {
     /// Its virtual IP.
     #[schema(value_type = String)]
     pub vip: Ipv4Addr,
+    /// Its IPv6 one, where there is a pool of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub vip6: Option<Ipv6Addr>,
     /// Its ports.
     pub ports: Vec<Port>,
     /// Locations with ready instances, alive and not withdrawn, by name.
     pub backends: Vec<RemoteBackend>,
+}
+
+impl RemoteRoute {
+    /// The virtual IPs of both families.
+    pub fn vips(&self) -> impl Iterator<Item = IpAddr> {
+        vips(self.vip, self.vip6)
+    }
 }
 
 /// A location that serves a deployment.

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -101,5 +101,5 @@ pub struct RemoteLocation {
 pub struct Announcement {
     /// Prefixes; empty when the location is withdrawn.
     #[schema(value_type = Vec<String>)]
-    pub prefixes: Vec<Ipv4Net>,
+    pub prefixes: Vec<IpNet>,
 }

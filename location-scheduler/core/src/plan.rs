@@ -12,7 +12,7 @@ mod jobs;
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::{Ipv4Addr, Ipv6Addr},
 };
 
 use anyplace_model::{
@@ -38,7 +38,7 @@ pub struct Plan {
     pub drains: Vec<InstanceId>,
     /// Instances whose assignment is taken from their machine.
     pub removals: Vec<InstanceId>,
-    /// Instances that satisfy a new generation as they are.
+    /// Instances that satisfy a new generation, or get an IPv6 address beside the other, as they are.
     pub adoptions: Vec<(InstanceId, u64)>,
     /// Attempts whose machine is lost.
     pub losses: Vec<InstanceId>,
@@ -118,7 +118,9 @@ impl Plan {
         changes.extend(staged(&self.losses, Stage::Lost));
         changes.extend(self.adoptions.iter().filter_map(|(instance, generation)| {
             let held = state.reservations.get(instance)?.clone();
-            Some(Change::Put(Box::new(Reservation { generation: *generation, ..held })))
+            let placement = state.placements.get(held.deployment()?)?;
+            let vip6 = placement.vip6;
+            Some(Change::Put(Box::new(Reservation { generation: *generation, vip6, ..held })))
         }));
         if self.starts.is_empty() {
             // Most plans: not worth a look at every instance.
@@ -296,9 +298,10 @@ impl Slots {
 
 /// The reservation for a start; nothing if what it belongs to isn't wanted any more.
 fn reserve(state: &State, start: &Start, instance: InstanceId) -> Option<Reservation> {
-    let common = |assignment: Assignment, vip: Option<Ipv4Addr>| Reservation {
+    let common = |assignment: Assignment, vip: Option<Ipv4Addr>, vip6: Option<Ipv6Addr>| Reservation {
         machine: start.machine.clone(),
         vip,
+        vip6,
         created_ms: state.now_ms,
         stage: Stage::Serving,
         generation: start.generation,
@@ -330,7 +333,7 @@ fn reserve(state: &State, start: &Start, instance: InstanceId) -> Option<Reserva
                 timeout_ms: None,
                 draining: false,
             };
-            Some(common(assignment, Some(placement.vip)))
+            Some(common(assignment, Some(placement.vip), placement.vip6))
         }
         Workload::Job(attempt) => {
             let spec = state.attempts.get(attempt)?.clone();
@@ -352,7 +355,7 @@ fn reserve(state: &State, start: &Start, instance: InstanceId) -> Option<Reserva
                 timeout_ms: spec.timeout.map(|timeout| timeout.0),
                 draining: false,
             };
-            Some(common(assignment, None))
+            Some(common(assignment, None, None))
         }
     }
 }

@@ -1,12 +1,12 @@
 //! Who serves each virtual IP, as the location's routers see it.
 
 use std::{
-    collections::{BTreeMap, btree_map::Entry},
-    net::Ipv4Addr,
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
+    net::IpAddr,
 };
 
 use anyplace_model::{
-    Announcement, DeploymentName, Endpoint, FULL_WEIGHT, Port, RemoteLocation, RemoteRoute, Route,
+    Announcement, DeploymentName, Endpoint, FULL_WEIGHT, Placement, Port, RemoteLocation, RemoteRoute, Route,
     RouteRecord,
 };
 
@@ -64,50 +64,42 @@ pub fn distance_km(from: (f64, f64), to: (f64, f64)) -> f64 {
     2.0 * EARTH_RADIUS_KM * chord.clamp(0.0, 1.0).sqrt().asin()
 }
 
-fn vips(state: &State) -> BTreeMap<Ipv4Addr, Route> {
-    let mut vips: BTreeMap<Ipv4Addr, Route> = BTreeMap::new();
-    let mut owners: BTreeMap<Ipv4Addr, &DeploymentName> = BTreeMap::new();
-    let mut claim = |vip: Ipv4Addr, deployment, ports: &[Port]| match owners.entry(vip) {
+fn vips(state: &State) -> BTreeMap<IpAddr, Route> {
+    let mut vips: BTreeMap<IpAddr, Route> = BTreeMap::new();
+    let mut owners: BTreeMap<IpAddr, &DeploymentName> = BTreeMap::new();
+    let mut claim = |vip: IpAddr, deployment, ports: &[Port]| match owners.entry(vip) {
         Entry::Vacant(entry) => {
             entry.insert(deployment);
             vips.insert(
                 vip,
-                Route {
-                    vip: vip.into(),
-                    ports: ports.to_vec(),
-                    local: Vec::new(),
-                    remote: Vec::new(),
-                    shared_ms: 0,
-                },
+                Route { vip, ports: ports.to_vec(), local: Vec::new(), remote: Vec::new(), shared_ms: 0 },
             );
         }
         // Where a virtual IP went to another deployment, what is left of the one before gets no traffic.
         Entry::Occupied(_) => {}
     };
     for (name, placement) in &state.placements {
-        claim(placement.vip, name, &placement.spec.ports);
+        placement.vips().for_each(|vip| claim(vip, name, &placement.spec.ports));
     }
     for (name, route) in &state.remote {
-        claim(route.vip, name, &route.ports);
+        route.vips().for_each(|vip| claim(vip, name, &route.ports));
     }
     // Instances that drain keep their connections after the placement is gone.
     for held in state.reservations.values() {
-        if let (Some(name), Some(vip)) = (held.deployment(), held.vip) {
-            claim(vip, name, &held.assignment.ports);
+        if let Some(name) = held.deployment() {
+            held.vips().for_each(|vip| claim(vip, name, &held.assignment.ports));
         }
     }
     let observed = Observed::new(state);
     for held in state.reservations.values() {
-        let (Some(name), Some(vip)) = (held.deployment(), held.vip) else { continue };
+        let Some(name) = held.deployment() else { continue };
         let draining = match held.stage {
             Stage::Serving => false,
             Stage::Draining { .. } => true,
             Stage::Removing { .. } | Stage::Lost => continue,
         };
-        if owners.get(&vip) != Some(&name) {
-            continue;
-        }
-        if let Some(route) = vips.get_mut(&vip) {
+        for vip in held.vips().filter(|vip| owners.get(vip) == Some(&name)) {
+            let Some(route) = vips.get_mut(&vip) else { continue };
             route.local.push(Endpoint {
                 instance: held.assignment.instance.clone(),
                 machine: held.machine.clone(),
@@ -122,16 +114,20 @@ fn vips(state: &State) -> BTreeMap<Ipv4Addr, Route> {
         }
     }
     for (name, remote) in &state.remote {
-        if let Some(route) = vips.get_mut(&remote.vip).filter(|_| owners.get(&remote.vip) == Some(&name)) {
-            route.remote = elsewhere(&state.site, remote);
+        for vip in remote.vips().filter(|vip| owners.get(vip) == Some(&name)) {
+            if let Some(route) = vips.get_mut(&vip) {
+                route.remote = elsewhere(&state.site, remote);
+            }
         }
     }
     // A virtual IP that only an ended instance remembers leads nowhere.
-    vips.retain(|vip, route| {
-        !route.local.is_empty()
-            || state.placements.values().any(|placement| placement.vip == *vip)
-            || state.remote.values().any(|remote| remote.vip == *vip)
-    });
+    let wanted: BTreeSet<IpAddr> = state
+        .placements
+        .values()
+        .flat_map(Placement::vips)
+        .chain(state.remote.values().flat_map(RemoteRoute::vips))
+        .collect();
+    vips.retain(|vip, route| !route.local.is_empty() || wanted.contains(vip));
     vips
 }
 

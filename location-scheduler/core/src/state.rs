@@ -2,14 +2,14 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use anyplace_model::{
     Assignment, AttemptId, DeploymentName, InstanceId, InstanceStatus, JobSpec, LocationId, LocationSettings,
     MachineId, MachineReport, OffPeakWindow, Placement, Prewarm, RemoteRoute, Workload,
 };
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 /// The whole of a location at one moment.
@@ -26,7 +26,7 @@ pub struct State {
     /// The operator's settings.
     pub settings: LocationSettings,
     /// Prefixes to announce; unknown until the global scheduler has told them once.
-    pub vip_prefixes: Option<Vec<Ipv4Net>>,
+    pub vip_prefixes: Option<Vec<IpNet>>,
     /// Every machine that has reported and isn't forgotten.
     pub machines: BTreeMap<MachineId, Machine>,
     /// Every instance that holds room on a machine.
@@ -126,6 +126,9 @@ pub struct Reservation {
     pub machine: MachineId,
     /// The deployment's virtual IP; none for an attempt.
     pub vip: Option<Ipv4Addr>,
+    /// The deployment's IPv6 one, where it has one.
+    #[serde(default)]
+    pub vip6: Option<Ipv6Addr>,
     /// When it was made, in milliseconds since 1970.
     pub created_ms: u64,
     /// Where it is in its life.
@@ -147,6 +150,11 @@ impl Reservation {
             Workload::Deployment(name) => Some(name),
             Workload::Job(_) => None,
         }
+    }
+
+    /// The deployment's virtual IPs of both families.
+    pub(crate) fn vips(&self) -> impl Iterator<Item = IpAddr> {
+        self.vip.into_iter().flat_map(|vip| anyplace_model::vips(vip, self.vip6))
     }
 
     /// Whether an instance made for this placement would be the same.

@@ -181,7 +181,7 @@ pub(crate) fn placement(name: &str, generation: u64, count: u32, more: &str) -> 
     let Spec::Deployment(spec) = parse_spec(&text, Format::Yaml, "test.yaml").unwrap() else {
         panic!("the text says Deployment")
     };
-    Placement { generation, spec: *spec, vip: Ipv4Addr::new(203, 0, 113, 1), count }
+    Placement { generation, spec: *spec, vip: Ipv4Addr::new(203, 0, 113, 1), vip6: None, count }
 }
 
 pub(crate) fn attempt(name: &str, attempt: u32) -> (AttemptId, JobSpec) {

@@ -2,6 +2,7 @@
 
 use std::{
     fs::{self, File},
+    net::Ipv4Addr,
     path::Path,
     process::Stdio,
     sync::Arc,
@@ -153,11 +154,23 @@ pub(super) async fn adopt(ctx: &Arc<Context>, assignment: &Arc<Assignment>, path
             return Found::Failed(message);
         }
         match (files::read_json(&run.join(shim::files::STARTED)), alive) {
-            (Some(started), true) => return Found::Running(started),
+            (Some(started), true) => {
+                complete_network(paths, assignment.address).await;
+                return Found::Running(started);
+            }
             (Some(_), false) => return Found::Ended(exit(ctx, assignment, paths).await),
             (None, true) if begun.elapsed() < START_TIMEOUT => sleep(POLL).await,
             (None, _) => return Found::Nothing,
         }
+    }
+}
+
+/// What an earlier agent made is brought up to date; the container runs on either way.
+async fn complete_network(paths: &InstancePaths, address: Ipv4Addr) {
+    let owned = paths.clone();
+    let done = tokio::task::spawn_blocking(move || network::complete(&owned, address)).await;
+    if let Err(error) = done.map_err(anyhow::Error::from).flatten() {
+        tracing::warn!(%address, "no IPv6 for clients of this instance: {error:#}");
     }
 }
 

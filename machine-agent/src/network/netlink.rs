@@ -7,7 +7,7 @@
 
 use std::{
     io,
-    net::Ipv4Addr,
+    net::IpAddr,
     os::fd::{AsRawFd as _, BorrowedFd, OwnedFd},
 };
 
@@ -23,12 +23,37 @@ const VETH_INFO_PEER: u16 = 1;
 const ONLINK: u32 = 4;
 /// An acknowledgement quotes the request that failed, and no request here is near this long.
 const ANSWER_BYTES: usize = 8 << 10;
-const INET: u8 = libc::AF_INET as u8;
 
 /// A connection to the kernel, for the namespace in which it was opened.
 pub(super) struct Netlink {
     socket: OwnedFd,
     sequence: u32,
+}
+
+/// What is known of an interface.
+#[derive(Clone, Copy)]
+pub(super) struct Link {
+    pub(super) index: u32,
+    /// Zeroes where it has none.
+    pub(super) mac: [u8; 6],
+}
+
+impl Link {
+    /// From a message's body.
+    fn read(body: &[u8]) -> Option<Self> {
+        let index = u32::from_ne_bytes(*body.get(4..8)?.first_chunk()?);
+        let mut attributes = body.get(LINK_BYTES..)?;
+        let mut mac = [0; 6];
+        while let Some([a, b, c, d]) = attributes.first_chunk::<4>() {
+            let length = usize::from(u16::from_ne_bytes([*a, *b]));
+            let Some(value) = attributes.get(4..length) else { break };
+            if u16::from_ne_bytes([*c, *d]) == libc::IFLA_ADDRESS {
+                mac = value.first_chunk().copied().unwrap_or(mac);
+            }
+            attributes = attributes.get(length.next_multiple_of(4)..).unwrap_or_default();
+        }
+        Some(Self { index, mac })
+    }
 }
 
 /// A request, with the words that an error calls it by.
@@ -77,8 +102,8 @@ impl Netlink {
         }
     }
 
-    /// The number of an interface.
-    pub(super) fn index(&mut self, name: &str) -> anyhow::Result<u32> {
+    /// An interface by its name.
+    pub(super) fn link(&mut self, name: &str) -> anyhow::Result<Link> {
         let mut body = link(0, 0);
         attribute(&mut body, libc::IFLA_IFNAME, &text(name));
         let request = Request { what: "the look for an interface", kind: libc::RTM_GETLINK, flags: 0, body };
@@ -91,9 +116,8 @@ impl Netlink {
                 if sequence != self.sequence {
                     continue;
                 }
-                let index = (kind == libc::RTM_NEWLINK).then(|| body.get(4..8)).flatten();
-                let index = index.and_then(|index| Some(u32::from_ne_bytes(*index.first_chunk()?)));
-                return index.with_context(|| format!("there is no interface {name}"));
+                let link = (kind == libc::RTM_NEWLINK).then(|| Link::read(body)).flatten();
+                return link.with_context(|| format!("there is no interface {name}"));
             }
         }
     }
@@ -147,41 +171,63 @@ pub(super) fn up(index: u32) -> Request {
 }
 
 /// One address, without a network.
-pub(super) fn address(index: u32, address: Ipv4Addr, scope: u8) -> Request {
-    let mut body = vec![INET, 32, 0, scope];
+pub(super) fn address(index: u32, address: impl Into<IpAddr>, scope: u8) -> Request {
+    let (family, bits, bytes) = parts(address.into());
+    // Nobody else is on the wire that could have an IPv6 address too.
+    let flags = if family == libc::AF_INET6 as u8 { libc::IFA_F_NODAD as u8 } else { 0 };
+    let mut body = vec![family, bits, flags, scope];
     body.extend(index.to_ne_bytes());
-    attribute(&mut body, libc::IFA_LOCAL, &address.octets());
-    attribute(&mut body, libc::IFA_ADDRESS, &address.octets());
+    attribute(&mut body, libc::IFA_LOCAL, &bytes);
+    attribute(&mut body, libc::IFA_ADDRESS, &bytes);
     create("an address", libc::RTM_NEWADDR, body)
 }
 
 /// The default route, over a gateway that no network has.
-pub(super) fn default_route(index: u32, gateway: Ipv4Addr) -> Request {
-    let mut body = route(0, libc::RT_SCOPE_UNIVERSE, ONLINK);
+pub(super) fn default_route(index: u32, gateway: impl Into<IpAddr>) -> Request {
+    let (family, _, gateway) = parts(gateway.into());
+    let mut body = route(family, 0, libc::RT_SCOPE_UNIVERSE, ONLINK);
     attribute(&mut body, libc::RTA_OIF, &index.to_ne_bytes());
-    attribute(&mut body, libc::RTA_GATEWAY, &gateway.octets());
+    attribute(&mut body, libc::RTA_GATEWAY, &gateway);
     create("the default route", libc::RTM_NEWROUTE, body)
 }
 
 /// The route to one address, which is used from another.
-pub(super) fn host_route(index: u32, address: Ipv4Addr, source: Ipv4Addr) -> Request {
-    let mut body = route(32, libc::RT_SCOPE_LINK, 0);
-    attribute(&mut body, libc::RTA_DST, &address.octets());
+pub(super) fn host_route(index: u32, address: impl Into<IpAddr>, source: impl Into<IpAddr>) -> Request {
+    let (family, bits, address) = parts(address.into());
+    let mut body = route(family, bits, libc::RT_SCOPE_LINK, 0);
+    attribute(&mut body, libc::RTA_DST, &address);
     attribute(&mut body, libc::RTA_OIF, &index.to_ne_bytes());
-    attribute(&mut body, libc::RTA_PREFSRC, &source.octets());
+    attribute(&mut body, libc::RTA_PREFSRC, &parts(source.into()).2);
     create("the route to an instance", libc::RTM_NEWROUTE, body)
 }
 
 /// A neighbour that is never asked for.
-pub(super) fn neighbour(index: u32, address: Ipv4Addr, mac: [u8; 6]) -> Request {
+pub(super) fn neighbour(index: u32, address: impl Into<IpAddr>, mac: [u8; 6]) -> Request {
+    let (family, _, address) = parts(address.into());
     // struct ndmsg: family, padding, interface, state, flags, type.
-    let mut body = vec![INET, 0, 0, 0];
+    let mut body = vec![family, 0, 0, 0];
     body.extend(index.to_ne_bytes());
     body.extend(libc::NUD_PERMANENT.to_ne_bytes());
     body.extend([0, 0]);
-    attribute(&mut body, libc::NDA_DST, &address.octets());
+    attribute(&mut body, libc::NDA_DST, &address);
     attribute(&mut body, libc::NDA_LLADDR, &mac);
     create("a neighbour", libc::RTM_NEWNEIGH, body)
+}
+
+/// Family, bits and bytes of an address.
+fn parts(address: IpAddr) -> (u8, u8, Vec<u8>) {
+    match address {
+        IpAddr::V4(address) => (libc::AF_INET as u8, 32, address.octets().to_vec()),
+        IpAddr::V6(address) => (libc::AF_INET6 as u8, 128, address.octets().to_vec()),
+    }
+}
+
+impl Request {
+    /// The same, also where what it makes is there already, perhaps another way.
+    pub(super) fn or_replace(mut self) -> Self {
+        self.flags = libc::NLM_F_CREATE | libc::NLM_F_REPLACE;
+        self
+    }
 }
 
 fn create(what: &'static str, kind: u16, body: Vec<u8>) -> Request {
@@ -199,8 +245,8 @@ fn link(index: u32, flags: u32) -> Vec<u8> {
 }
 
 /// `struct rtmsg`: family, bits of destination and source, service, table, who made it, scope, type, flags.
-fn route(bits: u8, scope: u8, flags: u32) -> Vec<u8> {
-    let mut body = vec![INET, bits, 0, 0, libc::RT_TABLE_MAIN, libc::RTPROT_BOOT, scope, libc::RTN_UNICAST];
+fn route(family: u8, bits: u8, scope: u8, flags: u32) -> Vec<u8> {
+    let mut body = vec![family, bits, 0, 0, libc::RT_TABLE_MAIN, libc::RTPROT_BOOT, scope, libc::RTN_UNICAST];
     body.extend(flags.to_ne_bytes());
     body
 }

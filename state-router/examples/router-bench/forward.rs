@@ -1,7 +1,7 @@
 //! The cost of one packet: BPF_PROG_TEST_RUN around a wrapper that undoes the change, less the wrapper's own cost.
 
 use std::{
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::{AsFd as _, AsRawFd as _, RawFd},
 };
 
@@ -20,6 +20,8 @@ const PACKETS: u32 = 1_000_000;
 const RUNS: usize = 5;
 const VIPS: u32 = 65_000;
 const ONE_VIP: u32 = 0xcb00_7101;
+/// The last four bytes of the IPv6 VIP are those of the other: the wrapper writes them.
+const ONE_VIP6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xa, 0, 0, 0, 0xcb00, 0x7101);
 const FIRST_VIP: u32 = 0x0b00_0000;
 const INSTANCE: Ipv4Addr = Ipv4Addr::new(10, 1, 1, 65);
 const XDP_TX: u32 = 3;
@@ -31,7 +33,7 @@ pub(crate) fn measure(bed: &Bed) -> Result<()> {
     let mut plane = bed.plane("forward", Capacity::for_vips(VIPS + 1_000))?;
     tables(&mut plane)?;
     let one = |flows| Mix { flows, vips: 1, base: ONE_VIP };
-    let empty = ingress_run(wrapper::trivial(Kind::Xdp, XDP_TX as i32)?.as_raw_fd(), one(1), TCP, 0)?;
+    let empty = ingress_run(wrapper::trivial(Kind::Xdp, XDP_TX as i32)?.as_raw_fd(), one(1), TCP, 0, 4)?;
     report("wrapper_ns", empty);
     let program = program(&plane, "ingress")?;
     let kept = |plane: &DataPlane| -> Result<(u64, u64)> {
@@ -41,7 +43,7 @@ pub(crate) fn measure(bed: &Bed) -> Result<()> {
     let (bytes, known) = kept(&plane)?;
     for flows in [1, 4_096, 65_536, 262_144] {
         let before = plane.counters()?.get(Counter::Packets);
-        let cost = ingress_run(program, one(flows), TCP, ENCAPSULATION)?;
+        let cost = ingress_run(program, one(flows), TCP, ENCAPSULATION, 4)?;
         let sent = plane.counters()?.get(Counter::Packets) - before;
         ensure!(sent == u64::from(PACKETS) * RUNS as u64, "{sent} packets were sent on");
         report(&format!("forward_tcp_{flows}"), cost - empty);
@@ -50,10 +52,18 @@ pub(crate) fn measure(bed: &Bed) -> Result<()> {
     let (bytes_after, known_after) = kept(&plane)?;
     ensure!(known_after == known, "ingress recorded {} flows", known_after - known);
     report("ingress_flow_bytes", bytes_after.saturating_sub(bytes) as f64 / 262_144.0);
-    let cost = ingress_run(program, Mix { flows: 65_536, vips: VIPS, base: FIRST_VIP }, TCP, ENCAPSULATION)?;
+    let many = Mix { flows: 65_536, vips: VIPS, base: FIRST_VIP };
+    let cost = ingress_run(program, many, TCP, ENCAPSULATION, 4)?;
     report("forward_vips", cost - empty);
-    let cost = ingress_run(program, one(65_536), UDP, ENCAPSULATION)?;
+    let cost = ingress_run(program, one(65_536), UDP, ENCAPSULATION, 4)?;
     report("forward_udp", cost - empty);
+    for flows in [4_096, 65_536] {
+        let before = plane.counters()?.get(Counter::Packets);
+        let cost = ingress_run(program, one(flows), TCP, ENCAPSULATION, 6)?;
+        let sent = plane.counters()?.get(Counter::Packets) - before;
+        ensure!(sent == u64::from(PACKETS) * RUNS as u64, "{sent} IPv6 packets were sent on");
+        report(&format!("forward_v6_{flows}"), cost - empty);
+    }
 
     let deliver = self::program(&plane, "target")?;
     for (name, protocol) in [("target_tcp", TCP), ("target_udp", UDP)] {
@@ -70,7 +80,7 @@ pub(crate) fn measure(bed: &Bed) -> Result<()> {
     Ok(())
 }
 
-/// One VIP with 256 buckets, 65,000 with 64 buckets of their own each, and an instance that serves the first.
+/// One VIP of each family with 256 buckets, 65,000 with 64 buckets of their own each, and an instance that serves the first.
 fn tables(plane: &mut DataPlane) -> Result<()> {
     ip("link add apv0a010141 type veth peer name inner")?;
     let keys = |vip: u32| {
@@ -87,11 +97,13 @@ fn tables(plane: &mut DataPlane) -> Result<()> {
     };
     let first = table(1, 256);
     let many: Vec<VipTable> = (0..VIPS).map(|vip| table(vip, 64)).collect();
-    let one = keys(ONE_VIP).into_iter().map(|key| (key, &first));
+    let keys6 = keys(ONE_VIP).map(|key| VipKey { address: ONE_VIP6.into(), ..key });
+    let one = keys(ONE_VIP).into_iter().chain(keys6).map(|key| (key, &first));
     let tcp = many.iter().enumerate().map(|(vip, table)| (keys(FIRST_VIP + vip as u32)[0], table));
     let failed = plane.set_vips(one.chain(tcp));
     ensure!(failed.is_empty(), "{} tables failed, first {:?}", failed.len(), failed.first());
-    let ports = keys(ONE_VIP).map(|vip| Port { vip, container_port: 8080 }).to_vec();
+    let served = keys(ONE_VIP).into_iter().chain(keys6);
+    let ports = served.map(|vip| Port { vip, container_port: 8080 }).collect();
     plane.set_instance(&Instance { address: INSTANCE, host_interface: "apv0a010141".into(), ports })?;
     Ok(())
 }
@@ -101,17 +113,19 @@ fn program(plane: &DataPlane, name: &str) -> Result<RawFd> {
     Ok(program.fd()?.as_fd().as_raw_fd())
 }
 
-fn ingress_run(program: RawFd, mix: Mix, protocol: u8, strip: i32) -> Result<f64> {
-    let mut frame = frame(&client_packet(protocol));
+/// `version`: of IP.
+fn ingress_run(program: RawFd, mix: Mix, protocol: u8, strip: i32, version: u8) -> Result<f64> {
+    let vip = if version == 4 { IpAddr::from(Ipv4Addr::from(ONE_VIP)) } else { ONE_VIP6.into() };
+    let mut frame = frame(&client_packet(protocol, vip));
     if strip > 0 {
         // As if the first packet had been wrapped already: the wrapper strips before it runs the program.
         frame.splice(0..0, vec![0; strip as usize]);
     }
-    run(&wrapper::around_ingress(program, mix, strip, 4)?, &frame, XDP_TX)
+    run(&wrapper::around_ingress(program, mix, strip, version)?, &frame, XDP_TX)
 }
 
 fn target_run(program: RawFd, protocol: u8, grow: i32) -> Result<f64> {
-    let inner = client_packet(protocol);
+    let inner = client_packet(protocol, IpAddr::from(Ipv4Addr::from(ONE_VIP)));
     let mut outer = vec![0x04, 4, 0, 0, 0, 0, 3, 3];
     outer.extend([0; 12]);
     outer.extend(&inner);
@@ -136,7 +150,7 @@ fn run(wrapper: &Wrapper, frame: &[u8], verdict: u32) -> Result<f64> {
 }
 
 /// An acknowledgement in mid-connection, or a datagram; 64 bytes of payload.
-fn client_packet(protocol: u8) -> Vec<u8> {
+fn client_packet(protocol: u8, vip: IpAddr) -> Vec<u8> {
     let mut segment: Vec<u8> = [1_024u16, 80].map(u16::to_be_bytes).concat();
     if protocol == TCP {
         segment.extend([1, 2, 3, 4, 5, 6, 7, 8, 0x50, 0x10, 0x20, 0, 0x12, 0x34, 0, 0]);
@@ -144,7 +158,19 @@ fn client_packet(protocol: u8) -> Vec<u8> {
         segment.extend([0, 72, 0x12, 0x34]);
     }
     segment.extend([7; 64]);
-    packet(protocol, Ipv4Addr::new(198, 51, 100, 9), ONE_VIP.into(), &segment)
+    match vip {
+        IpAddr::V4(vip) => packet(protocol, Ipv4Addr::new(198, 51, 100, 9), vip, &segment),
+        IpAddr::V6(vip) => packet6(protocol, Ipv6Addr::new(0x2001, 0xdb8, 0xc, 1, 0, 0, 0, 9), vip, &segment),
+    }
+}
+
+fn packet6(protocol: u8, source: Ipv6Addr, destination: Ipv6Addr, payload: &[u8]) -> Vec<u8> {
+    let [high, low] = (payload.len() as u16).to_be_bytes();
+    let mut packet = vec![0x60, 0, 0, 0, high, low, protocol, 64];
+    packet.extend(source.octets());
+    packet.extend(destination.octets());
+    packet.extend(payload);
+    packet
 }
 
 fn packet(protocol: u8, source: Ipv4Addr, destination: Ipv4Addr, payload: &[u8]) -> Vec<u8> {
@@ -160,5 +186,6 @@ fn packet(protocol: u8, source: Ipv4Addr, destination: Ipv4Addr, payload: &[u8])
 }
 
 fn frame(packet: &[u8]) -> Vec<u8> {
-    [&MACS[..], &[8, 0], packet].concat()
+    let ethertype = if packet.first().is_some_and(|byte| byte >> 4 == 6) { [0x86, 0xdd] } else { [8, 0] };
+    [&MACS[..], &ethertype, packet].concat()
 }

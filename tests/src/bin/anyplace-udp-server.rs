@@ -5,7 +5,8 @@ use std::net::UdpSocket;
 fn main() -> anyhow::Result<()> {
     let port: u16 = std::env::args().nth(1).unwrap_or_default().parse()?;
     let instance = std::env::var("ANYPLACE_INSTANCE")?;
-    let socket = UdpSocket::bind(("0.0.0.0", port))?;
+    // For clients of both families.
+    let socket = UdpSocket::bind(("::", port))?;
     let mut buffer = [0; 2048];
     loop {
         let (length, from) = socket.recv_from(&mut buffer)?;

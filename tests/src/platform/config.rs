@@ -8,7 +8,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 
 use crate::netns;
-use crate::topology::{GLOBAL_ADDRESS, Location, Machine, VIP_PREFIX};
+use crate::topology::{GLOBAL_ADDRESS, Location, Machine, VIP_PREFIX, VIP_PREFIX6};
 
 /// What a machine's agent and router have in common.
 pub(super) struct OnMachine {
@@ -20,7 +20,9 @@ pub(super) struct OnMachine {
 }
 
 pub(super) fn global(data: &Path) -> String {
-    format!("data_dir = {data:?}\nlisten = \"{GLOBAL_ADDRESS}:7600\"\nvip_pools = [\"{VIP_PREFIX}\"]\n")
+    format!(
+        "data_dir = {data:?}\nlisten = \"{GLOBAL_ADDRESS}:7600\"\nvip_pools = [\"{VIP_PREFIX}\", \"{VIP_PREFIX6}\"]\n"
+    )
 }
 
 pub(super) fn location(location: &Location, data: &Path, token_file: &Path, off_peak: &str) -> String {

@@ -55,7 +55,7 @@ fn reads(world: &World, client: &str, vip: &str, page: &str) {
 fn datagrams_are_answered_by_the_virtual_ip() {
     let Some(world) = World::start("tsudp", 2) else { return };
     let rootfs = world.platform.bed().state_dir().join("udp-image");
-    write_image(&rootfs);
+    write_udp_image(&rootfs);
     world.cli_ok(&["push", rootfs.to_str().unwrap(), "udp:v1", "--entrypoint", "/server", "--cmd", "9053"]);
     let vip = world.apply(
         "udp",
@@ -99,7 +99,7 @@ fn ask(world: &World, client: &str, vip: &str, text: &str) -> Result<String, Str
 }
 
 /// A root file system with the server and the libraries that it loads.
-fn write_image(rootfs: &Path) {
+pub(super) fn write_udp_image(rootfs: &Path) {
     let server = env!("CARGO_BIN_EXE_anyplace-udp-server");
     let output = Command::new("ldd").arg(server).output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyplace_tests::platform::Options;
 use anyplace_tests::{
-    HELLO_ENTRY, Load, LoadReport, Platform, Request, Testbed, Topology, http_get, leftovers, require_root,
-    target_dir, write_hello_image,
+    HELLO_ENTRY, Load, LoadReport, Platform, Request, Testbed, Topology, VIP_PREFIX, http_get, leftovers,
+    require_root, target_dir, write_hello_image,
 };
 use nix::sched::{CloneFlags, setns};
 use serde_json::Value;
@@ -34,6 +34,14 @@ impl World {
         let rootfs = bed.state_dir().join("image");
         write_hello_image(&rootfs).unwrap();
         let world = Self { platform: Platform::start(bed, Options::default()).unwrap() };
+        // Routers load their programs while the rest starts already; on a busy machine they take longer.
+        for machine in world.machines() {
+            let (include, _) = world.platform.bed().bird_files(&machine);
+            wait_for("the announcement", 60, || match std::fs::read_to_string(&include).unwrap() {
+                text if text.contains(VIP_PREFIX) => Ok(()),
+                text => Err(format!("{machine}: {text}")),
+            });
+        }
         world
             .platform
             .cli_output(["push", rootfs.to_str().unwrap(), "hello:v1", "--entrypoint", HELLO_ENTRY])
@@ -109,11 +117,15 @@ impl World {
     pub(super) fn load(&self, vip: &str) -> Vec<(String, Load)> {
         let target: SocketAddr = format!("{vip}:80").parse().unwrap();
         let start = |client: String| {
-            let node = self.platform.bed().node(&client).unwrap();
-            let load = Load::start(node, target, INTERVAL).unwrap();
+            let load = self.load_from(&client, target);
             (client, load)
         };
         self.clients().into_iter().map(start).collect()
+    }
+
+    /// Steady requests from one client.
+    pub(super) fn load_from(&self, client: &str, target: SocketAddr) -> Load {
+        Load::start(self.platform.bed().node(client).unwrap(), target, INTERVAL).unwrap()
     }
 }
 

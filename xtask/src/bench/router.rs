@@ -40,10 +40,17 @@ const ROWS: &[Row] = &[
     ("target_flow_bytes", "memory for each flow at the target", "B", 96.0, None),
 ];
 
-/// Rows that are compared with IPv4 TCP over 64k flows: at most one and a half times as much.
+/// IPv6 rows and their IPv4 counterparts, shown as a ratio too.
+const IPV6: &[(&str, &str, &str)] = &[
+    ("forward_v6_4096", "forward_tcp_4096", "forward, IPv6 TCP, 4k flows"),
+    ("forward_v6_65536", "forward_tcp_65536", "forward, IPv6 TCP, 64k flows"),
+];
+/// How much more than IPv4 TCP another kind of packet may cost.
+const MORE: f64 = 1.5;
+
+/// Rows that are compared with IPv4 TCP over 64k flows.
 const RELATIVE: &[(&str, &str)] = &[
     ("forward_udp", "forward, IPv4 UDP"),
-    ("forward_v6", "forward, IPv6 TCP"),
     ("target_tcp", "target: decapsulate and deliver, TCP"),
     ("target_udp", "target: decapsulate and deliver, UDP"),
 ];
@@ -69,9 +76,17 @@ pub(crate) fn run(report: &mut Report, only: Option<&str>) -> Result<()> {
     if let Some(base) = values.get("forward_tcp_65536") {
         for (key, name) in RELATIVE {
             match values.get(*key) {
-                Some(value) => report.add(name, *value, "ns", Op::AtMost, 1.5 * base, None),
-                None => report.missing(name, "ns", Op::AtMost, 1.5 * base),
+                Some(value) => report.add(name, *value, "ns", Op::AtMost, MORE * base, None),
+                None => report.missing(name, "ns", Op::AtMost, MORE * base),
             }
+        }
+        for (key, counterpart, name) in IPV6 {
+            let (Some(value), Some(counterpart)) = (values.get(*key), values.get(*counterpart)) else {
+                report.missing(name, "ns", Op::AtMost, MORE * base);
+                continue;
+            };
+            report.add(name, *value, "ns", Op::AtMost, MORE * counterpart, None);
+            report.add(&format!("{name}: IPv6 / IPv4"), value / counterpart, "x", Op::AtMost, MORE, None);
         }
         let flows = ROWS.iter().filter(|row| row.0.starts_with("forward_tcp_"));
         let costs: Vec<f64> = flows.filter_map(|row| values.get(row.0)).copied().collect();

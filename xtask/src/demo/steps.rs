@@ -41,6 +41,7 @@ impl Demo {
         self.show_cli(&["apply", "-f", HELLO, "--wait"])?;
         let hello = self.json(&["get", "deployments", "hello"])?;
         self.vip = hello["vip"].as_str().context("the deployment's virtual IP")?.to_owned();
+        self.vip6 = hello["vip6"].as_str().context("the deployment's virtual IPv6")?.to_owned();
         let node = self.platform.bed().node("ams-client")?;
         let url = format!("http://{}/", self.vip);
         wait_for("the first answer", Duration::from_secs(20), || {
@@ -50,8 +51,8 @@ impl Demo {
         let elapsed = self.started.elapsed().as_millis() as u64;
         self.report.first_response_ms = Some(elapsed);
         println!(
-            "hello has the address {}; its first answer came {elapsed} ms after the platform's start",
-            self.vip
+            "hello has the addresses {} and {}; its first answer came {elapsed} ms after the platform's start",
+            self.vip, self.vip6
         );
         Ok(())
     }
@@ -60,24 +61,30 @@ impl Demo {
         for location in &self.platform.bed().topology().locations {
             let client = location.client();
             // A location that became ready last may be served from elsewhere for a moment.
-            let (body, elapsed) = wait_for("an answer from nearby", Duration::from_secs(10), || {
-                let (body, elapsed) = self.call(&client)?;
-                let from = served_by(&body)?.0;
-                if from == location.name {
-                    Ok((body, elapsed))
-                } else {
-                    bail!("{client} was answered by {from}")
-                }
-            })?;
-            println!("{client}: {} ({:.1} ms)", body.trim(), elapsed.as_secs_f64() * 1e3);
+            for (family, host) in [("IPv4", self.vip.clone()), ("IPv6", format!("[{}]", self.vip6))] {
+                let (body, elapsed) = wait_for("an answer from nearby", Duration::from_secs(10), || {
+                    let (body, elapsed) = self.call_at(&client, &host)?;
+                    let from = served_by(&body)?.0;
+                    if from == location.name {
+                        Ok((body, elapsed))
+                    } else {
+                        bail!("{client} was answered by {from} at {host}")
+                    }
+                })?;
+                println!("{client} by {family}: {} ({:.1} ms)", body.trim(), elapsed.as_secs_f64() * 1e3);
+            }
         }
         Ok(())
     }
 
     /// One call from a client: the page and the time.
     pub(super) fn call(&self, client: &str) -> Result<(String, Duration)> {
-        let answer =
-            http_get(self.platform.bed().node(client)?, &format!("http://{}/", self.vip), CALL_TIMEOUT)?;
+        self.call_at(client, &self.vip)
+    }
+
+    fn call_at(&self, client: &str, host: &str) -> Result<(String, Duration)> {
+        let node = self.platform.bed().node(client)?;
+        let answer = http_get(node, &format!("http://{host}/"), CALL_TIMEOUT)?;
         if answer.status != 200 {
             bail!("{client} got status {}", answer.status);
         }

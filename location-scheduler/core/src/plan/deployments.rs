@@ -78,7 +78,10 @@ impl<'a> Planner<'a> {
         mut group: Group<'a>,
     ) -> Verdict {
         let verdict = self.scale_and_roll(name, placement, &mut group);
-        let outdated = group.current.iter().filter(|held| held.generation != placement.generation);
+        let outdated = group
+            .current
+            .iter()
+            .filter(|held| held.generation != placement.generation || held.vip6 != placement.vip6);
         let adopted = outdated.map(|held| (held.assignment.instance.clone(), placement.generation));
         self.plan.adoptions.extend(adopted);
         verdict

@@ -267,7 +267,9 @@ impl World {
         let generation = self.placement(index).map_or(1, |placement| placement.generation + 1);
         let spec = deployment(index, shape);
         let vip = Ipv4Addr::new(203, 0, 113, index as u8);
-        self.state.placements.insert(spec.name.clone(), Placement { generation, spec, vip, count });
+        self.state
+            .placements
+            .insert(spec.name.clone(), Placement { generation, spec, vip, vip6: None, count });
     }
 
     fn silence(&mut self, name: &MachineId, life: Life) {
