@@ -10,7 +10,7 @@
 pub(crate) mod accounts;
 mod audit;
 pub(crate) mod http;
-mod limits;
+pub(crate) mod limits;
 mod token;
 mod users;
 
@@ -29,11 +29,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::errors::{Answer, Refusal};
 use crate::storage::Storage;
+use crate::uploads::Uploads;
 use accounts::Accounts;
 pub use accounts::{AccountSpec, AccountView, Team, TeamView, check_account_name};
 pub(crate) use audit::{Audit, RETENTION};
 pub use audit::{Event, TAIL_MAX};
-use limits::Limits;
+use limits::{Limits, Taken};
 use token::{Bad, Claims, Signer};
 use users::Users;
 
@@ -158,11 +159,16 @@ impl Access {
     }
 
     /// Keeps up with what other processes change, and counts what teams use, until the shutdown.
-    pub(crate) async fn run(self: Arc<Self>, storage: Storage, shutdown: CancellationToken) {
+    pub(crate) async fn run(
+        self: Arc<Self>,
+        storage: Storage,
+        uploads: Arc<Uploads>,
+        shutdown: CancellationToken,
+    ) {
         // Apart: a count may take minutes, and an account that was removed is good no longer than a refresh.
         let counting = async {
             loop {
-                if let Err(error) = self.limits.count(&storage, &self.accounts.known()).await {
+                if let Err(error) = self.limits.count(&storage, &uploads, &self.accounts.known()).await {
                     tracing::warn!(%error, "can't count what teams use; quotas go by the last count");
                 }
                 tokio::time::sleep(limits::COUNT_EVERY).await;
@@ -258,27 +264,15 @@ impl Access {
         Ok(who)
     }
 
-    /// Bytes that may still be pushed into a repository, if its owner has a quota.
-    pub(crate) fn room(&self, repository: &str) -> Option<u64> {
+    /// What a request takes from the quota of a repository's owner.
+    pub(crate) fn quota(&self, repository: &str) -> Taken<'_> {
+        self.limits.taken(self.accounts.known().owner(repository))
+    }
+
+    /// Whether a team owns both, so that content of both counts once.
+    pub(crate) fn have_one_owner(&self, one: &str, other: &str) -> bool {
         let known = self.accounts.known();
-        let team = known.owner(repository)?;
-        Some(team.quota_bytes?.saturating_sub(self.limits.used(&team.name)))
-    }
-
-    /// Lets a push of so many bytes into a repository through its owner's quota.
-    pub(crate) fn check_quota(&self, repository: &str, bytes: u64) -> Answer<()> {
-        match self.accounts.known().owner(repository) {
-            Some(team) => self.limits.push(team, bytes),
-            None => Ok(()),
-        }
-    }
-
-    /// Counts what was pushed into a repository.
-    pub(crate) fn count_push(&self, repository: &str, bytes: u64) {
-        if let Some(team) = self.accounts.known().owner(repository).filter(|team| team.quota_bytes.is_some())
-        {
-            self.limits.pushed(team, bytes);
-        }
+        known.owner(one).is_some_and(|team| known.owner(other).is_some_and(|owner| owner.name == team.name))
     }
 
     /// A token with what `who` may do of these scopes.

@@ -16,6 +16,7 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::response::{AppendHeaders, IntoResponse as _, Response};
 use serde_json::json;
 
+use crate::access::limits::Taken;
 use crate::blobs::{CONTENT_DIGEST, not_modified};
 use crate::conditions::is_known;
 use crate::errors::{Answer, Refusal, internal};
@@ -86,8 +87,12 @@ pub(crate) async fn put(app: &App, name: &str, key: &str, request: Request) -> A
         let message = format!("the manifest has the digest {digest}, not {expected}");
         return Err(Refusal::digest_invalid(message));
     }
+    let mut taken = app.access.quota(name);
+    if taken.counts() && app.storage.link(name, &digest).await?.is_none() {
+        taken.take(bytes.len() as u64)?;
+    }
     if let Some(cache) = &app.cache {
-        fetch_blobs(app, cache, name, &manifest).await?;
+        fetch_blobs(app, cache, name, &manifest, &mut taken).await?;
     }
     let subject = manifest.subject.clone();
     let new = NewManifest::of(manifest, bytes);
@@ -95,6 +100,7 @@ pub(crate) async fn put(app: &App, name: &str, key: &str, request: Request) -> A
     if !missing.is_empty() {
         return Err(blobs_missing(name, &missing));
     }
+    taken.keep();
     for tag in in_path.into_iter().chain(tags.iter().map(String::as_str)) {
         app.storage.put_tag(TagOf::Push, name, tag, &digest).await?;
         app.remembered.forget(name, tag);
@@ -208,12 +214,22 @@ fn out_of_reach() -> String {
 }
 
 /// Makes sure of the blobs that only the upstream has; what it doesn't have either shows when the manifest is put.
-async fn fetch_blobs(app: &App, cache: &Cache, name: &str, manifest: &Manifest) -> Answer<()> {
+async fn fetch_blobs(
+    app: &App,
+    cache: &Cache,
+    name: &str,
+    manifest: &Manifest,
+    taken: &mut Taken<'_>,
+) -> Answer<()> {
     for digest in &manifest.blobs {
-        if app.storage.blob_size(name, digest).await?.is_none()
-            && let Err(refusal) = cache.adopt(app, name, digest).await
-        {
-            tracing::debug!(?refusal, %digest, "a blob of a manifest isn't upstream either");
+        if app.storage.blob_size(name, digest).await?.is_some() {
+            continue;
+        }
+        match cache.adopt(app, name, digest).await {
+            Ok(_) => taken.take(app.storage.content_size(digest).await?.unwrap_or(0))?,
+            Err(refusal) => {
+                tracing::debug!(?refusal, %digest, "a blob of a manifest isn't upstream either")
+            }
         }
     }
     Ok(())

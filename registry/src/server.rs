@@ -105,7 +105,8 @@ impl Server {
         tracing::info!(address = %self.local_addr()?, "registry listening");
         let draining = self.app.draining.clone();
         let counters = self.app.counters.clone();
-        let (access, storage) = (self.app.access.clone(), self.app.storage.clone());
+        let (access, storage, uploads) =
+            (self.app.access.clone(), self.app.storage.clone(), self.app.uploads.clone());
         let (collector, scrubber) = (self.app.collector.clone(), self.app.scrubber.clone());
         let router = Router::new()
             .route("/healthz", get(healthz))
@@ -115,7 +116,7 @@ impl Server {
             .fallback(routes::dispatch)
             .with_state(self.app);
         let serving = connections::serve(self.listener, router, counters, draining.clone(), self.drain);
-        let keeping_up = access.run(storage, draining.clone());
+        let keeping_up = access.run(storage, uploads, draining.clone());
         let background = async {
             tokio::join!(collector.run_by_itself(), scrubber.run_by_itself());
             std::future::pending::<()>().await;
@@ -183,6 +184,7 @@ async fn healthz(State(app): State<Arc<App>>) -> (StatusCode, &'static str) {
 async fn metrics(State(app): State<Arc<App>>) -> String {
     let cache = app.cache.as_ref().map(|cache| cache.counters().render()).unwrap_or_default();
     let mut more: Vec<_> = app.access.counters().into_iter().collect();
+    more.extend(app.uploads.counters());
     more.extend(app.collector.counters());
     more.extend(app.scrubber.counters());
     app.counters.render(&more) + &cache

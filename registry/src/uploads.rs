@@ -7,6 +7,7 @@
 mod local;
 mod remote;
 mod session;
+mod turns;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -23,6 +24,7 @@ use futures_util::StreamExt as _;
 use serde::Deserialize;
 
 use crate::access::Who;
+use crate::access::limits::Taken;
 use crate::blobs::CONTENT_DIGEST;
 use crate::errors::{Answer, Refusal};
 use crate::routes::parse_digest;
@@ -92,8 +94,13 @@ pub(crate) async fn post(app: &Arc<App>, name: &str, request: Request) -> Answer
     // Nobody knows an id to go on with, so nothing is kept of it if it breaks off.
     let session = app.uploads.start_whole(digest.kind()).await?;
     let declared = length(request.headers())?;
-    let session = append(app, name, session, request.into_body(), declared).await?;
-    finish(app, name, session, &digest).await?;
+    let mut taken = app.access.quota(name);
+    let had = taken.counts() && app.storage.link(name, &digest).await?.is_some();
+    let session = append(app, &mut taken, session, request.into_body(), declared).await?;
+    app.uploads.finish(session, name, &digest).await?;
+    if !had {
+        taken.keep();
+    }
     Ok(created(name, &digest))
 }
 
@@ -127,7 +134,9 @@ pub(crate) async fn put(app: &Arc<App>, name: &str, id: &str, request: Request) 
 
 pub(crate) async fn cancel(app: &Arc<App>, name: &str, id: &str) -> Answer {
     let session = app.uploads.resume(name, id).await?;
+    let size = session.size();
     app.uploads.discard(session).await;
+    app.access.quota(name).give_back(size);
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
@@ -139,7 +148,12 @@ async fn take_part(app: &Arc<App>, name: &str, id: &str, request: Request) -> An
         Ok((session, declared))
     });
     match opened {
-        Ok((session, declared)) => append(app, name, session, body, declared).await,
+        Ok((session, declared)) => {
+            // Also what comes before the body breaks off.
+            let mut taken = app.access.quota(name);
+            taken.keep();
+            append(app, &mut taken, session, body, declared).await
+        }
         Err(refusal) => {
             discard(body).await;
             Err(refusal)
@@ -170,52 +184,61 @@ async fn try_mount(app: &App, name: &str, digest: &Digest, from: Option<&str>) -
     if !there {
         return Ok(false);
     }
+    let mut taken = app.access.quota(name);
+    let shared = from.is_some_and(|from| app.access.have_one_owner(from, name));
+    if taken.counts() && !shared && app.storage.link(name, digest).await?.is_none() {
+        taken.take(app.storage.content_size(digest).await?.unwrap_or(0))?;
+    }
     // If it was collected a moment ago, the client uploads it, and the link is there for that.
-    Ok(app.storage.put_link(name, digest).await? != Linked::Gone)
+    let mounted = app.storage.put_link(name, digest).await? != Linked::Gone;
+    if mounted {
+        taken.keep();
+    }
+    Ok(mounted)
 }
 
 /// Appends a body, as far as the quota of the repository's team goes: not every client says beforehand how much it is.
 async fn append(
     app: &App,
-    name: &str,
+    taken: &mut Taken<'_>,
     session: Session,
     body: Body,
     declared: Option<u64>,
 ) -> Answer<Session> {
-    let before = session.size();
-    if let Err(refusal) = app.access.check_quota(name, before.saturating_add(declared.unwrap_or(0))) {
+    if let Err(refusal) = taken.fits(declared.unwrap_or(0)) {
         discard(body).await;
         return Err(refusal);
     }
-    let room = app.access.room(name).unwrap_or(u64::MAX);
-    let mut size = before;
     let mut over = None;
     let mut chunks = body.into_data_stream();
     let bounded = chunks.by_ref().map(|chunk| {
         let chunk = chunk.map_err(|error| error.to_string())?;
-        size = size.saturating_add(chunk.len() as u64);
-        if size > room {
-            over = Some(size);
+        if let Err(refusal) = taken.take(chunk.len() as u64) {
+            over = Some(refusal);
             return Err("the team's quota is used up".to_owned());
         }
         Ok(chunk)
     });
     let appended = app.uploads.append(session, bounded, declared).await;
-    if let Some(size) = over {
+    if appended.is_err() {
         discard(Body::from_stream(chunks)).await;
-        app.access.check_quota(name, size)?;
     }
-    appended
+    match over {
+        Some(refusal) => Err(refusal),
+        None => appended,
+    }
 }
 
-/// Verifies an upload, makes it content, and links it into the repository.
+/// Verifies an upload, makes it content, and links it into the repository. Its bytes were taken from the quota as they
+/// came, and are given back where they add nothing.
 async fn finish(app: &App, name: &str, session: Session, digest: &Digest) -> Answer<()> {
-    let size = session.size();
-    // Others of the team may have pushed meanwhile.
-    app.access.check_quota(name, size)?;
-    app.uploads.finish(session, name, digest).await?;
-    app.access.count_push(name, size);
-    Ok(())
+    let (size, taken) = (session.size(), app.access.quota(name));
+    let had = taken.counts() && app.storage.link(name, digest).await?.is_some();
+    let finished = app.uploads.finish(session, name, digest).await;
+    if had || finished.is_err() {
+        taken.give_back(size);
+    }
+    finished
 }
 
 /// The length that the request declares; where it declares a range, that has to start at the upload's offset.

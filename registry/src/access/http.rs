@@ -149,7 +149,7 @@ async fn set_team(State(app): State<Arc<App>>, Path(name): Path<String>, request
     let result = async move {
         let who = operator(&app, &request)?;
         let team = app.access.accounts.set_team(&name, body(request).await?).await?;
-        app.access.limits.count(&app.storage, &app.access.accounts.known()).await?;
+        app.access.limits.count(&app.storage, &app.uploads, &app.access.accounts.known()).await?;
         app.access.record(&who, "set-team", &name, None, None);
         Ok(Json(team).into_response())
     };

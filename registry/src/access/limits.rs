@@ -1,11 +1,12 @@
 //! Bounds of teams: requests a second, and bytes in their repositories.
 //!
-//! Used bytes are counted now and then over all links (content that several repositories of a team share counts once),
-//! and what is pushed in between is added at once; deletions show at the next count.
+//! Used bytes are counted now and then over all links (content that several repositories of a team share counts once)
+//! and unfinished uploads. What comes in between is taken from the quota byte by byte ([`Taken`]), so that many pushes at
+//! once don't each have the whole rest; deletions show at the next count.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyplace_images::Digest;
@@ -18,15 +19,25 @@ use serde_json::json;
 use super::accounts::{Known, Team};
 use crate::errors::{Answer, Refusal};
 use crate::storage::{Result, Storage};
+use crate::uploads::Uploads;
 
 /// How often used bytes are counted anew.
 pub(crate) const COUNT_EVERY: Duration = Duration::from_secs(600);
+
+/// Bytes of a team.
+#[derive(Clone, Copy, Debug, Default)]
+struct Used {
+    /// In its repositories and unfinished uploads, as far as is known.
+    held: u64,
+    /// On their way in requests that run.
+    coming: u64,
+}
 
 /// What teams have used.
 pub(crate) struct Limits {
     started: Instant,
     buckets: Mutex<HashMap<String, Bucket>>,
-    used: Mutex<BTreeMap<String, u64>>,
+    used: Mutex<BTreeMap<String, Used>>,
     /// Requests refused for their rate.
     pub(crate) rate_refused: AtomicU64,
     /// Pushes refused for the quota.
@@ -60,61 +71,150 @@ impl Limits {
         })
     }
 
-    /// Lets a push of so many bytes into the team's repositories through.
-    pub(crate) fn push(&self, team: &Team, bytes: u64) -> Answer<()> {
-        let Some(quota) = team.quota_bytes else { return Ok(()) };
-        let used = self.used(&team.name);
-        if used.saturating_add(bytes) <= quota {
-            return Ok(());
-        }
-        self.quota_refused.fetch_add(1, Ordering::Relaxed);
-        let message = format!(
-            "the repositories of team `{}` hold {used} bytes, and may hold {quota}; delete tags, or have an operator \
-             raise it with `anyplace registry team set`",
-            team.name
-        );
-        Err(Refusal::new(StatusCode::FORBIDDEN, "DENIED", message)
-            .detail(json!({ "used_bytes": used, "quota_bytes": quota })))
+    /// What a request takes from the quota of the team that owns the repository, where there is one.
+    pub(super) fn taken(&self, owner: Option<&Team>) -> Taken<'_> {
+        let from = owner.and_then(|team| {
+            let quota = team.quota_bytes?;
+            Some(Quota { limits: self, team: team.name.clone(), quota })
+        });
+        Taken { from, bytes: 0, kept: false }
     }
 
-    /// Bytes that a team's repositories hold, as far as is known.
+    /// Bytes that a team's repositories hold and what is on its way to them, as far as is known.
     pub(crate) fn used(&self, team: &str) -> u64 {
-        self.used.lock().unwrap_or_else(PoisonError::into_inner).get(team).copied().unwrap_or(0)
+        let used = self.lock().get(team).copied().unwrap_or_default();
+        used.held.saturating_add(used.coming)
     }
 
-    /// Adds what was pushed.
-    pub(crate) fn pushed(&self, team: &Team, bytes: u64) {
-        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
-        *used.entry(team.name.clone()).or_default() += bytes;
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Used>> {
+        self.used.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Counts what is stored.
-    pub(crate) async fn count(&self, storage: &Storage, known: &Known) -> Result<()> {
-        let before = self.used.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    pub(crate) async fn count(&self, storage: &Storage, uploads: &Uploads, known: &Known) -> Result<()> {
+        let before = self.lock().clone();
+        let with_quota = |repository: &str| known.owner(repository).filter(|team| team.quota_bytes.is_some());
+        if known.teams.values().all(|team| team.quota_bytes.is_none()) {
+            self.lock().clear();
+            return Ok(());
+        }
         let mut contents: HashMap<String, HashSet<Digest>> = HashMap::new();
         let mut links = storage.links();
         while let Some(link) = links.try_next().await? {
-            if let Some(team) = known.owner(&link.repository).filter(|team| team.quota_bytes.is_some()) {
+            if let Some(team) = with_quota(&link.repository) {
                 contents.entry(team.name.clone()).or_default().insert(link.digest);
             }
         }
-        let mut used = BTreeMap::new();
+        let mut held: BTreeMap<String, u64> = BTreeMap::new();
+        for (repository, bytes) in uploads.unfinished().await? {
+            if let Some(team) = with_quota(&repository) {
+                *held.entry(team.name.clone()).or_default() += bytes;
+            }
+        }
         for (team, digests) in contents {
             let mut bytes = 0;
             for digest in digests {
                 bytes += storage.content_size(&digest).await?.unwrap_or(0);
             }
-            used.insert(team, bytes);
+            *held.entry(team).or_default() += bytes;
         }
-        let mut now = self.used.lock().unwrap_or_else(PoisonError::into_inner);
-        // What was pushed meanwhile may or may not have been seen; the next count knows.
-        for (team, bytes) in &*now {
-            let pushed = bytes - before.get(team).unwrap_or(&0).min(bytes);
-            if pushed > 0 {
-                *used.entry(team.clone()).or_default() += pushed;
+        let mut used = self.lock();
+        for (team, bytes) in &held {
+            used.entry(team.clone()).or_default().held += bytes;
+        }
+        // What came meanwhile may or may not have been seen, and stays counted; the next count knows.
+        for (team, used) in &mut *used {
+            used.held = used.held.saturating_sub(before.get(team).map_or(0, |before| before.held));
+        }
+        Ok(())
+    }
+}
+
+/// What one request takes from a quota, as it comes. It counts while this is there, and afterwards if it is kept.
+pub(crate) struct Taken<'a> {
+    /// None: there is no quota.
+    from: Option<Quota<'a>>,
+    bytes: u64,
+    kept: bool,
+}
+
+struct Quota<'a> {
+    limits: &'a Limits,
+    team: String,
+    quota: u64,
+}
+
+impl Taken<'_> {
+    /// Whether there is a quota.
+    pub(crate) fn counts(&self) -> bool {
+        self.from.is_some()
+    }
+
+    /// Whether so many more bytes would fit.
+    pub(crate) fn fits(&self, bytes: u64) -> Answer<()> {
+        match &self.from {
+            Some(from) => from.add(bytes, 0),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes so many more, if they fit.
+    pub(crate) fn take(&mut self, bytes: u64) -> Answer<()> {
+        if let Some(from) = &self.from {
+            from.add(bytes, bytes)?;
+            self.bytes += bytes;
+        }
+        Ok(())
+    }
+
+    /// What was and will be taken stays counted.
+    pub(crate) fn keep(&mut self) {
+        self.kept = true;
+    }
+
+    /// Counts so many bytes no longer that an earlier request took and kept.
+    pub(crate) fn give_back(&self, bytes: u64) {
+        if let Some(Quota { limits, team, .. }) = &self.from
+            && let Some(used) = limits.lock().get_mut(team)
+        {
+            used.held = used.held.saturating_sub(bytes);
+        }
+    }
+}
+
+impl Quota<'_> {
+    /// Adds bytes to what is coming, if as many as are asked for fit.
+    fn add(&self, asked: u64, bytes: u64) -> Answer<()> {
+        let mut all = self.limits.lock();
+        let used = all.entry(self.team.clone()).or_default();
+        let sum = used.held.saturating_add(used.coming);
+        if sum.saturating_add(asked) <= self.quota {
+            used.coming += bytes;
+            return Ok(());
+        }
+        drop(all);
+        self.limits.quota_refused.fetch_add(1, Ordering::Relaxed);
+        let (team, quota) = (&self.team, self.quota);
+        let message = format!(
+            "the repositories of team `{team}` hold {sum} bytes with unfinished uploads, and may hold {quota}; delete \
+             tags, or have an operator raise it with `anyplace registry team set`"
+        );
+        Err(Refusal::new(StatusCode::FORBIDDEN, "DENIED", message)
+            .detail(json!({ "used_bytes": sum, "quota_bytes": quota })))
+    }
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        if self.bytes > 0
+            && let Some(Quota { limits, team, .. }) = &self.from
+        {
+            let mut all = limits.lock();
+            let used = all.entry(team.clone()).or_default();
+            used.coming = used.coming.saturating_sub(self.bytes);
+            if self.kept {
+                used.held = used.held.saturating_add(self.bytes);
             }
         }
-        *now = used;
-        Ok(())
     }
 }

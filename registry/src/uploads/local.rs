@@ -1,12 +1,12 @@
 //! An upload as a file that grows, and becomes content by a rename.
 //!
 //! `uploads/<id>` has the bytes, `uploads/<id>.state` two records of 512 bytes that are written in turn: revision,
-//! acknowledged offset, the hash of all before it, and a checksum. A part is acknowledged after the bytes are synced,
+//! acknowledged offset, the hash of all before it, the repository, and a checksum. A part is acknowledged after the bytes are synced,
 //! and then the record. After a crash, the file is cut at the newest good record's offset: what is after it
 //! was never acknowledged, and may be anything. So nothing is ever hashed twice.
 //!
 //! Whoever has an upload open holds a lock (`flock`) on its file. A rename doesn't change that, so who waited for it
-//! checks that the file still is the upload.
+//! checks that the file still is the upload. Waiting is the caller's, which needs no thread for it.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
@@ -14,7 +14,7 @@ use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc as threads;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use anyplace_images::{Algorithm, Digest, Hasher};
 use bytes::Bytes;
@@ -30,9 +30,8 @@ const HASHING_MAX: usize = 8;
 const RECORD_BYTES: usize = 512;
 const RECORD_MAGIC: &[u8; 8] = b"anyupl01";
 const CHECKSUM_BYTES: usize = 16;
-/// How long to wait for a request that holds the upload: one that broke off still syncs what it has.
-const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
-const LOCK_PAUSE: Duration = Duration::from_millis(5);
+/// A state without bytes that is younger may be one that is being made.
+const STATE_AGE_MIN: Duration = Duration::from_secs(10);
 
 /// An open upload.
 pub(super) struct LocalUpload {
@@ -40,6 +39,7 @@ pub(super) struct LocalUpload {
     /// None: nobody can resume it.
     state: Option<File>,
     path: PathBuf,
+    repository: String,
     revision: u64,
 }
 
@@ -48,6 +48,8 @@ struct Record {
     revision: u64,
     offset: u64,
     hasher: Hasher,
+    /// Empty in records of earlier versions.
+    repository: String,
 }
 
 /// What opening found.
@@ -55,18 +57,24 @@ pub(super) enum Opened {
     /// The upload, its acknowledged bytes, and their hash.
     Upload(LocalUpload, u64, Hasher),
     Absent,
-    /// Another request holds it for longer than this one should wait.
+    /// Another request holds it.
     Busy,
 }
 
 impl LocalUpload {
-    /// Blocking: makes an upload's files. Without `resumable`, there is no state.
-    pub(super) fn create(path: PathBuf, algorithm: Algorithm, resumable: bool) -> io::Result<LocalUpload> {
+    /// Blocking: makes an upload's files. Without a repository, there is no state, and nobody can resume it.
+    pub(super) fn create(
+        path: PathBuf,
+        algorithm: Algorithm,
+        repository: Option<String>,
+    ) -> io::Result<LocalUpload> {
         let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
         if !try_lock(&file)? {
             return Err(io::ErrorKind::WouldBlock.into());
         }
-        let mut upload = LocalUpload { file, state: None, path, revision: 0 };
+        let resumable = repository.is_some();
+        let repository = repository.unwrap_or_default();
+        let mut upload = LocalUpload { file, state: None, path, repository, revision: 0 };
         if resumable {
             let state = OpenOptions::new().write(true).create_new(true).open(state_path(&upload.path))?;
             upload.state = Some(state);
@@ -75,18 +83,14 @@ impl LocalUpload {
         Ok(upload)
     }
 
-    /// Blocking: opens an upload, once no other request has it.
-    pub(super) fn open(path: PathBuf) -> io::Result<Opened> {
-        let begun = Instant::now();
+    /// Blocking: opens an upload of this repository, unless another request has it.
+    pub(super) fn open(path: PathBuf, repository: String) -> io::Result<Opened> {
         let file = match OpenOptions::new().read(true).write(true).open(&path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Opened::Absent),
             other => other?,
         };
-        while !try_lock(&file)? {
-            if begun.elapsed() > LOCK_TIMEOUT {
-                return Ok(Opened::Busy);
-            }
-            std::thread::sleep(LOCK_PAUSE);
+        if !try_lock(&file)? {
+            return Ok(Opened::Busy);
         }
         // It may have become content meanwhile.
         if !is_at(&file, &path)? {
@@ -96,7 +100,9 @@ impl LocalUpload {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Opened::Absent),
             other => other?,
         };
-        let Some(Record { revision, offset, hasher }) = newest(&state)? else { return Ok(Opened::Absent) };
+        let Some(Record { revision, offset, hasher, .. }) = newest(&state)? else {
+            return Ok(Opened::Absent);
+        };
         let size = file.metadata()?.len();
         if size < offset {
             let text = format!("{} has {size} bytes, and {offset} were acknowledged", path.display());
@@ -109,7 +115,8 @@ impl LocalUpload {
         if let Some(folder) = path.parent() {
             File::open(folder)?.sync_all()?;
         }
-        Ok(Opened::Upload(LocalUpload { file, state: Some(state), path, revision }, offset, hasher))
+        let upload = LocalUpload { file, state: Some(state), path, repository, revision };
+        Ok(Opened::Upload(upload, offset, hasher))
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -207,7 +214,8 @@ impl LocalUpload {
     fn write_record(&mut self, offset: u64, hasher: &Hasher) -> io::Result<()> {
         let Some(state) = &self.state else { return Ok(()) };
         let revision = self.revision + 1;
-        let record = encode(&Record { revision, offset, hasher: hasher.clone() })?;
+        let (hasher, repository) = (hasher.clone(), self.repository.clone());
+        let record = encode(&Record { revision, offset, hasher, repository })?;
         state.write_all_at(&record, (revision % 2) * RECORD_BYTES as u64)?;
         self.revision = revision;
         Ok(())
@@ -236,7 +244,7 @@ pub(crate) fn sweep(folder: &Path, abandoned_after: Duration) -> io::Result<u64>
         let age = SystemTime::now().duration_since(metadata.modified()?).unwrap_or_default();
         if let Some(id) = name.strip_suffix(STATE_SUFFIX) {
             // Its upload became content, and the crash came before the state was removed.
-            if !folder.join(id).exists() && age > LOCK_TIMEOUT {
+            if !folder.join(id).exists() && age > STATE_AGE_MIN {
                 ignore_missing(fs::remove_file(entry.path()))?;
             }
             continue;
@@ -254,6 +262,25 @@ pub(crate) fn sweep(folder: &Path, abandoned_after: Duration) -> io::Result<u64>
         }
     }
     Ok(swept)
+}
+
+/// Blocking: the uploads that can be gone on with: their repositories, and acknowledged bytes.
+pub(super) fn unfinished(folder: &Path) -> io::Result<Vec<(String, u64)>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.extension().is_none_or(|extension| extension != "state") {
+            continue;
+        }
+        let record = match File::open(&path) {
+            Ok(state) => newest(&state)?,
+            // It ended a moment ago.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => None,
+            Err(e) => return Err(e),
+        };
+        found.extend(record.map(|record| (record.repository, record.offset)));
+    }
+    Ok(found)
 }
 
 const STATE_SUFFIX: &str = ".state";
@@ -300,8 +327,11 @@ fn encode(record: &Record) -> io::Result<Vec<u8>> {
     });
     bytes.extend_from_slice(&(saved.len() as u16).to_le_bytes());
     bytes.extend_from_slice(&saved);
+    // At most 255 bytes, for which there is room after each of the algorithms.
+    bytes.push(record.repository.len() as u8);
+    bytes.extend_from_slice(record.repository.as_bytes());
     if bytes.len() > RECORD_BYTES - CHECKSUM_BYTES {
-        return Err(io::Error::other("the hash's state doesn't fit a record"));
+        return Err(io::Error::other("the hash's state and the repository don't fit a record"));
     }
     bytes.resize(RECORD_BYTES - CHECKSUM_BYTES, 0);
     let checksum = Sha256::digest(&bytes);
@@ -318,7 +348,9 @@ fn decode(bytes: &[u8]) -> Option<Record> {
     let algorithm = *Algorithm::ALL.get(usize::from(*body.get(24)?))?;
     let saved = usize::from(u16::from_le_bytes(body.get(25..27)?.try_into().ok()?));
     let hasher = Hasher::restore(algorithm, body.get(27..27 + saved)?)?;
-    Some(Record { revision: number(8)?, offset: number(16)?, hasher })
+    let named = usize::from(*body.get(27 + saved)?);
+    let repository = std::str::from_utf8(body.get(28 + saved..28 + saved + named)?).ok()?.to_owned();
+    Some(Record { revision: number(8)?, offset: number(16)?, hasher, repository })
 }
 
 /// The newer of the records that are whole.
@@ -390,9 +422,10 @@ mod tests {
     fn records_read_back_and_broken_ones_are_refused() {
         let mut hasher = Algorithm::Sha512.hasher();
         hasher.update(b"content");
-        let bytes = encode(&Record { revision: 7, offset: 99, hasher }).unwrap();
+        let longest = "r".repeat(255);
+        let bytes = encode(&Record { revision: 7, offset: 99, hasher, repository: longest.clone() }).unwrap();
         let record = decode(&bytes).unwrap();
-        assert_eq!((record.revision, record.offset), (7, 99));
+        assert_eq!((record.revision, record.offset, record.repository), (7, 99, longest));
         assert_eq!(record.hasher.finish(), Algorithm::Sha512.digest(b"content"));
         for at in [0, 8, 30, RECORD_BYTES - 1] {
             let mut broken = bytes.clone();
@@ -412,22 +445,22 @@ mod tests {
             drop(sender);
             upload.append(at, hasher, None, &mut receiver).unwrap()
         };
-        let mut upload = LocalUpload::create(path.clone(), Algorithm::Sha256, true).unwrap();
+        let mut upload = LocalUpload::create(path.clone(), Algorithm::Sha256, Some("a/b".into())).unwrap();
         assert!(matches!(sweep(dir.path(), Duration::ZERO), Ok(0)), "it is in use");
         append(&mut upload, 0, Hasher::sha256(), b"first");
         drop(upload);
         // Bytes that were written and not acknowledged, and a record that was torn.
         OpenOptions::new().append(true).open(&path).unwrap().write_all(b"torn").unwrap();
         OpenOptions::new().write(true).open(state_path(&path)).unwrap().write_all_at(&[1; 100], 512).unwrap();
-        let Opened::Upload(mut upload, offset, hasher) = LocalUpload::open(path.clone()).unwrap() else {
-            panic!("the upload is gone")
-        };
+        assert_eq!(unfinished(dir.path()).unwrap(), [("a/b".to_owned(), 5)]);
+        let open = || LocalUpload::open(path.clone(), "a/b".into()).unwrap();
+        let Opened::Upload(mut upload, offset, hasher) = open() else { panic!("the upload is gone") };
         assert_eq!(offset, 5);
         let (offset, hasher) = append(&mut upload, offset, hasher, b" second");
         assert_eq!((offset, hasher.finish()), (12, Digest::of(b"first second")));
         assert_eq!(upload.digest(Algorithm::Sha512).unwrap(), Algorithm::Sha512.digest(b"first second"));
         upload.remove().unwrap();
-        assert!(matches!(LocalUpload::open(path).unwrap(), Opened::Absent));
+        assert!(matches!(open(), Opened::Absent));
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 }

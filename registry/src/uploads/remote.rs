@@ -11,6 +11,7 @@
 //! the offset. Objects of the one that lost, or that a crash left, are removed by a sweep; nothing here deletes what
 //! another process could have made content in the meantime.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anyplace_images::{Algorithm, Digest, Hasher};
@@ -78,6 +79,9 @@ struct State {
     /// Hexadecimal, as [`Hasher::save`] gives it.
     hash: String,
     segments: Vec<Segment>,
+    /// Empty in states of earlier versions.
+    #[serde(default)]
+    repository: String,
     /// Tells two writers of one revision apart.
     writer: String,
 }
@@ -86,6 +90,7 @@ struct State {
 pub(super) struct RemoteUpload {
     shared: Arc<Shared>,
     id: String,
+    repository: String,
     /// None: nobody can resume it.
     revision: Option<u64>,
     segments: Vec<Segment>,
@@ -102,14 +107,15 @@ pub(super) enum Appended {
 }
 
 impl RemoteUpload {
+    /// Without a repository, nobody can resume it.
     pub(super) async fn create(
         shared: &Arc<Shared>,
         id: &str,
         algorithm: Algorithm,
-        resumable: bool,
+        repository: Option<&str>,
     ) -> Result<RemoteUpload> {
-        let mut upload = RemoteUpload::new(shared, id);
-        if resumable {
+        let mut upload = RemoteUpload::new(shared, id, repository.unwrap_or_default());
+        if repository.is_some() {
             upload.revision = Some(0);
             upload.commit(1, 0, &algorithm.hasher(), &[]).await?;
             upload.revision = Some(1);
@@ -117,10 +123,11 @@ impl RemoteUpload {
         Ok(upload)
     }
 
-    fn new(shared: &Arc<Shared>, id: &str) -> RemoteUpload {
+    fn new(shared: &Arc<Shared>, id: &str, repository: &str) -> RemoteUpload {
         RemoteUpload {
             shared: shared.clone(),
             id: id.to_owned(),
+            repository: repository.to_owned(),
             revision: None,
             segments: Vec::new(),
             pending: Vec::new(),
@@ -128,8 +135,12 @@ impl RemoteUpload {
     }
 
     /// The upload, its acknowledged bytes and their hash, if there is one.
-    pub(super) async fn open(shared: &Arc<Shared>, id: &str) -> Result<Option<(RemoteUpload, u64, Hasher)>> {
-        let mut upload = RemoteUpload::new(shared, id);
+    pub(super) async fn open(
+        shared: &Arc<Shared>,
+        id: &str,
+        repository: &str,
+    ) -> Result<Option<(RemoteUpload, u64, Hasher)>> {
+        let mut upload = RemoteUpload::new(shared, id, repository);
         for _ in 0..STATE_TRIES {
             let Some(revision) = upload.revisions().await?.into_iter().max() else { return Ok(None) };
             let key = upload.state_key(revision);
@@ -259,6 +270,7 @@ impl RemoteUpload {
             offset,
             hash: hex::encode(hasher.save()),
             segments: segments.to_vec(),
+            repository: self.repository.clone(),
             writer: hex::encode(rand::random::<[u8; 8]>()),
         };
         let json = serde_json::to_vec(&state).map_err(|e| Error::damaged(&key, e))?;
@@ -293,6 +305,26 @@ impl Drop for RemoteUpload {
             });
         }
     }
+}
+
+/// The uploads that can be gone on with: their repositories, and acknowledged bytes.
+pub(super) async fn unfinished(shared: &Shared) -> Result<Vec<(String, u64)>> {
+    let mut newest: BTreeMap<String, Path> = BTreeMap::new();
+    for meta in shared.storage.listed("uploads").await? {
+        let upload = meta.location.as_ref().rsplit_once('/').map_or("", |(upload, _)| upload).to_owned();
+        let at = newest.entry(upload).or_insert_with(|| meta.location.clone());
+        // Revisions are written in eight digits, so the later text is the later state.
+        *at = at.clone().max(meta.location);
+    }
+    let mut found = Vec::new();
+    for key in newest.into_values() {
+        // Gone already: it went on or ended, which the next look sees.
+        let Some(bytes) = shared.storage.read(&key).await? else { continue };
+        if let Ok(State { repository, offset, .. }) = serde_json::from_slice(&bytes) {
+            found.push((repository, offset));
+        }
+    }
+    Ok(found)
 }
 
 fn restore(state: &State) -> Option<Hasher> {

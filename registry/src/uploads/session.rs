@@ -5,6 +5,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -12,19 +13,25 @@ use anyplace_images::{Algorithm, Digest, Hasher};
 use axum::http::StatusCode;
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt as _};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::time::Instant;
 
 use super::local::{self, LocalUpload, Opened};
 use super::remote::{self, Appended, RemoteUpload, Shared, Sizes};
+use super::turns::{Pace, Turns};
 use crate::errors::{Answer, Refusal, internal};
-use crate::storage::{Linked, Place, Storage};
+use crate::storage::{self, Linked, Place, Storage};
 
-/// Uploads that write to a folder at once; more wait for their turn.
+/// Uploads that write to a folder at once; more wait for their turn (see `turns`).
 const WRITERS_MAX: usize = 128;
 /// Bytes that are handed on together: fewer hops between threads, and not much memory.
 const BATCH_BYTES: usize = 256 << 10;
 /// Batches that wait for the disk or the store, for each upload.
 const WAITING_MAX: usize = 8;
+/// How long to wait for a request that holds the upload: one that broke off still syncs what it has.
+const HELD_MAX: Duration = Duration::from_secs(10);
+/// How soon it is looked for again, at first, and in the end.
+const HELD_PAUSES: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(320));
 /// How long a client may send nothing.
 const IDLE_MAX: Duration = Duration::from_secs(60);
 /// How long what follows on a failure is read, so that the client gets to see the answer.
@@ -55,7 +62,7 @@ impl Session {
 /// The uploads in progress.
 pub(crate) struct Uploads {
     storage: Storage,
-    writers: Arc<Semaphore>,
+    turns: Arc<Turns>,
     kept: Arc<KeptIn>,
 }
 
@@ -86,8 +93,26 @@ impl Uploads {
             KeptIn::Folder(_) => WRITERS_MAX,
             KeptIn::Bucket(_) => remote::WRITERS_MAX,
         };
-        let writers = Arc::new(Semaphore::new(writers));
-        Ok(Uploads { storage, writers, kept: Arc::new(kept) })
+        let turns = Arc::new(Turns::new(writers));
+        Ok(Uploads { storage, turns, kept: Arc::new(kept) })
+    }
+
+    /// For `/metrics`.
+    pub(crate) fn counters(&self) -> [(&'static str, &'static str, &AtomicU64); 2] {
+        self.turns.counters()
+    }
+
+    /// The uploads that can be gone on with: their repositories, and acknowledged bytes.
+    pub(crate) async fn unfinished(&self) -> storage::Result<Vec<(String, u64)>> {
+        match &*self.kept {
+            KeptIn::Folder(dir) => {
+                let dir = dir.clone();
+                let found = tokio::task::spawn_blocking(move || local::unfinished(&dir)).await;
+                let found = found.unwrap_or_else(|e| Err(std::io::Error::other(e)));
+                found.map_err(|e| self.storage.failed_io("list", "uploads", e))
+            }
+            KeptIn::Bucket(shared) => remote::unfinished(shared).await,
+        }
     }
 
     /// The shortest part that makes sense here, except for the last.
@@ -101,24 +126,24 @@ impl Uploads {
     /// Starts an upload into a repository, and gives its id.
     pub(crate) async fn start(&self, repository: &str, algorithm: Algorithm) -> Answer<String> {
         let id = format!("{}{}", random_id(), repository_hash(repository));
-        self.create(id.clone(), algorithm, true).await?;
+        self.create(id.clone(), algorithm, Some(repository)).await?;
         Ok(id)
     }
 
     /// Starts an upload that nobody can resume: all of its content comes in one go.
     pub(crate) async fn start_whole(&self, algorithm: Algorithm) -> Answer<Session> {
-        self.create(format!("whole-{}", random_id()), algorithm, false).await
+        self.create(format!("whole-{}", random_id()), algorithm, None).await
     }
 
-    async fn create(&self, id: String, algorithm: Algorithm, resumable: bool) -> Answer<Session> {
+    async fn create(&self, id: String, algorithm: Algorithm, repository: Option<&str>) -> Answer<Session> {
         let kept = match &*self.kept {
             KeptIn::Folder(dir) => {
-                let path = dir.join(&id);
-                let create = move || LocalUpload::create(path, algorithm, resumable);
+                let (path, repository) = (dir.join(&id), repository.map(str::to_owned));
+                let create = move || LocalUpload::create(path, algorithm, repository);
                 Kept::File(self.blocking("start", &id, create).await?)
             }
             KeptIn::Bucket(shared) => {
-                Kept::Objects(RemoteUpload::create(shared, &id, algorithm, resumable).await?)
+                Kept::Objects(RemoteUpload::create(shared, &id, algorithm, repository).await?)
             }
         };
         Ok(Session { id, size: 0, hasher: algorithm.hasher(), kept })
@@ -137,15 +162,22 @@ impl Uploads {
         let session = |size, hasher, kept| Session { id: id.to_owned(), size, hasher, kept };
         match &*self.kept {
             KeptIn::Folder(dir) => {
-                let path = dir.join(id);
-                match self.blocking("open", id, move || LocalUpload::open(path)).await? {
-                    Opened::Upload(upload, size, hasher) => Ok(session(size, hasher, Kept::File(upload))),
-                    Opened::Absent => Err(unknown()),
-                    Opened::Busy => Err(conflict(id)),
+                let (begun, (mut pause, longest)) = (Instant::now(), HELD_PAUSES);
+                loop {
+                    let (path, repository) = (dir.join(id), repository.to_owned());
+                    match self.blocking("open", id, move || LocalUpload::open(path, repository)).await? {
+                        Opened::Upload(upload, size, hasher) => {
+                            return Ok(session(size, hasher, Kept::File(upload)));
+                        }
+                        Opened::Absent => return Err(unknown()),
+                        Opened::Busy if begun.elapsed() > HELD_MAX => return Err(conflict(id)),
+                        Opened::Busy => tokio::time::sleep(pause).await,
+                    }
+                    pause = (pause * 2).min(longest);
                 }
             }
             KeptIn::Bucket(shared) => {
-                let opened = RemoteUpload::open(shared, id).await?;
+                let opened = RemoteUpload::open(shared, id, repository).await?;
                 let (upload, size, hasher) = opened.ok_or_else(unknown)?;
                 Ok(session(size, hasher, Kept::Objects(upload)))
             }
@@ -162,11 +194,10 @@ impl Uploads {
         if declared == Some(0) {
             return Ok(session);
         }
-        let permit = self.writers.clone().acquire_owned().await;
-        let permit = permit.map_err(|e| internal("writing an upload", e))?;
+        let permit = self.turns.take().await?;
         let (sender, receiver) = mpsc::channel(WAITING_MAX);
         let writing = tokio::spawn(self.clone_for_task().write(session, declared, receiver, permit));
-        let (received, outcome) = feed(body, declared, sender).await;
+        let (received, outcome) = feed(body, declared, sender, &self.turns).await;
         let session = writing.await.map_err(|e| internal("writing an upload", e))??;
         outcome?;
         if declared.is_some_and(|declared| declared != received) {
@@ -176,7 +207,7 @@ impl Uploads {
     }
 
     fn clone_for_task(&self) -> Uploads {
-        Uploads { storage: self.storage.clone(), writers: self.writers.clone(), kept: self.kept.clone() }
+        Uploads { storage: self.storage.clone(), turns: self.turns.clone(), kept: self.kept.clone() }
     }
 
     async fn write(
@@ -287,25 +318,38 @@ async fn feed<E: std::fmt::Display>(
     body: impl Stream<Item = Result<Bytes, E>>,
     declared: Option<u64>,
     sender: mpsc::Sender<Vec<Bytes>>,
+    turns: &Turns,
 ) -> (u64, Answer<()>) {
     let mut body = std::pin::pin!(body);
     let (mut received, mut batch, mut batched) = (0, Vec::new(), 0);
+    let (mut pace, mut silent) = (Pace::default(), Duration::ZERO);
     let outcome = loop {
-        let chunk = match tokio::time::timeout(IDLE_MAX, body.next()).await {
+        let asked = Instant::now();
+        let next = tokio::time::timeout(Pace::WINDOW, body.next()).await;
+        let waited = asked.elapsed();
+        let chunk = match next {
             Ok(Some(Ok(chunk))) => chunk,
             Ok(None) => break Ok(()),
             Ok(Some(Err(e))) => break Err(Refusal::upload_invalid(format!("the content broke off: {e}"))),
-            Err(_) => {
-                let message = format!("nothing arrived for {} s", IDLE_MAX.as_secs());
-                break Err(Refusal::new(StatusCode::REQUEST_TIMEOUT, "BLOB_UPLOAD_INVALID", message));
-            }
+            Err(_) => Bytes::new(),
         };
+        silent = if chunk.is_empty() { silent + waited } else { Duration::ZERO };
+        if silent >= IDLE_MAX {
+            let message = format!("nothing arrived for {} s", IDLE_MAX.as_secs());
+            break Err(Refusal::new(StatusCode::REQUEST_TIMEOUT, "BLOB_UPLOAD_INVALID", message));
+        }
+        let slow = pace.is_slow(waited, chunk.len());
         received += chunk.len() as u64;
         if declared.is_some_and(|declared| received > declared) {
             break Err(size_invalid(declared, received));
         }
         batched += chunk.len();
-        batch.push(chunk);
+        if !chunk.is_empty() {
+            batch.push(chunk);
+        }
+        if slow && let Err(refusal) = turns.leave_to_others() {
+            break Err(refusal);
+        }
         if batched >= BATCH_BYTES {
             batched = 0;
             if sender.send(std::mem::take(&mut batch)).await.is_err() {

@@ -226,13 +226,90 @@ async fn teams_have_a_rate_and_a_quota() {
             at = header(&part, "location");
         }
     }
+    // What it has counts until it is finished or cancelled.
+    assert_eq!(used(&registry, "vision").await, 1_000);
+    assert_eq!(registry.request(Method::DELETE, &at).send().await.unwrap().status(), 204);
+    assert_eq!(used(&registry, "vision").await, 600);
     // Elsewhere it is nobody's quota.
     registry.put_blob("audio/app", &[2; 600]).await;
-    let teams: Value = registry.request(Method::GET, "/v1/teams").send().await.unwrap().json().await.unwrap();
-    let vision = teams.as_array().unwrap().iter().find(|team| team["name"] == "vision").unwrap();
-    assert_eq!((&vision["used_bytes"], &vision["quota_bytes"]), (&json!(600), &json!(1_000)));
+    assert_eq!(used(&registry, "vision").await, 600);
     team(&registry, "vision", json!({"repositories": ["vision/**"], "quota_bytes": 2_000})).await;
     registry.put_blob("vision/app", &[2; 600]).await;
+    registry.stop().await;
+}
+
+/// Bytes that count for a team.
+async fn used(registry: &Registry, team: &str) -> u64 {
+    let teams: Value = registry.request(Method::GET, "/v1/teams").send().await.unwrap().json().await.unwrap();
+    let found = teams.as_array().unwrap().iter().find(|it| it["name"] == team).unwrap();
+    found["used_bytes"].as_u64().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn mounts_manifests_and_unfinished_uploads_count() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = Registry::start(dir.path()).await;
+    team(&registry, "vision", json!({"repositories": ["vision/**"], "quota_bytes": 1_000})).await;
+    let mount = async |bytes: &[u8], to: &str, from: &str| {
+        let digest = anyplace_images::Digest::of(bytes);
+        let path = format!("/v2/{to}/blobs/uploads/?mount={digest}&from={from}");
+        registry.request(Method::POST, &path).send().await.unwrap().status().as_u16()
+    };
+    registry.put_blob("audio/app", &[1; 500]).await;
+    registry.put_blob("audio/app", &[2; 501]).await;
+    for _ in 0..2 {
+        assert_eq!(mount(&[1; 500], "vision/app", "audio/app").await, 201);
+    }
+    assert_eq!(mount(&[1; 500], "vision/other", "vision/app").await, 201);
+    assert_eq!(mount(&[2; 501], "vision/app", "audio/app").await, 403);
+    assert_eq!(used(&registry, "vision").await, 500);
+
+    let config = registry.put_blob("vision/app", b"{}").await;
+    let put = async |tag: &str, padding: usize| {
+        let mut bytes = crate::support::manifest(&config, 2, &[]);
+        bytes.resize(padding, b' ');
+        let path = format!("/v2/vision/app/manifests/{tag}");
+        let request = registry.request(Method::PUT, &path).header("content-type", OCI_MANIFEST);
+        request.body(bytes).send().await.unwrap().status().as_u16()
+    };
+    for tag in ["v1", "v2"] {
+        assert_eq!(put(tag, 400).await, 201);
+    }
+    assert_eq!(put("v3", 401).await, 403);
+    assert_eq!(used(&registry, "vision").await, 902);
+
+    let begin = async || {
+        let begun = registry.request(Method::POST, "/v2/vision/new/blobs/uploads/").send().await.unwrap();
+        header(&begun, "location")
+    };
+    let patch = async |at: &str, bytes: usize| {
+        let patched = registry.request(Method::PATCH, at).body(vec![3; bytes]).send().await.unwrap();
+        patched.status().as_u16()
+    };
+    let (first, second) = (begin().await, begin().await);
+    assert_eq!(patch(&first, 60).await, 202);
+    assert_eq!(patch(&second, 60).await, 403);
+    assert_eq!(patch(&second, 30).await, 202);
+    assert_eq!(used(&registry, "vision").await, 992);
+    // One whose digest is wrong is discarded, and counts no longer.
+    let wrong = anyplace_images::Digest::of(b"wrong");
+    let put = registry.request(Method::PUT, &format!("{second}?digest={wrong}")).send().await.unwrap();
+    assert_eq!(put.status(), 400);
+    assert_eq!(used(&registry, "vision").await, 962);
+    registry.stop().await;
+    // After a restart it is counted from what is there.
+    let registry = Registry::start(dir.path()).await;
+    for tries in 0.. {
+        match used(&registry, "vision").await {
+            962 => break,
+            found => assert!(found < 962 && tries < 1_000, "{found}"),
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    let digest = anyplace_images::Digest::of(&[3; 60]);
+    let put = registry.request(Method::PUT, &format!("{first}?digest={digest}")).send().await.unwrap();
+    assert_eq!(put.status(), 201);
+    assert_eq!(used(&registry, "vision").await, 962);
     registry.stop().await;
 }
 

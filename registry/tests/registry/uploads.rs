@@ -5,7 +5,11 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyplace_images::{Credentials, Digest};
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
 use reqwest::Method;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 
 use crate::killable::Killable;
 use crate::support::{Registry, code, header, noise};
@@ -140,6 +144,79 @@ async fn an_upload_survives_kill_9_of_the_registry() {
     let get = request(Method::GET, format!("{}/v2/a/blobs/{digest}", running.url)).send().await.unwrap();
     assert_eq!(get.bytes().await.unwrap(), bytes);
     running.kill();
+}
+
+/// Uploads that write to a folder at once; see the registry's `uploads`.
+const WRITERS_MAX: usize = 128;
+/// Threads that tokio has for what blocks.
+const BLOCKING_THREADS_MAX: usize = 512;
+
+/// Begins a part of an upload, and sends one byte of it.
+async fn begin_part(registry: &Registry, location: &str) -> TcpStream {
+    let Credentials { user, password } = registry.credentials();
+    let pair = base64_of(&format!("{user}:{password}"));
+    let head = format!(
+        "PATCH {location} HTTP/1.1\r\nhost: x\r\nauthorization: Basic {pair}\r\ntransfer-encoding: chunked\r\n\r\n"
+    );
+    let mut stream = TcpStream::connect(registry.address).await.unwrap();
+    stream.write_all(head.as_bytes()).await.unwrap();
+    stream.write_all(b"1\r\na\r\n").await.unwrap();
+    stream
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn slow_uploads_keep_nobody_from_pushing() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = Registry::start(dir.path()).await;
+    let mut slow = Vec::new();
+    for _ in 0..WRITERS_MAX {
+        let location = start(&registry, "slow").await;
+        let stream = begin_part(&registry, &location).await;
+        slow.push((location, stream));
+    }
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let push = registry.put_blob("other", b"quick");
+    tokio::time::timeout(Duration::from_secs(45), push).await.expect("a push waits for slow ones");
+    // One of them had to leave. What it sent is there, and it goes on from that.
+    let answers = slow.into_iter().map(|(location, mut stream)| {
+        Box::pin(async move {
+            let mut answer = vec![0; 4_096];
+            let read = stream.read(&mut answer).await.unwrap();
+            answer.truncate(read);
+            (location, String::from_utf8(answer).unwrap().to_lowercase())
+        })
+    });
+    let ((location, answer), _, others) = futures_util::future::select_all(answers).await;
+    assert!(answer.starts_with("http/1.1 503") && answer.contains("retry-after: 1"), "{answer}");
+    let digest = Digest::of(b"ab");
+    let last = registry.request(Method::PUT, &format!("{location}?digest={digest}"));
+    let last = last.header("content-range", "1-1").body("b").send().await.unwrap();
+    assert_eq!(last.status(), 201, "{}", last.text().await.unwrap());
+    drop(others);
+    registry.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_waits_for_an_upload_that_is_held_keeps_no_thread() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = Registry::start(dir.path()).await;
+    let bytes = noise(8, 300_000);
+    let digest = registry.put_blob("a", &bytes).await;
+    let location = start(&registry, "a").await;
+    let held = begin_part(&registry, &location).await;
+    let status = |_| registry.request(Method::GET, &location).send();
+    let mut waiting: FuturesUnordered<_> = (0..BLOCKING_THREADS_MAX + 100).map(status).collect();
+    assert!(tokio::time::timeout(Duration::from_secs(2), waiting.next()).await.is_err());
+    let get = async {
+        let path = format!("/v2/a/blobs/{digest}");
+        registry.request(Method::GET, &path).send().await.unwrap().bytes().await.unwrap()
+    };
+    tokio::select! {
+        answer = waiting.next() => panic!("a download waits for those who wait: {answer:?}"),
+        got = get => assert_eq!(got, bytes),
+    }
+    drop((waiting, held));
+    registry.stop().await;
 }
 
 fn uploads_left(dir: &Path) -> usize {
