@@ -4,6 +4,7 @@ mod access;
 mod images;
 mod location;
 mod registry;
+mod vip;
 
 use std::path::PathBuf;
 
@@ -18,6 +19,7 @@ pub(crate) use images::{
 };
 pub(crate) use location::LocationCommand;
 pub(crate) use registry::{RegistryArgs, RegistryCommand, RunArgs};
+pub(crate) use vip::{VipCommand, VipPort, VipTarget, VipTraceArgs};
 
 /// Runs containers in many locations behind one address.
 #[derive(Debug, Parser)]
@@ -163,6 +165,9 @@ pub(crate) enum ClientCommand {
     /// Operate a location
     #[command(subcommand)]
     Location(LocationCommand),
+    /// Look at virtual IPs: who serves them from where, and which instance a connection gets
+    #[command(subcommand)]
+    Vip(VipCommand),
     /// Manage access
     #[command(subcommand)]
     Token(TokenCommand),

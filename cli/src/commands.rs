@@ -14,6 +14,7 @@ mod prewarm;
 mod push;
 mod registry;
 mod token;
+mod vip;
 mod why;
 
 use std::process::ExitCode;
@@ -87,6 +88,7 @@ async fn dispatch(session: &Session, command: ClientCommand) -> anyhow::Result<E
             events::run(session, subject.as_deref(), output.format).await?;
         }
         ClientCommand::Location(command) => location::run(session, command).await?,
+        ClientCommand::Vip(command) => vip::run(session, command).await?,
         ClientCommand::Token(command) => token::run(session, command).await?,
         // Done without a platform, above.
         ClientCommand::Schema { .. }

@@ -9,6 +9,7 @@ mod locations;
 mod logs;
 mod platform;
 mod prewarm;
+mod routes;
 
 use std::sync::Arc;
 
@@ -46,6 +47,7 @@ pub(crate) fn router() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(deployments::list))
         .routes(routes!(deployments::why))
         .routes(routes!(deployments::logs))
+        .routes(routes!(routes::of_deployment))
         .routes(routes!(jobs::submit, jobs::list))
         .routes(routes!(jobs::get, jobs::delete))
         .routes(routes!(jobs::cancel))

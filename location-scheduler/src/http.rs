@@ -1,11 +1,13 @@
-//! The API: machines and routers come with the machine token; the global scheduler, for logs, also with the log
-//! token of this run.
+//! The API: machines and routers come with the machine token; the global scheduler, to read logs and routes, also with
+//! the log token of this run.
 
-use std::{str::FromStr, sync::Arc, time::Instant};
+use std::{net::IpAddr, str::FromStr, sync::Arc, time::Instant};
 
 use anyplace_api::{Client, ErrorCode, LogQuery, Problem, WatchQuery};
 use anyplace_location_core::{FreeRoom, Life, instance_statuses};
-use anyplace_model::{InstanceId, InstanceStatus, InvalidId, MachineId, MachineRecord, MachineReport};
+use anyplace_model::{
+    InstanceId, InstanceStatus, InvalidId, MachineId, MachineRecord, MachineReport, Route, RouteRecord,
+};
 use anyplace_service::{Failure, Json, Query, TokenHash, bearer, healthz, not_found, text_stream};
 use axum::{
     Router,
@@ -32,16 +34,17 @@ pub(crate) fn router(scheduler: Arc<Scheduler>) -> Router {
         .route("/v1/watch/machines/{machine}/desired", get(watch_machine))
         .route("/v1/watch/routes", get(watch_routes))
         .route_layer(from_fn_with_state(scheduler.clone(), for_machines));
-    let logs = Router::new()
+    let readers = Router::new()
         .route("/v1/instances/{instance}/logs", get(logs))
-        .route_layer(from_fn_with_state(scheduler.clone(), for_logs));
-    machines.merge(logs).route("/healthz", get(healthz)).fallback(not_found).with_state(scheduler)
+        .route("/v1/routes/{vip}", get(route))
+        .route_layer(from_fn_with_state(scheduler.clone(), for_readers));
+    machines.merge(readers).route("/healthz", get(healthz)).fallback(not_found).with_state(scheduler)
 }
 
 async fn for_machines(scheduler: App, request: Request, next: Next) -> Result<Response, Failure> {
     let token = presented(request.headers())?;
     if token == scheduler.log_token_hash {
-        let detail = "this token reads logs and nothing else";
+        let detail = "this token reads logs and routes and does nothing else";
         return Err(Problem::new(ErrorCode::Forbidden, detail).fix(MACHINE_TOKEN).into());
     }
     if token != scheduler.machine_token_hash {
@@ -50,7 +53,7 @@ async fn for_machines(scheduler: App, request: Request, next: Next) -> Result<Re
     Ok(next.run(request).await)
 }
 
-async fn for_logs(scheduler: App, request: Request, next: Next) -> Result<Response, Failure> {
+async fn for_readers(scheduler: App, request: Request, next: Next) -> Result<Response, Failure> {
     let token = presented(request.headers())?;
     if token != scheduler.log_token_hash && token != scheduler.machine_token_hash {
         return Err(unknown());
@@ -129,13 +132,34 @@ async fn watch_machine(
     Ok(feed.response(query, scheduler.shutdown.clone()))
 }
 
-async fn watch_routes(scheduler: App, Query(query): Query<WatchQuery>) -> Result<Response, Failure> {
-    if !scheduler.live().is_warm() {
-        // An empty table would take the traffic from instances that serve it well.
-        let detail = "just started; machines are still reporting";
-        return Err(Problem::new(ErrorCode::Unavailable, detail).fix("ask again in a second").into());
+/// Until machines have reported, there are no routes: empty ones would take the traffic from instances that serve it
+/// well.
+fn warm(scheduler: &Scheduler) -> Result<(), Failure> {
+    if scheduler.live().is_warm() {
+        return Ok(());
     }
+    let detail = "just started; machines are still reporting";
+    Err(Problem::new(ErrorCode::Unavailable, detail).fix("ask again in a second").into())
+}
+
+async fn watch_routes(scheduler: App, Query(query): Query<WatchQuery>) -> Result<Response, Failure> {
+    warm(&scheduler)?;
     Ok(scheduler.routes.response(query, scheduler.shutdown.clone()))
+}
+
+/// One virtual IP's route, as it is published to the routers.
+async fn route(scheduler: App, Path(vip): Path<String>) -> Result<Json<Route>, Failure> {
+    let vip: IpAddr = vip.parse().map_err(|_| {
+        Problem::new(ErrorCode::InvalidRequest, format!("`{vip}` is no IP address")).field("vip")
+    })?;
+    warm(&scheduler)?;
+    match scheduler.routes.get(&format!("vips/{vip}")) {
+        Some(RouteRecord::Vip(route)) => Ok(Json(route)),
+        _ => Err(Problem::new(ErrorCode::NotFound, format!("no route to {vip} is known here"))
+            .field("vip")
+            .fix("`anyplace get deployments` lists virtual IPs")
+            .into()),
+    }
 }
 
 async fn machines(scheduler: App) -> Json<Vec<MachineRecord>> {

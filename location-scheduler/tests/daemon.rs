@@ -30,6 +30,12 @@ async fn an_instance_is_placed_gets_ready_and_leaves_the_route_when_it_is_not() 
     let machines: Vec<_> = report.placements[0].instances.iter().map(|i| i.machine.to_string()).collect();
     assert!(machines.contains(&"m1".into()) && machines.contains(&"m2".into()), "{machines:?}");
     assert_eq!((report.ingress.len(), report.advert.machines, report.placements[0].refused), (2, 2, 0));
+    // Whoever asks for the route sees what routers see.
+    let reader = Client::new(bed.url(), Some(report.log_token)).unwrap();
+    let route = reader.route("203.0.113.1".parse().unwrap()).await.unwrap();
+    assert_eq!(route.local, routes.now().endpoints("203.0.113.1"));
+    let unknown = reader.route("203.0.113.9".parse().unwrap()).await.unwrap_err();
+    assert_eq!(unknown.code(), Some(ErrorCode::NotFound), "{unknown}");
 
     bed.machine("m1").set_ready(false);
     let took = routes.until(SOON, |r| r.ready("203.0.113.1") == 1).await;

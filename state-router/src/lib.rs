@@ -11,6 +11,8 @@ mod config;
 mod metrics;
 mod plane;
 mod routes;
+mod shares;
+mod trace;
 
 use std::time::Duration;
 
@@ -21,6 +23,8 @@ use anyplace_model::RouteRecord;
 use tokio_util::sync::CancellationToken;
 
 pub use config::{BgpConfig, Config};
+pub use shares::{Backend, BackendState, Owner, Shares, shares};
+pub use trace::{Flow, Hop, Served, Step, Trace, trace};
 
 use crate::bgp::Bgp;
 #[doc(hidden)]

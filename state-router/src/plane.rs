@@ -243,11 +243,15 @@ fn chain(error: &dyn std::error::Error) -> String {
 }
 
 fn vip_key(route: &Route, port: &anyplace_model::Port) -> VipKey {
-    let protocol = match port.protocol {
+    VipKey { address: route.vip, port: port.port.get(), protocol: protocol(port.protocol) }
+}
+
+/// The data plane's name of a protocol.
+pub(crate) fn protocol(protocol: anyplace_model::Protocol) -> Protocol {
+    match protocol {
         anyplace_model::Protocol::Tcp => Protocol::Tcp,
         anyplace_model::Protocol::Udp => Protocol::Udp,
-    };
-    VipKey { address: route.vip, port: port.port.get(), protocol }
+    }
 }
 
 fn vip_table(tables: &Tables) -> VipTable {

@@ -78,6 +78,8 @@ pub struct Options {
     pub off_peak: BTreeMap<String, String>,
     /// GPUs (model, memory) of each machine.
     pub gpus: BTreeMap<String, Vec<(String, String)>>,
+    /// How long an instance that ends keeps its connections, in milliseconds; by default as without configuration.
+    pub drain_ms: Option<u64>,
     /// The binary; by default the one that was built with this program.
     pub binary: Option<PathBuf>,
     /// Hides a version 2 cgroup hierarchy that is mounted beside those of version 1, as a machine that has only these
@@ -303,7 +305,7 @@ impl Platform {
                     Some(window) => window.clone(),
                     None => config::window_far_away(location)?,
                 };
-                config::location(location, &data, &self.location_token(at), &window)
+                config::location(location, &data, &self.location_token(at), &window, options.drain_ms)
             }
             Role::Registry(at) => {
                 let home = self.registry_url();

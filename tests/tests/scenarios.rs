@@ -10,6 +10,7 @@ mod scenarios {
     mod jobs;
     mod mtu;
     mod refusals;
+    mod trace;
     mod traffic;
     mod world;
 }

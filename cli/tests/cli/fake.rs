@@ -1,20 +1,21 @@
 //! A fake of the global scheduler's API for the command line's tests: real types and watch streams, no platform. A
-//! deployment is ready after a moment, unless it asks for a GPU; a job ends after a moment, and fails if it is named so.
+//! deployment is ready after a moment, unless it asks for a GPU, and has two virtual IPs if it is named `dual`; a job ends
+//! after a moment, and fails if it is named so.
 
 use std::{
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr},
     sync::{Arc, Mutex},
     time::Duration,
 };
 
 use anyplace_api::{
     ApplyOutcome, CapacityView, DeploymentPhase, DeploymentView, ErrorCode, Event, EventSeverity, JobView,
-    LocationShare, LogQuery, NewToken, Problem, TokenRequest, WatchQuery,
+    LocationRoutes, LocationShare, LogQuery, NewToken, Problem, RoutesView, TokenRequest, WatchQuery,
 };
 use anyplace_model::{
-    Advert, AttemptId, Bytes, DeploymentSpec, Explanation, GpuBlock, InstancePhase, InstanceStatus,
-    Isolation, JobPhase, JobSpec, LocationExplanation, LocationRecord, LocationSettings, MilliCpu,
-    ReasonCode, Refusal, Workload,
+    Advert, AttemptId, Bytes, DeploymentSpec, Endpoint, Explanation, FULL_WEIGHT, GpuBlock, InstancePhase,
+    InstanceStatus, Isolation, JobPhase, JobSpec, LocationExplanation, LocationRecord, LocationSettings,
+    MilliCpu, ReasonCode, Refusal, RemoteLocation, Route, Workload,
 };
 use anyplace_service::{Failure, Feed, Json, Query};
 use axum::{
@@ -67,6 +68,7 @@ fn router(state: Shared) -> Router {
         .route("/v1/deployments/{name}", put(apply).get(deployment).delete(delete_deployment))
         .route("/v1/deployments/{name}/why", get(why))
         .route("/v1/deployments/{name}/logs", get(logs))
+        .route("/v1/deployments/{name}/routes", get(routes))
         .route("/v1/instances", get(instances))
         .route("/v1/jobs", post(submit).get(async |State(state): State<Shared>| list(&state.jobs)))
         .route("/v1/jobs/{name}", get(job))
@@ -130,7 +132,7 @@ async fn apply(
         name: spec.name.clone(),
         generation: before.as_ref().map_or(1, |before| before.generation + u64::from(changed)),
         vip: Ipv4Addr::new(203, 0, 113, 1),
-        vip6: None,
+        vip6: (spec.name.as_str() == "dual").then(|| "2001:db8:a::1".parse().unwrap()),
         created_at: Timestamp::now(),
         phase: if fits { DeploymentPhase::Progressing } else { DeploymentPhase::Pending },
         wanted: spec.instances.min,
@@ -216,6 +218,59 @@ async fn logs(
 ) -> Result<String, Failure> {
     find(&state.deployments, "deployment", &name)?;
     Ok(format!("{name}: serving, tail {:?}, follow {}\n", query.tail, query.follow))
+}
+
+/// Amsterdam has an instance that is ready, one that drains and one that isn't ready; Tokyo, withdrawn, has none; São
+/// Paulo doesn't answer.
+async fn routes(State(state): State<Shared>, Path(name): Path<String>) -> Result<Json<RoutesView>, Failure> {
+    let view = find(&state.deployments, "deployment", &name)?.0;
+    let endpoint = |index: u8, ready, draining| Endpoint {
+        instance: format!("{name}-{index}").parse().unwrap(),
+        machine: "ams-1".parse().unwrap(),
+        address: Ipv4Addr::new(10, 1, 1, 64 + index),
+        ready,
+        draining,
+        began_ms: u64::from(index),
+        stopped_ms: if draining { 90 } else { 0 },
+        slot: u16::from(index) - 1,
+        weight: FULL_WEIGHT,
+    };
+    let local = vec![endpoint(1, true, false), endpoint(2, true, true), endpoint(3, false, false)];
+    let ams = RemoteLocation {
+        location: "ams".parse().unwrap(),
+        distance_km: 9_340.4,
+        ready: 1,
+        ingress: vec![Ipv4Addr::new(10, 1, 1, 1)],
+        share: 0,
+        earlier_share: 0,
+    };
+    let vips: Vec<_> = anyplace_model::vips(view.vip, view.vip6).collect();
+    let routes = |local: Vec<Endpoint>, remote: Vec<RemoteLocation>| {
+        let (ports, shared_ms) = (&view.spec.ports, 0);
+        let route = |vip: &IpAddr| Route {
+            vip: *vip,
+            ports: ports.clone(),
+            local: local.clone(),
+            remote: remote.clone(),
+            shared_ms,
+        };
+        vips.iter().map(route).collect::<Vec<_>>()
+    };
+    let location = |name: &str, routes, problem: Option<&str>| LocationRoutes {
+        location: name.parse().unwrap(),
+        withdrawn: name == "nrt",
+        routes,
+        problem: problem.map(Into::into),
+    };
+    Ok(Json(RoutesView {
+        deployment: view.name.clone(),
+        locations: vec![
+            location("ams", routes(local, vec![]), None),
+            location("gru", vec![], Some("its location scheduler has stopped reporting")),
+            location("nrt", routes(vec![], vec![ams]), None),
+        ],
+        vips,
+    }))
 }
 
 async fn submit(State(state): State<Shared>, Json(spec): Json<JobSpec>) -> Result<Json<JobView>, Failure> {

@@ -13,3 +13,4 @@ mod real;
 mod registry;
 mod runner;
 mod validator;
+mod vip;

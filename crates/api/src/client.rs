@@ -1,17 +1,17 @@
 //! The typed client, for the command line and between the daemons.
 
-use std::time::Duration;
+use std::{net::IpAddr, time::Duration};
 
 use anyplace_model::{
     DeploymentName, DeploymentSpec, Explanation, InstanceId, JobName, JobSpec, LocationId, LocationRecord,
-    LocationReport, LocationSettings, MachineId, MachineRecord, MachineReport, Prewarm,
+    LocationReport, LocationSettings, MachineId, MachineRecord, MachineReport, Prewarm, Route,
 };
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
     ApplyOutcome, CapacityView, DeploymentView, ErrorCode, Event, JobView, LogQuery, NewToken, PrewarmQuery,
-    PrewarmView, Problem, TokenRequest,
+    PrewarmView, Problem, RoutesView, TokenRequest,
 };
 
 /// How long a request may take; watches and logs are streams and have their own bounds.
@@ -256,6 +256,11 @@ impl Client {
         self.get(&format!("/v1/jobs/{name}/why")).await
     }
 
+    /// The routes of a deployment's virtual IPs in all locations.
+    pub async fn routes(&self, name: &DeploymentName) -> Result<RoutesView, ClientError> {
+        self.get(&format!("/v1/deployments/{name}/routes")).await
+    }
+
     /// Log of a deployment's instances, as a stream of text.
     pub async fn deployment_logs(
         &self,
@@ -349,6 +354,11 @@ impl Client {
 
     /// Path of the watch of routes; items are `RouteRecord`.
     pub const ROUTES_PATH: &str = "/v1/watch/routes";
+
+    /// A virtual IP's route, as the location's routers follow it.
+    pub async fn route(&self, vip: IpAddr) -> Result<Route, ClientError> {
+        self.get(&format!("/v1/routes/{vip}")).await
+    }
 
     /// Path of the watch of what a location should have; items are `LocationDesired`.
     pub fn location_desired_path(location: &LocationId) -> String {

@@ -11,6 +11,7 @@
 //! | `DELETE /v1/jobs/{name}` | | 204, once it has ended |
 //! | `GET /v1/{deployments,jobs}/{name}/why` | | `Explanation` |
 //! | `GET /v1/{deployments,jobs}/{name}/logs?instance=&follow=&tail=` | | `text/plain` stream |
+//! | `GET /v1/deployments/{name}/routes` | | `RoutesView` |
 //! | `GET /v1/instances` | | array of `InstanceStatus` with location |
 //! | `GET /v1/locations[/{name}]` | | `LocationRecord` (list: array) |
 //! | `PATCH /v1/locations/{name}` | `LocationSettings` | `LocationRecord` |
@@ -26,11 +27,11 @@
 //! | `PUT /v1/locations/{name}/report` | `LocationReport` | 204 |
 //! | `GET /healthz`, `GET /openapi.json` | | without a token |
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use anyplace_model::{
     Advert, DeploymentName, DeploymentSpec, ImageState, InstanceStatus, JobPhase, JobSpec, LocationId,
-    MachineId, Prewarm, Refusal,
+    MachineId, Prewarm, Refusal, Route,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -102,6 +103,31 @@ pub struct DeploymentView {
     pub locations: Vec<LocationShare>,
     /// What was asked for.
     pub spec: DeploymentSpec,
+}
+
+/// The routes of a deployment's virtual IPs, as each location's routers follow them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct RoutesView {
+    /// The deployment.
+    pub deployment: DeploymentName,
+    /// Its virtual IPs.
+    #[schema(value_type = Vec<String>)]
+    pub vips: Vec<IpAddr>,
+    /// Every location that has joined.
+    pub locations: Vec<LocationRoutes>,
+}
+
+/// The routes of a deployment's virtual IPs in one location.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct LocationRoutes {
+    /// The location.
+    pub location: LocationId,
+    /// Withdrawn by an operator: no packet of a client enters there.
+    pub withdrawn: bool,
+    /// One for each virtual IP that the location knows.
+    pub routes: Vec<Route>,
+    /// Why the location couldn't be asked; its routers keep the last routes.
+    pub problem: Option<String>,
 }
 
 /// A job: what was asked for, and what became of it.

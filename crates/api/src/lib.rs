@@ -12,8 +12,8 @@ pub use client::{Client, ClientError, LogOptions};
 pub use error::{ErrorCode, Problem};
 pub use global::{
     ApplyOutcome, CapacityView, DeploymentPhase, DeploymentView, Event, EventSeverity, JobView,
-    LocationShare, LogQuery, NewToken, PrewarmQuery, PrewarmShare, PrewarmView, Role, TokenRequest,
-    TokenScope,
+    LocationRoutes, LocationShare, LogQuery, NewToken, PrewarmQuery, PrewarmShare, PrewarmView, Role,
+    RoutesView, TokenRequest, TokenScope,
 };
 pub use reqwest::Method;
 pub use watch::{WatchEvent, WatchQuery, Watcher};

@@ -216,8 +216,8 @@ pub struct LocationReport {
     pub sequence: u64,
     /// Base URL of the location scheduler's API.
     pub advertise: String,
-    /// Secret of this epoch with which the global scheduler may fetch logs there, and nothing else. No API
-    /// shows it.
+    /// Secret of this epoch with which the global scheduler may read logs and routes there, and do nothing else. No
+    /// API shows it.
     pub log_token: String,
     /// What it could take.
     pub advert: Advert,

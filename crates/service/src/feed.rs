@@ -94,6 +94,11 @@ impl<T: Clone + PartialEq> Feed<T> {
         removed
     }
 
+    /// One value now.
+    pub fn get(&self, key: &str) -> Option<T> {
+        self.lock().entries.get(key).cloned()
+    }
+
     /// The map now.
     pub fn entries(&self) -> BTreeMap<String, T> {
         self.lock().entries.clone()

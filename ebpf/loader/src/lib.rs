@@ -20,6 +20,7 @@ mod attach;
 mod counters;
 mod error;
 mod fleet;
+mod flow;
 mod instances;
 mod maps;
 mod plane;

@@ -13,6 +13,7 @@ mod bytes6;
 mod icmp;
 mod ingress;
 mod ingress6;
+mod opening;
 mod reply;
 mod reply6;
 mod target;
@@ -26,6 +27,7 @@ use std::{
 use anyplace_ebpf_common::Counter;
 
 pub use bytes6::instance6;
+pub use opening::opening;
 
 /// A program of the data plane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -40,6 +40,7 @@ async fn the_openapi_document_lists_every_path() {
         "GET /v1/jobs/{name}/why",
         "GET /v1/deployments/{name}/logs",
         "GET /v1/jobs/{name}/logs",
+        "GET /v1/deployments/{name}/routes",
         "GET /v1/instances",
         "GET /v1/locations",
         "GET /v1/locations/{name}",

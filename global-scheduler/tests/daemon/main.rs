@@ -7,4 +7,5 @@ mod deployments;
 mod jobs;
 mod logs;
 mod prewarm;
+mod routes;
 mod support;

@@ -25,7 +25,14 @@ pub(super) fn global(data: &Path) -> String {
     )
 }
 
-pub(super) fn location(location: &Location, data: &Path, token_file: &Path, off_peak: &str) -> String {
+pub(super) fn location(
+    location: &Location,
+    data: &Path,
+    token_file: &Path,
+    off_peak: &str,
+    drain_ms: Option<u64>,
+) -> String {
+    let drain = drain_ms.map(|ms| format!("drain_ms = {ms}\n")).unwrap_or_default();
     let address = location.control_address();
     let Location { name, region, country, latitude, longitude, timezone, .. } = location;
     format!(
@@ -43,7 +50,7 @@ off_peak = {off_peak:?}
 global = \"http://{GLOBAL_ADDRESS}:7600\"
 token_file = {token_file:?}
 machine_lease_ms = 600
-"
+{drain}"
     )
 }
 

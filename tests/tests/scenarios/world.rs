@@ -27,13 +27,18 @@ pub(super) struct World {
 impl World {
     /// Nothing where such tests can't run.
     pub(super) fn start(bed: &str, locations: usize) -> Option<Self> {
+        Self::start_with(bed, locations, Options::default())
+    }
+
+    /// The same, with a platform that isn't like all others.
+    pub(super) fn start_with(bed: &str, locations: usize, options: Options) -> Option<Self> {
         if !require_root(bed) {
             return None;
         }
         let bed = Testbed::create(bed, &Topology::of_locations(locations)).unwrap();
         let rootfs = bed.state_dir().join("image");
         write_hello_image(&rootfs).unwrap();
-        let world = Self { platform: Platform::start(bed, Options::default()).unwrap() };
+        let world = Self { platform: Platform::start(bed, options).unwrap() };
         // Routers load their programs while the rest starts already; on a busy machine they take longer.
         for machine in world.machines() {
             let (include, _) = world.platform.bed().bird_files(&machine);
