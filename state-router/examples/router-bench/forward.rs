@@ -26,6 +26,7 @@ const FIRST_VIP: u32 = 0x0b00_0000;
 const INSTANCE: Ipv4Addr = Ipv4Addr::new(10, 1, 1, 65);
 const XDP_TX: u32 = 3;
 const TC_ACT_REDIRECT: u32 = 7;
+const TC_ACT_UNSPEC: u32 = u32::MAX;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 
@@ -68,15 +69,38 @@ pub(crate) fn measure(bed: &Bed) -> Result<()> {
     let deliver = self::program(&plane, "target")?;
     for (name, protocol) in [("target_tcp", TCP), ("target_udp", UDP)] {
         let returns = wrapper::trivial(Kind::Classifier, TC_ACT_REDIRECT as i32)?;
-        let empty = target_run(returns.as_raw_fd(), protocol, 0)?;
+        let empty = target_run(returns.as_raw_fd(), protocol, 0, 4, TC_ACT_REDIRECT)?;
         let before = plane.counters()?.get(Counter::Delivered);
-        let cost = target_run(deliver, protocol, ENCAPSULATION)?;
+        let cost = target_run(deliver, protocol, ENCAPSULATION, 4, TC_ACT_REDIRECT)?;
         let delivered = plane.counters()?.get(Counter::Delivered) - before;
         ensure!(delivered == u64::from(PACKETS) * RUNS as u64, "{delivered} packets were delivered");
         report(&format!("{name}_wrapper_ns"), empty);
         report(name, cost - empty);
     }
+    target6(&plane)?;
     plane.unload()?;
+    Ok(())
+}
+
+/// IPv6 inside: `target` leaves it to `target6`, the program behind it, and both cost.
+fn target6(plane: &DataPlane) -> Result<()> {
+    let (leave, deliver) = (program(plane, "target")?, program(plane, "target6")?);
+    for (name, protocol) in [("target_v6_tcp", TCP), ("target_v6_udp", UDP)] {
+        let run = |program, grow, verdict| target_run(program, protocol, grow, 6, verdict);
+        let returns = wrapper::trivial(Kind::Classifier, TC_ACT_REDIRECT as i32)?;
+        let empty = run(returns.as_raw_fd(), 0, TC_ACT_REDIRECT)?;
+        let changes = wrapper::changing(TC_ACT_REDIRECT as i32)?;
+        // There and back; the wrapper goes back only.
+        let back = (run(changes.as_raw_fd(), 0, TC_ACT_REDIRECT)? - empty) / 2.0;
+        let left = run(leave, 0, TC_ACT_UNSPEC)? - empty;
+        let before = plane.counters()?.get(Counter::Delivered);
+        let cost = run(deliver, ENCAPSULATION + wrapper::GROWTH, TC_ACT_REDIRECT)?;
+        let delivered = plane.counters()?.get(Counter::Delivered) - before;
+        ensure!(delivered == u64::from(PACKETS) * RUNS as u64, "{delivered} IPv6 packets were delivered");
+        report(&format!("{name}_wrapper_ns"), empty + back);
+        report(&format!("{name}_left"), left);
+        report(name, left + cost - empty - back);
+    }
     Ok(())
 }
 
@@ -108,6 +132,10 @@ fn tables(plane: &mut DataPlane) -> Result<()> {
     Ok(())
 }
 
+fn vip(version: u8) -> IpAddr {
+    if version == 4 { Ipv4Addr::from(ONE_VIP).into() } else { ONE_VIP6.into() }
+}
+
 fn program(plane: &DataPlane, name: &str) -> Result<RawFd> {
     let program = plane.object().program(name).with_context(|| format!("no program {name}"))?;
     Ok(program.fd()?.as_fd().as_raw_fd())
@@ -115,8 +143,7 @@ fn program(plane: &DataPlane, name: &str) -> Result<RawFd> {
 
 /// `version`: of IP.
 fn ingress_run(program: RawFd, mix: Mix, protocol: u8, strip: i32, version: u8) -> Result<f64> {
-    let vip = if version == 4 { IpAddr::from(Ipv4Addr::from(ONE_VIP)) } else { ONE_VIP6.into() };
-    let mut frame = frame(&client_packet(protocol, vip));
+    let mut frame = frame(&client_packet(protocol, vip(version)));
     if strip > 0 {
         // As if the first packet had been wrapped already: the wrapper strips before it runs the program.
         frame.splice(0..0, vec![0; strip as usize]);
@@ -124,9 +151,9 @@ fn ingress_run(program: RawFd, mix: Mix, protocol: u8, strip: i32, version: u8) 
     run(&wrapper::around_ingress(program, mix, strip, version)?, &frame, XDP_TX)
 }
 
-fn target_run(program: RawFd, protocol: u8, grow: i32) -> Result<f64> {
-    let inner = client_packet(protocol, IpAddr::from(Ipv4Addr::from(ONE_VIP)));
-    let mut outer = vec![0x04, 4, 0, 0, 0, 0, 3, 3];
+fn target_run(program: RawFd, protocol: u8, grow: i32, version: u8, verdict: u32) -> Result<f64> {
+    let inner = client_packet(protocol, vip(version));
+    let mut outer = vec![0x04, if version == 4 { 4 } else { 41 }, 0, 0, 0, 0, 3, 3];
     outer.extend([0; 12]);
     outer.extend(&inner);
     let mut datagram: Vec<u8> = [50_000u16, 6080, outer.len() as u16 + 8, 0].map(u16::to_be_bytes).concat();
@@ -134,7 +161,7 @@ fn target_run(program: RawFd, protocol: u8, grow: i32) -> Result<f64> {
     let wrapped = frame(&packet(UDP, Ipv4Addr::new(10, 1, 9, 1), INSTANCE, &datagram));
     let mix = Mix { flows: 1, vips: 1, base: ONE_VIP };
     let start = if grow > 0 { frame(&inner) } else { wrapped.clone() };
-    run(&wrapper::around_target(program, mix, grow, &wrapped)?, &start, TC_ACT_REDIRECT)
+    run(&wrapper::around_target(program, mix, grow, &wrapped, version)?, &start, verdict)
 }
 
 /// Nanoseconds of one packet.

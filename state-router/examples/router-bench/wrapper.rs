@@ -18,8 +18,11 @@ const ETHERNET: usize = 14;
 /// Ethernet header of all frames: destination, source.
 pub(crate) const MACS: [u8; 12] = [2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 0xfe];
 
+/// Length of an IPv6 header less that of an IPv4 header: what a change of the protocol takes or gives.
+pub(crate) const GROWTH: i32 = 20;
 const HELPER_TAIL_CALL: i32 = 12;
 const HELPER_SKB_STORE_BYTES: i32 = 9;
+const HELPER_SKB_CHANGE_PROTO: i32 = 31;
 const HELPER_XDP_ADJUST_HEAD: i32 = 44;
 const HELPER_SKB_ADJUST_ROOM: i32 = 50;
 const ADJUST_ROOM_MAC: i32 = 1;
@@ -66,22 +69,35 @@ pub(crate) fn around_ingress(program: RawFd, mix: Mix, strip: i32, version: u8) 
     Ok(Wrapper { program: bpf::load(Kind::Xdp, code.finish())?, _targets: targets, _state: state })
 }
 
-/// Around a classifier that decapsulates: the frame gets `grow` bytes back, and `frame`'s bytes from the start on.
-pub(crate) fn around_target(program: RawFd, mix: Mix, grow: i32, frame: &[u8]) -> io::Result<Wrapper> {
+/// Around a classifier that decapsulates IP of this version: the frame gets `grow` bytes back, and `frame`'s bytes from the
+/// start on. What was IPv6 inside has become an IPv6 packet, and becomes an IPv4 packet again, which costs a helper call
+/// more; see [`changing`].
+pub(crate) fn around_target(
+    program: RawFd,
+    mix: Mix,
+    grow: i32,
+    frame: &[u8],
+    version: u8,
+) -> io::Result<Wrapper> {
     const COUNTER: usize = 8;
     let targets = targets(program)?;
-    let headers = &frame[..ETHERNET + ENCAPSULATION as usize + 40];
+    let (headers, source, destination, port) = if version == 4 { (40, 12, 16, 20) } else { (60, 20, 36, 40) };
+    let headers = &frame[..ETHERNET + ENCAPSULATION as usize + headers];
     let state = bpf::create_map(bpf::MAP_TYPE_ARRAY, 256)?;
     let mut value = [0; 256];
     value[COUNTER..COUNTER + headers.len()].copy_from_slice(headers);
     bpf::set_element(&state, &value)?;
     let inner = (COUNTER + ETHERNET + ENCAPSULATION as usize) as i16;
     let mut code = Assembler::default();
-    code.mov(6, 1).mov_immediate(2, grow).mov_immediate(3, ADJUST_ROOM_MAC).mov_immediate(4, 0);
+    code.mov(6, 1);
+    if version == 6 {
+        code.mov_immediate(2, 0x0008).mov_immediate(3, 0).call(HELPER_SKB_CHANGE_PROTO).mov(1, 6);
+    }
+    code.mov_immediate(2, grow).mov_immediate(3, ADJUST_ROOM_MAC).mov_immediate(4, 0);
     code.call(HELPER_SKB_ADJUST_ROOM).map_value(9, &state);
     choose(&mut code, mix);
-    code.store(Size::U32, 9, inner + 12, 2).store(Size::U16, 9, inner + 20, 2);
-    code.store(Size::U32, 9, inner + 16, 4);
+    code.store(Size::U32, 9, inner + source, 2).store(Size::U16, 9, inner + port, 2);
+    code.store(Size::U32, 9, inner + destination, 4);
     code.mov(1, 6).mov_immediate(2, 0).mov(3, 9).add_immediate(3, COUNTER as i32);
     code.mov_immediate(4, headers.len() as i32).mov_immediate(5, 0).call(HELPER_SKB_STORE_BYTES);
     tail_call(&mut code, &targets);
@@ -91,6 +107,14 @@ pub(crate) fn around_target(program: RawFd, mix: Mix, grow: i32, frame: &[u8]) -
 /// A program that only returns a verdict.
 pub(crate) fn trivial(kind: Kind, verdict: i32) -> io::Result<OwnedFd> {
     bpf::load(kind, Assembler::default().mov_immediate(0, verdict).exit().finish())
+}
+
+/// A classifier that makes an IPv6 packet of an IPv4 packet, twenty bytes longer, and returns a verdict: what the wrapper
+/// undoes. Both changes together tell about what the one costs.
+pub(crate) fn changing(verdict: i32) -> io::Result<OwnedFd> {
+    let mut code = Assembler::default();
+    code.mov_immediate(2, 0xdd86).mov_immediate(3, 0).call(HELPER_SKB_CHANGE_PROTO);
+    bpf::load(Kind::Classifier, code.mov_immediate(0, verdict).exit().finish())
 }
 
 /// Counts in the state's first word; leaves the flow in `r2` and the VIP, as it stands in the packet, in `r4`.

@@ -44,6 +44,8 @@ const ROWS: &[Row] = &[
 const IPV6: &[(&str, &str, &str)] = &[
     ("forward_v6_4096", "forward_tcp_4096", "forward, IPv6 TCP, 4k flows"),
     ("forward_v6_65536", "forward_tcp_65536", "forward, IPv6 TCP, 64k flows"),
+    ("target_v6_tcp", "target_tcp", "target: decapsulate and deliver, IPv6 TCP"),
+    ("target_v6_udp", "target_udp", "target: decapsulate and deliver, IPv6 UDP"),
 ];
 /// How much more than IPv4 TCP another kind of packet may cost.
 const MORE: f64 = 1.5;
