@@ -5,6 +5,7 @@
 
 mod daemon;
 mod images;
+mod packing;
 mod payload;
 mod registry;
 mod report;
@@ -13,10 +14,13 @@ mod sample;
 mod server;
 mod upload;
 
-use std::path::PathBuf;
-use std::process::ExitCode;
+use std::collections::BTreeMap;
+use std::io::{BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
 
 use crate::shell;
 pub(crate) use report::Report;
@@ -25,16 +29,18 @@ pub(crate) use report::Report;
 pub(crate) const BENCHES: &[(&str, &str)] = &[
     ("registry", "push, pull, manifests and memory of the registry, beside docker-registry"),
     ("router", "the data plane's cost for a packet, tables at scale, updates, memory"),
+    ("packing", "how much of a trace's GPUs the schedulers fill, beside the published figure"),
     ("images", "packing, pulling, mounting and prewarming, beside skopeo, podman and containerd"),
 ];
 
 /// Runs one bench; prints a table, or with `json` one line of JSON as the last of the output.
 pub(crate) fn run(words: &[&str]) -> Result<ExitCode> {
-    let Options { name, only, json } = Options::parse(words)?;
+    let Options { name, only, json, nodes, pods } = Options::parse(words)?;
     let mut report = Report::new(name, json);
     match name {
         "registry" => registry::run(&mut report, only)?,
         "router" => router::run(&mut report, only)?,
+        "packing" => packing::run(&mut report, nodes, pods)?,
         "images" => images::run(&mut report, only)?,
         _ => {
             let names: Vec<_> = BENCHES.iter().map(|(name, _)| *name).collect();
@@ -50,24 +56,34 @@ struct Options<'a> {
     /// Only this part.
     only: Option<&'a str>,
     json: bool,
+    /// Traces for `packing`.
+    nodes: Option<&'a str>,
+    pods: Option<&'a str>,
 }
 
 impl<'a> Options<'a> {
     fn parse(words: &[&'a str]) -> Result<Options<'a>> {
         let (mut name, mut only, mut json) = (None, None, false);
+        let (mut nodes, mut pods) = (None, None);
         let mut words = words.iter();
         while let Some(word) = words.next() {
             match *word {
                 "--json" => json = true,
                 "--only" => only = Some(*words.next().context("--only: expected the name of a part")?),
+                "--nodes" => nodes = Some(*words.next().context("--nodes: expected a CSV file")?),
+                "--pods" => pods = Some(*words.next().context("--pods: expected a CSV file")?),
                 word if name.is_none() && !word.starts_with('-') => name = Some(word),
-                word => bail!("found `{word}`, expected NAME [--only PART] [--json]"),
+                word => {
+                    bail!("found `{word}`, expected NAME [--only PART] [--json] [--nodes FILE] [--pods FILE]")
+                }
             }
         }
         Ok(Options {
             name: name.context("expected the name of a bench; `cargo xtask help` lists them")?,
             only,
             json,
+            nodes,
+            pods,
         })
     }
 }
@@ -125,4 +141,27 @@ pub(crate) fn require(programs: &[(&str, &str)]) -> Result<()> {
         return Ok(());
     }
     bail!("this bench needs peers that are missing; run: apt-get install --yes {}", packages.join(" "))
+}
+
+/// Runs a measuring program that prints lines such as `{"figure":"load_seconds","value":2.1}`; its figures by name.
+pub(crate) fn measure_lines(program: &Path, args: &[&str]) -> Result<BTreeMap<String, f64>> {
+    let name = program.file_name().unwrap_or_default().display();
+    let mut command = Command::new(program);
+    command.args(args).stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut child = command.spawn().with_context(|| format!("start {}", program.display()))?;
+    let output = child.stdout.take().context("the measuring program's output")?;
+    let mut values = BTreeMap::new();
+    for line in BufReader::new(output).lines() {
+        let line = line?;
+        let result: Value =
+            serde_json::from_str(&line).with_context(|| format!("found `{line}`, expected JSON"))?;
+        let (Some(figure), Some(value)) = (result["figure"].as_str(), result["value"].as_f64()) else {
+            bail!("found `{line}`, expected a figure and its value");
+        };
+        eprintln!("{figure} {value:.4}");
+        values.insert(figure.to_owned(), value);
+    }
+    let status = child.wait()?;
+    ensure!(status.success(), "{name} ended with {status}");
+    Ok(values)
 }

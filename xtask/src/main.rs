@@ -22,7 +22,9 @@ Commands:
   demo --check   the same unattended: verifies every step, prints one JSON line, removes everything
   test [FILTER]  all that CI runs: format, lints, dependencies, licences, eBPF, tests, scenarios
   bench NAME [--only PART] [--json]
-                 figures beside the peers': registry, images
+                 figures beside the peers': registry, images, router
+  bench packing --nodes FILE --pods FILE [--json]
+                 how much of a trace's GPUs are filled, beside the published figure
   ebpf           rebuild the eBPF object that is committed
   setup          install the Debian packages and tools that the other commands need
   help           this text

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use anyplace_model::{Advert, Bytes, GpuBlock, ImageState, Isolation, MilliCpu, ReasonCode, Refusal};
 
 use crate::{
-    room::{FreeRoom, Room},
+    room::{FreeRoom, Room, Rooms},
     state::{Life, State},
 };
 
@@ -14,13 +14,13 @@ const MAX_WARM_IMAGES: usize = 1_000;
 
 /// The advert of a state. Machines that take nothing count in the totals, not in what is free.
 pub fn advert(state: &State) -> Advert {
-    let rooms = Room::all(state);
+    let rooms = Rooms::all(state);
     let alive: Vec<&Room<'_>> = rooms
-        .values()
+        .iter()
         .filter(|room| state.machines.get(room.name).is_some_and(|machine| machine.life == Life::Alive))
         .collect();
     let open: Vec<(&Room<'_>, FreeRoom)> =
-        alive.iter().filter(|room| room.is_open()).map(|room| (*room, room.free())).collect();
+        alive.iter().filter(|room| room.is_open()).map(|room| (*room, rooms.free(room))).collect();
     let mut gpus: BTreeMap<String, u32> = BTreeMap::new();
     for gpu in alive.iter().flat_map(|room| &room.report.gpus) {
         *gpus.entry(gpu.model.clone()).or_default() += 1;

@@ -6,6 +6,7 @@
 //! This crate must not know other locations as anything but distant backends, nor users, runtimes or packets.
 
 mod advert;
+mod packing;
 mod plan;
 mod refusal;
 mod room;
@@ -14,6 +15,7 @@ mod state;
 mod status;
 
 pub use advert::advert;
+pub use packing::{Ask, Cost, Fit, Free, Gpu, GpuSet, Lack, Mix, Models, Packer};
 pub use plan::{Change, Plan, Start, Verdict, plan};
 pub use room::FreeRoom;
 pub use routes::{distance_km, routes, stamp};

@@ -20,8 +20,9 @@ use anyplace_model::{
 };
 
 use crate::{
+    packing::Cost,
     refusal::Tally,
-    room::{Demand, Misfit, Room, Slot},
+    room::{Demand, Misfit, Room, Rooms, Slot},
     state::{Observed, Reservation, Stage, State},
 };
 
@@ -157,10 +158,10 @@ struct Score<'a> {
     cold: bool,
     /// Who needs no GPU keeps out of the way of those who do.
     wastes_gpus: bool,
-    /// Then the tightest fit, which leaves the large blocks.
-    gpu_left: i64,
-    memory_left: i64,
-    cpu_left: i64,
+    /// Then what leaves the most GPUs of use.
+    cost: Cost,
+    /// Then the tightest fit of memory and CPU.
+    left: (i64, i64),
     name: &'a MachineId,
 }
 
@@ -168,34 +169,33 @@ struct Score<'a> {
 struct Planner<'a> {
     state: &'a State,
     observed: Observed<'a>,
-    rooms: BTreeMap<&'a MachineId, Room<'a>>,
+    rooms: Rooms<'a>,
     plan: Plan,
 }
 
 impl<'a> Planner<'a> {
     fn new(state: &'a State) -> Self {
         let plan = Plan { revision: state.revision, now_ms: state.now_ms, ..Plan::default() };
-        Self { state, observed: Observed::new(state), rooms: Room::all(state), plan }
+        Self { state, observed: Observed::new(state), rooms: Rooms::all(state), plan }
     }
 
     /// The best machine for one more, or why there is none.
     fn choose(
-        &self,
+        &mut self,
         demand: Demand<'_>,
         of: Option<(&DeploymentName, u64)>,
     ) -> Result<(&'a MachineId, Slot), Tally> {
         let mut tally = Tally::default();
-        let best = self
-            .rooms
-            .values()
-            .filter_map(|room| match room.fit(demand) {
-                Ok(slot) => Some((score(room, demand, of, &slot), room.name, slot)),
-                Err(misfit) => {
-                    tally.add(misfit);
-                    None
+        let mut best: Option<(Score<'_>, &MachineId, Slot)> = None;
+        self.rooms.fit_each(demand, |room, fit| match fit {
+            Ok(slot) => {
+                let score = score(room, demand, of, &slot);
+                if best.as_ref().is_none_or(|(least, ..)| score < *least) {
+                    best = Some((score, room.name, slot));
                 }
-            })
-            .min_by(|(a, ..), (b, ..)| a.cmp(b));
+            }
+            Err(misfit) => tally.add(misfit),
+        });
         best.map(|(_, name, slot)| (name, slot)).ok_or(tally)
     }
 
@@ -207,9 +207,7 @@ impl<'a> Planner<'a> {
         machine: &MachineId,
         slot: Slot,
     ) {
-        if let Some(room) = self.rooms.get_mut(machine) {
-            room.take(demand.resources, &slot.gpus, slot.address);
-        }
+        self.rooms.take(machine, demand.resources, &slot);
         let (gpus, address) = (slot.gpus, slot.address);
         self.plan.starts.push(Start { workload, generation, machine: machine.clone(), gpus, address });
     }
@@ -240,15 +238,13 @@ fn score<'a>(
 ) -> Score<'a> {
     let (same_generation, same_deployment) =
         of.map_or((0, 0), |(deployment, generation)| room.crowd(deployment, generation));
-    let (cpu_left, memory_left) = room.cpu_and_memory();
     Score {
         same_generation,
         same_deployment,
         cold: !room.is_warm(demand.image),
         wastes_gpus: demand.resources.gpu.is_none() && !room.report.gpus.is_empty(),
-        gpu_left: slot.gpu_left,
-        memory_left,
-        cpu_left,
+        cost: slot.cost,
+        left: slot.left,
         name: room.name,
     }
 }

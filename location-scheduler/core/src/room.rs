@@ -6,11 +6,13 @@ use std::{
 };
 
 use anyplace_model::{
-    Bytes, DeploymentName, GpuRequest, ImageState, Isolation, MachineId, MachineReport, MilliCpu, ReasonCode,
-    Resources,
+    Bytes, DeploymentName, ImageState, Isolation, MachineId, MachineReport, MilliCpu, ReasonCode, Resources,
 };
 
-use crate::state::{Life, Machine, Reservation, State};
+use crate::{
+    packing::{Ask, Cost, Free, Gpu, GpuSet, Lack, Mix, Models, Packer},
+    state::{Life, Machine, Reservation, State},
+};
 
 /// What a workload asks of a machine.
 #[derive(Debug, Clone, Copy)]
@@ -25,8 +27,10 @@ pub(crate) struct Demand<'a> {
 pub(crate) struct Slot {
     pub(crate) gpus: Vec<u32>,
     pub(crate) address: Ipv4Addr,
-    /// Free memory that stays on the chosen GPUs, in bytes.
-    pub(crate) gpu_left: i64,
+    /// What it costs the location.
+    pub(crate) cost: Cost,
+    /// Memory in bytes and CPU in thousandths that are free there.
+    pub(crate) left: (i64, i64),
 }
 
 /// Why something doesn't fit, and what comes nearest.
@@ -67,136 +71,191 @@ pub struct FreeRoom {
 impl FreeRoom {
     /// What is free on a machine; nothing on one that isn't known.
     pub fn of(state: &State, machine: &MachineId) -> Self {
-        let found = state.machines.get_key_value(machine);
-        let room = found.map(|(name, machine)| Room::new(state, name, machine));
-        room.map_or_else(
-            || Self {
-                cpu: MilliCpu(0),
-                memory: Bytes(0),
-                disk: Bytes(0),
-                gpu_memory: Vec::new(),
-                gpu_whole: Vec::new(),
-            },
-            |room| room.free(),
-        )
+        let rooms = Rooms::of(state, machine);
+        let free = rooms.iter().next().map(|room| rooms.free(room));
+        free.unwrap_or_else(|| Self {
+            cpu: MilliCpu(0),
+            memory: Bytes(0),
+            disk: Bytes(0),
+            gpu_memory: Vec::new(),
+            gpu_whole: Vec::new(),
+        })
     }
 }
 
-/// The room on a machine while a plan is being made. Signed, because a machine may come back smaller than what is
-/// reserved on it.
-#[derive(Debug, Clone)]
+/// The rooms of all machines while a plan is being made.
+#[derive(Debug)]
+pub(crate) struct Rooms<'a> {
+    rooms: BTreeMap<&'a MachineId, Room<'a>>,
+    packer: Packer,
+    models: ModelNumbers<'a>,
+}
+
+/// The room on one machine.
+#[derive(Debug)]
 pub(crate) struct Room<'a> {
     pub(crate) name: &'a MachineId,
     pub(crate) report: &'a MachineReport,
+    /// Its index among the packer's machines.
+    place: usize,
     closed: Option<Misfit>,
-    cpu: i64,
-    memory: i64,
-    disk: i64,
-    gpus: Vec<GpuRoom>,
     addresses: BTreeSet<Ipv4Addr>,
+    next_address: Option<Ipv4Addr>,
     /// Instances by deployment and generation, for the spread.
     deployments: BTreeMap<&'a DeploymentName, BTreeMap<u64, u32>>,
 }
 
-#[derive(Debug, Clone, Copy)]
-struct GpuRoom {
-    free: i64,
-    slices: u32,
-    whole: u32,
-}
-
-impl GpuRoom {
-    const fn is_whole(self) -> bool {
-        self.slices == 0 && self.whole == 0
-    }
-}
-
-fn signed(value: u64) -> i64 {
-    i64::try_from(value).unwrap_or(i64::MAX)
-}
-
-impl<'a> Room<'a> {
-    /// All rooms, with everything taken that holds a reservation, except the instances in `released`.
-    pub(crate) fn all(state: &'a State) -> BTreeMap<&'a MachineId, Self> {
-        let mut rooms: BTreeMap<_, _> =
-            state.machines.iter().map(|(name, machine)| (name, Self::empty(state, name, machine))).collect();
-        for reservation in state.reservations.values() {
-            if let Some(room) = rooms.get_mut(&reservation.machine) {
-                room.hold(reservation);
-            }
-        }
+impl<'a> Rooms<'a> {
+    /// All rooms, with everything taken that holds a reservation.
+    pub(crate) fn all(state: &'a State) -> Self {
+        let mut rooms = Self::empty(state, state.machines.iter());
+        state.reservations.values().for_each(|held| rooms.hold(held));
         rooms
     }
 
-    /// One machine's room.
-    pub(crate) fn new(state: &'a State, name: &'a MachineId, machine: &'a Machine) -> Self {
-        let mut room = Self::empty(state, name, machine);
-        state.reservations.values().filter(|held| held.machine == *name).for_each(|held| room.hold(held));
-        room
+    /// One machine's; none where it isn't known.
+    fn of(state: &'a State, machine: &MachineId) -> Self {
+        let mut rooms = Self::empty(state, state.machines.get_key_value(machine).into_iter());
+        state.reservations.values().filter(|held| held.machine == *machine).for_each(|held| rooms.hold(held));
+        rooms
     }
 
-    fn empty(state: &State, name: &'a MachineId, machine: &'a Machine) -> Self {
-        let report = &machine.report;
-        let gpu = |gpu: &anyplace_model::Gpu| GpuRoom { free: signed(gpu.memory.0), slices: 0, whole: 0 };
-        Self {
-            name,
-            report,
-            closed: closed(state, name, machine),
-            cpu: signed(report.cpu.0),
-            memory: signed(report.memory.0),
-            disk: signed(report.disk.0),
-            gpus: report.gpus.iter().map(gpu).collect(),
-            // Also what the machine has without our knowing: an address is free when nothing answers there.
-            addresses: report.instances.iter().map(|status| status.address).collect(),
-            deployments: BTreeMap::new(),
-        }
+    fn empty(state: &'a State, machines: impl Iterator<Item = (&'a MachineId, &'a Machine)>) -> Self {
+        let models = ModelNumbers::of(state);
+        let placed = state.placements.values().map(|it| (&it.spec.resources, u64::from(it.count)));
+        let waiting = state.attempts.values().map(|spec| (&spec.resources, 1));
+        let mix = Mix::of(placed.chain(waiting).map(|(resources, count)| (models.ask(resources), count)));
+        let mut packer = Packer::new(mix);
+        let rooms = machines
+            .map(|(name, machine)| {
+                let report = &machine.report;
+                let gpu =
+                    |gpu: &anyplace_model::Gpu| Gpu::new(models.number(&gpu.model), signed(gpu.memory.0));
+                let place = packer.add(Free {
+                    cpu: signed(report.cpu.0),
+                    memory: signed(report.memory.0),
+                    disk: signed(report.disk.0),
+                    gpus: report.gpus.iter().map(gpu).collect(),
+                    all_cpu: signed(report.cpu.0),
+                });
+                // Also what the machine has without our knowing: an address is free when nothing answers there.
+                let addresses = report.instances.iter().map(|status| status.address).collect();
+                let closed = closed(state, name, machine);
+                let deployments = BTreeMap::new();
+                let mut room =
+                    Room { name, report, place, closed, addresses, next_address: None, deployments };
+                room.find_address();
+                (name, room)
+            })
+            .collect();
+        Self { rooms, packer, models }
     }
 
     fn hold(&mut self, reservation: &'a Reservation) {
+        let Some(room) = self.rooms.get_mut(&reservation.machine) else { return };
         let assignment = &reservation.assignment;
-        self.take(&assignment.resources, &assignment.gpus, assignment.address);
+        let ask = self.models.ask(&assignment.resources);
+        self.packer.take(room.place, &ask, GpuSet::of(assignment.gpus.iter().copied()));
+        room.occupy(assignment.address);
         if let Some(deployment) =
             reservation.deployment().filter(|_| reservation.stage == crate::Stage::Serving)
         {
-            self.count(deployment, reservation.generation);
+            room.count(deployment, reservation.generation);
+        }
+    }
+
+    /// All of them.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Room<'a>> {
+        self.rooms.values()
+    }
+
+    /// What is free in one.
+    pub(crate) fn free(&self, room: &Room<'_>) -> FreeRoom {
+        free_room(self.packer.free(room.place))
+    }
+
+    /// Shows each room, and whether and where something fits there. The first thing that lacks is the reason.
+    pub(crate) fn fit_each(
+        &mut self,
+        demand: Demand<'_>,
+        mut take: impl FnMut(&Room<'a>, Result<Slot, Misfit>),
+    ) {
+        let ask = self.models.ask(demand.resources);
+        let Self { rooms, packer, models } = self;
+        for room in rooms.values() {
+            take(room, room.fit(packer, models, demand, &ask));
         }
     }
 
     /// Takes room.
-    pub(crate) fn take(&mut self, resources: &Resources, gpus: &[u32], address: Ipv4Addr) {
-        self.add(resources, gpus, -1);
-        self.addresses.insert(address);
+    pub(crate) fn take(&mut self, machine: &MachineId, resources: &Resources, slot: &Slot) {
+        let Some(room) = self.rooms.get_mut(machine) else { return };
+        self.packer.take(room.place, &self.models.ask(resources), GpuSet::of(slot.gpus.iter().copied()));
+        room.occupy(slot.address);
     }
 
-    /// Gives room back, to see what would fit then. The spread is left as it is.
+    /// Gives back what a reservation holds. The spread is left as it is.
     pub(crate) fn give_back(&mut self, reservation: &Reservation) {
-        self.add(&reservation.assignment.resources, &reservation.assignment.gpus, 1);
-        self.addresses.remove(&reservation.assignment.address);
-    }
-
-    fn add(&mut self, resources: &Resources, gpus: &[u32], sign: i64) {
-        let change = |value: u64| signed(value).saturating_mul(sign);
-        self.cpu = self.cpu.saturating_add(change(resources.cpu.0));
-        self.memory = self.memory.saturating_add(change(resources.memory.0));
-        self.disk = self.disk.saturating_add(change(resources.disk.0));
-        let slice = resources.gpu.as_ref().and_then(|gpu| gpu.memory);
-        for index in gpus {
-            let Some(gpu) = usize::try_from(*index).ok().and_then(|index| self.gpus.get_mut(index)) else {
-                continue;
-            };
-            let counter = match slice {
-                Some(memory) => {
-                    gpu.free = gpu.free.saturating_add(change(memory.0));
-                    &mut gpu.slices
-                }
-                None => &mut gpu.whole,
-            };
-            *counter = if sign < 0 { counter.saturating_add(1) } else { counter.saturating_sub(1) };
-        }
+        let Some(room) = self.rooms.get_mut(&reservation.machine) else { return };
+        let assignment = &reservation.assignment;
+        let gpus = GpuSet::of(assignment.gpus.iter().copied());
+        self.packer.give_back(room.place, &self.models.ask(&assignment.resources), gpus);
+        room.vacate(assignment.address);
     }
 
     /// Counts an instance for the spread.
-    pub(crate) fn count(&mut self, deployment: &'a DeploymentName, generation: u64) {
+    pub(crate) fn count(&mut self, machine: &MachineId, deployment: &'a DeploymentName, generation: u64) {
+        if let Some(room) = self.rooms.get_mut(machine) {
+            room.count(deployment, generation);
+        }
+    }
+
+    /// Whether something would fit anywhere where some of `leaving` are, without them.
+    pub(crate) fn fits_without(&self, leaving: &[&Reservation], demand: Demand<'_>) -> bool {
+        let ask = self.models.ask(demand.resources);
+        self.rooms.iter().any(|(name, room)| {
+            let mut here = leaving.iter().filter(|held| held.machine == **name).peekable();
+            if here.peek().is_none() || room.misfit(demand).is_some() {
+                return false;
+            }
+            let mut free = self.packer.free(room.place).clone();
+            for held in here {
+                let assignment = &held.assignment;
+                let gpus = GpuSet::of(assignment.gpus.iter().copied());
+                free.give_back(&self.models.ask(&assignment.resources), gpus);
+            }
+            free.check(&ask).is_ok()
+        })
+    }
+}
+
+impl<'a> Room<'a> {
+    fn occupy(&mut self, address: Ipv4Addr) {
+        self.addresses.insert(address);
+        if self.next_address == Some(address) {
+            self.find_address();
+        }
+    }
+
+    fn vacate(&mut self, address: Ipv4Addr) {
+        if self.addresses.remove(&address) {
+            self.next_address = None;
+            self.find_address();
+        }
+    }
+
+    /// The lowest address that nobody has.
+    fn find_address(&mut self) {
+        let cidr = self.report.instance_cidr;
+        let (network, broadcast) = (u32::from(cidr.network()), u32::from(cidr.broadcast()));
+        let first = self.next_address.map_or(network.saturating_add(1), u32::from);
+        // At most one step for each address in use, plus one.
+        self.next_address = (first..broadcast)
+            .map(Ipv4Addr::from)
+            .find(|address| !self.addresses.contains(address) && *address != self.report.address);
+    }
+
+    fn count(&mut self, deployment: &'a DeploymentName, generation: u64) {
         *self.deployments.entry(deployment).or_default().entry(generation).or_default() += 1;
     }
 
@@ -215,99 +274,97 @@ impl<'a> Room<'a> {
         self.closed.is_none()
     }
 
-    /// Free CPU in thousandths and memory in bytes; below nothing where the machine shrank.
-    pub(crate) const fn cpu_and_memory(&self) -> (i64, i64) {
-        (self.cpu, self.memory)
+    /// What keeps something out whatever is free.
+    fn misfit(&self, demand: Demand<'_>) -> Option<Misfit> {
+        if self.closed.is_some() {
+            return self.closed.clone();
+        }
+        let has_it = self.report.isolations.contains(&demand.isolation);
+        (!has_it).then(|| Misfit::because(ReasonCode::IsolationUnavailable, ""))
     }
 
-    pub(crate) fn free(&self) -> FreeRoom {
-        let unsigned = |value: i64| u64::try_from(value).unwrap_or(0);
-        FreeRoom {
-            cpu: MilliCpu(unsigned(self.cpu)),
-            memory: Bytes(unsigned(self.memory)),
-            disk: Bytes(unsigned(self.disk)),
-            gpu_memory: self
-                .gpus
-                .iter()
-                .map(|gpu| Bytes(if gpu.whole > 0 { 0 } else { unsigned(gpu.free) }))
-                .collect(),
-            gpu_whole: self.gpus.iter().map(|gpu| gpu.is_whole()).collect(),
+    fn fit(
+        &self,
+        packer: &mut Packer,
+        models: &ModelNumbers<'_>,
+        demand: Demand<'_>,
+        ask: &Ask,
+    ) -> Result<Slot, Misfit> {
+        if let Some(misfit) = self.misfit(demand) {
+            return Err(misfit);
         }
+        let fit = packer.fit(self.place, ask).map_err(|lack| self.explain(models, ask, lack))?;
+        let address = self.next_address.ok_or_else(|| Misfit::because(ReasonCode::NoAddress, ""))?;
+        let free = packer.free(self.place);
+        let left = (free.memory, free.cpu);
+        Ok(Slot { gpus: fit.gpus.iter().collect(), address, cost: fit.cost, left })
     }
 
-    /// Whether something fits, and where. The first thing that lacks is the reason.
-    pub(crate) fn fit(&self, demand: Demand<'_>) -> Result<Slot, Misfit> {
-        if let Some(misfit) = &self.closed {
-            return Err(misfit.clone());
+    fn explain(&self, models: &ModelNumbers<'_>, ask: &Ask, lack: Lack) -> Misfit {
+        match lack {
+            Lack::Gpus(_) if self.report.gpus.is_empty() => Misfit::because(ReasonCode::NoGpu, ""),
+            Lack::Gpus(0)
+                if !self.report.gpus.iter().any(|it| ask.models.allow(models.number(&it.model))) =>
+            {
+                let names: BTreeSet<&str> = self.report.gpus.iter().map(|gpu| gpu.model.as_str()).collect();
+                let names: Vec<&str> = names.into_iter().collect();
+                Misfit::because(ReasonCode::NoGpuModel, names.join(", "))
+            }
+            Lack::Gpus(able) => Misfit::lacks(ReasonCode::InsufficientGpu, i64::from(able)),
+            Lack::Cpu(free) => Misfit::lacks(ReasonCode::InsufficientCpu, free),
+            Lack::Memory(free) => Misfit::lacks(ReasonCode::InsufficientMemory, free),
+            Lack::Disk(free) => Misfit::lacks(ReasonCode::InsufficientDisk, free),
         }
-        let resources = demand.resources;
-        if !self.report.isolations.contains(&demand.isolation) {
-            return Err(Misfit::because(ReasonCode::IsolationUnavailable, ""));
-        }
-        let (gpus, gpu_left) = match &resources.gpu {
-            Some(request) => self.fit_gpus(request)?,
-            None => (Vec::new(), 0),
+    }
+}
+
+/// The GPU models of a location as numbers. Those from the 64th on are used only by who names no model.
+#[derive(Debug)]
+struct ModelNumbers<'a>(BTreeMap<&'a str, u8>);
+
+impl<'a> ModelNumbers<'a> {
+    fn of(state: &'a State) -> Self {
+        let gpus = state.machines.values().flat_map(|machine| &machine.report.gpus);
+        let names: BTreeSet<&str> = gpus.map(|gpu| gpu.model.as_str()).collect();
+        Self(names.into_iter().zip(0..Models::UNNAMED).collect())
+    }
+
+    fn number(&self, model: &str) -> u8 {
+        self.0.get(model).copied().unwrap_or(Models::UNNAMED)
+    }
+
+    fn ask(&self, resources: &Resources) -> Ask {
+        let gpu = resources.gpu.as_ref();
+        let models = match gpu {
+            Some(gpu) if !gpu.models.is_empty() => {
+                Models::these(gpu.models.iter().filter_map(|model| self.0.get(model.as_str()).copied()))
+            }
+            _ => Models::ANY,
         };
-        if self.cpu < signed(resources.cpu.0) {
-            return Err(Misfit::lacks(ReasonCode::InsufficientCpu, self.cpu));
+        Ask {
+            cpu: signed(resources.cpu.0),
+            memory: signed(resources.memory.0),
+            disk: signed(resources.disk.0),
+            gpus: gpu.map_or(0, |gpu| gpu.count),
+            slice: gpu.and_then(|gpu| gpu.memory).map(|memory| signed(memory.0)),
+            models,
         }
-        if self.memory < signed(resources.memory.0) {
-            return Err(Misfit::lacks(ReasonCode::InsufficientMemory, self.memory));
-        }
-        if self.disk < signed(resources.disk.0) {
-            return Err(Misfit::lacks(ReasonCode::InsufficientDisk, self.disk));
-        }
-        let address = self.free_address().ok_or_else(|| Misfit::because(ReasonCode::NoAddress, ""))?;
-        Ok(Slot { gpus, address, gpu_left })
     }
+}
 
-    /// The GPUs with the least memory to spare, so that large blocks stay whole.
-    fn fit_gpus(&self, request: &GpuRequest) -> Result<(Vec<u32>, i64), Misfit> {
-        let here = &self.report.gpus;
-        if here.is_empty() {
-            return Err(Misfit::because(ReasonCode::NoGpu, ""));
-        }
-        let allowed = |model: &String| request.models.is_empty() || request.models.contains(model);
-        if !here.iter().any(|gpu| allowed(&gpu.model)) {
-            let mut models: Vec<&str> = here.iter().map(|gpu| gpu.model.as_str()).collect();
-            models.sort_unstable();
-            models.dedup();
-            return Err(Misfit::because(ReasonCode::NoGpuModel, models.join(", ")));
-        }
-        let mut fitting: Vec<(i64, u32)> = (0_u32..)
-            .zip(here.iter().zip(&self.gpus))
-            .filter(|(_, (gpu, _))| allowed(&gpu.model))
-            .filter_map(|(index, (_, room))| match request.memory {
-                Some(memory) => {
-                    let left = room.free - signed(memory.0);
-                    (room.whole == 0 && left >= 0).then_some((left, index))
-                }
-                None => room.is_whole().then_some((room.free, index)),
-            })
-            .collect();
-        let count = usize::try_from(request.count).unwrap_or(usize::MAX);
-        if fitting.len() < count {
-            return Err(Misfit::lacks(
-                ReasonCode::InsufficientGpu,
-                i64::try_from(fitting.len()).unwrap_or(i64::MAX),
-            ));
-        }
-        fitting.sort_unstable();
-        fitting.truncate(count);
-        let left = fitting.iter().map(|(left, _)| *left).fold(0, i64::saturating_add);
-        let mut gpus: Vec<u32> = fitting.into_iter().map(|(_, index)| index).collect();
-        gpus.sort_unstable();
-        Ok((gpus, left))
+fn free_room(free: &Free) -> FreeRoom {
+    let unsigned = |value: i64| u64::try_from(value).unwrap_or(0);
+    FreeRoom {
+        cpu: MilliCpu(unsigned(free.cpu)),
+        memory: Bytes(unsigned(free.memory)),
+        disk: Bytes(unsigned(free.disk)),
+        gpu_memory: free.gpus.iter().map(|gpu| Bytes(unsigned(gpu.free()))).collect(),
+        gpu_whole: free.gpus.iter().map(Gpu::is_whole).collect(),
     }
+}
 
-    fn free_address(&self) -> Option<Ipv4Addr> {
-        let cidr = self.report.instance_cidr;
-        let (network, broadcast) = (u32::from(cidr.network()), u32::from(cidr.broadcast()));
-        // At most one step for each address in use, plus one.
-        (network.saturating_add(1)..broadcast)
-            .map(Ipv4Addr::from)
-            .find(|address| !self.addresses.contains(address) && *address != self.report.address)
-    }
+fn signed(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
 }
 
 /// Why a machine takes nothing at all.

@@ -5,15 +5,12 @@
 //! million, less the cost of a wrapper that undoes the change (shown as a figure of its own).
 
 use std::collections::BTreeMap;
-use std::io::{BufRead as _, BufReader};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail, ensure};
-use serde_json::Value;
+use anyhow::{Context, Result, ensure};
 
 use super::report::Op;
-use super::{Report, wanted};
+use super::{Report, measure_lines, wanted};
 use crate::shell;
 
 const PARTS: &[&str] = &["forward", "load", "instructions"];
@@ -68,7 +65,7 @@ pub(crate) fn run(report: &mut Report, only: Option<&str>) -> Result<()> {
     let mut values = BTreeMap::new();
     for part in parts {
         // A process each: the memory of one part must not count in another.
-        values.extend(measure(&program, part)?);
+        values.extend(measure_lines(&program, &[part]).context("it must run as root")?);
     }
     for (key, name, unit, target, peer) in ROWS {
         if let Some(value) = values.get(*key) {
@@ -114,26 +111,4 @@ fn build() -> Result<PathBuf> {
     let status = build.args(package).status().context("start cargo")?;
     ensure!(status.success(), "the release build of {EXAMPLE} failed");
     Ok(shell::root()?.join("target/release/examples").join(EXAMPLE))
-}
-
-/// Runs a part of the measuring program; its results by name.
-fn measure(program: &Path, part: &str) -> Result<BTreeMap<String, f64>> {
-    let mut command = Command::new(program);
-    command.arg(part).stdin(Stdio::null()).stdout(Stdio::piped());
-    let mut child = command.spawn().with_context(|| format!("start {}", program.display()))?;
-    let output = child.stdout.take().context("the measuring program's output")?;
-    let mut values = BTreeMap::new();
-    for line in BufReader::new(output).lines() {
-        let line = line?;
-        let result: Value =
-            serde_json::from_str(&line).with_context(|| format!("found `{line}`, expected JSON"))?;
-        let (Some(figure), Some(value)) = (result["figure"].as_str(), result["value"].as_f64()) else {
-            bail!("found `{line}`, expected a figure and its value");
-        };
-        eprintln!("{figure} {value:.4}");
-        values.insert(figure.to_owned(), value);
-    }
-    let status = child.wait()?;
-    ensure!(status.success(), "{EXAMPLE} ended with {status}; it must run as root");
-    Ok(values)
 }

@@ -114,9 +114,7 @@ impl<'a> Planner<'a> {
                 Ok((machine, slot)) => {
                     let workload = Workload::Deployment(name.clone());
                     self.start(workload, placement.generation, demand, machine, slot);
-                    if let Some(room) = self.rooms.get_mut(machine) {
-                        room.count(name, placement.generation);
-                    }
+                    self.rooms.count(machine, name, placement.generation);
                     group.started += 1;
                 }
                 Err(tally) => {
@@ -163,11 +161,11 @@ impl<'a> Planner<'a> {
 
     /// Whether room is being made, or begins to be made, where a new one fits. False: it fits nowhere.
     fn make_way(&mut self, group: &mut Group<'a>, demand: Demand<'_>) -> bool {
-        if self.fits_without(&group.leaving, demand) {
+        if self.rooms.fits_without(&group.leaving, demand) {
             return true;
         }
         let mut old = group.old.clone();
-        old.retain(|held| self.fits_without(&[*held], demand));
+        old.retain(|held| self.rooms.fits_without(&[*held], demand));
         let Some(worst) = self.worst(&old, |held| held.created_ms) else { return false };
         // One at a time: the one before must serve first, unless nothing is lost by this one.
         let one_under_way = !group.leaving.is_empty()
@@ -177,18 +175,6 @@ impl<'a> Planner<'a> {
             self.drain(Some(worst), |group| &mut group.old, group);
         }
         true
-    }
-
-    fn fits_without(&self, leaving: &[&Reservation], demand: Demand<'_>) -> bool {
-        self.rooms.iter().any(|(name, room)| {
-            let mut here = leaving.iter().filter(|held| held.machine == **name).peekable();
-            if here.peek().is_none() {
-                return false;
-            }
-            let mut room = room.clone();
-            here.for_each(|held| room.give_back(held));
-            room.fit(demand).is_ok()
-        })
     }
 
     fn ready(&self, group: &[&Reservation]) -> usize {

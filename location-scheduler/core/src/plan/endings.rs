@@ -21,9 +21,7 @@ impl Planner<'_> {
                 Some(Ending::Lose) => self.plan.losses.push(instance.clone()),
                 Some(Ending::Release) => {
                     self.plan.releases.push(instance.clone());
-                    if let Some(room) = self.rooms.get_mut(&held.machine) {
-                        room.give_back(held);
-                    }
+                    self.rooms.give_back(held);
                 }
                 None => {}
             }

@@ -29,8 +29,13 @@ impl Planner<'_> {
                 .filter(|held| held.deployment() == Some(&spec.name))
                 .map(|held| &held.machine)
                 .collect();
-            let chosen =
-                self.keepers(&spec.image, 1, |room| !running.contains(room.name) && room.fit(demand).is_ok());
+            let mut able = BTreeSet::new();
+            self.rooms.fit_each(demand, |room, fit| {
+                if fit.is_ok() && !running.contains(room.name) {
+                    able.insert(room.name);
+                }
+            });
+            let chosen = self.keepers(&spec.image, 1, |room| able.contains(room.name));
             self.keep(&spec.image, SPARE_PRIORITY, chosen);
         }
     }
@@ -38,11 +43,11 @@ impl Planner<'_> {
     /// The machines that keep an image: those that do already before those that have it, and those before the ones
     /// with the most room for it.
     fn keepers(&self, image: &str, most: usize, may: impl Fn(&Room<'_>) -> bool) -> Vec<MachineId> {
-        let mut rooms: Vec<_> = self.rooms.values().filter(|room| room.is_open() && may(room)).collect();
+        let mut rooms: Vec<_> = self.rooms.iter().filter(|room| room.is_open() && may(room)).collect();
         rooms.sort_by_key(|room| {
             let keeps = self.state.warm.get(room.name).is_some_and(|images| images.contains_key(image));
             let failed = matches!(room.report.images.get(image), Some(ImageState::Failed(_)));
-            let Bytes(disk) = room.free().disk;
+            let Bytes(disk) = self.rooms.free(room).disk;
             (failed, !keeps, !room.is_warm(image), std::cmp::Reverse(disk), room.name)
         });
         rooms.into_iter().take(most).map(|room| room.name.clone()).collect()

@@ -27,14 +27,18 @@ impl<'a> Planner<'a> {
 
     fn start_where_warm(&mut self, attempt: &AttemptId, spec: &JobSpec) -> bool {
         let demand = job_demand(spec);
-        let best = self
-            .rooms
-            .values()
-            .filter(|room| room.is_warm(demand.image))
-            .filter_map(|room| room.fit(demand).ok().map(|slot| (score(room, demand, None, &slot), slot)))
-            .min_by(|(a, _), (b, _)| a.cmp(b))
-            .map(|(score, slot)| (score.name, slot));
-        let Some((machine, slot)) = best else { return false };
+        let mut best: Option<(Score<'_>, &MachineId, Slot)> = None;
+        self.rooms.fit_each(demand, |room, fit| {
+            if let Ok(slot) = fit
+                && room.is_warm(demand.image)
+            {
+                let score = score(room, demand, None, &slot);
+                if best.as_ref().is_none_or(|(least, ..)| score < *least) {
+                    best = Some((score, room.name, slot));
+                }
+            }
+        });
+        let Some((_, machine, slot)) = best else { return false };
         let workload = Workload::Job(attempt.clone());
         self.start(workload, u64::from(attempt.attempt), demand, machine, slot);
         true
@@ -45,27 +49,23 @@ impl<'a> Planner<'a> {
         let demand = job_demand(spec);
         let mut tally = Tally::default();
         let mut best: Option<((bool, bool, Score<'_>), &MachineId, Slot)> = None;
-        for room in self.rooms.values() {
-            match room.fit(demand) {
-                Ok(slot) => {
-                    tally.add(image_misfit(room, demand));
-                    // A machine that has begun goes on, whatever looks better by now.
-                    let begun = self.state.prewarms.get(attempt) == Some(room.name);
-                    let told = room.report.images.contains_key(demand.image);
-                    let rank = (!begun, !told, score(room, demand, None, &slot));
-                    if best.as_ref().is_none_or(|(least, ..)| rank < *least) {
-                        best = Some((rank, room.name, slot));
-                    }
+        let begun = self.state.prewarms.get(attempt);
+        self.rooms.fit_each(demand, |room, fit| match fit {
+            Ok(slot) => {
+                tally.add(image_misfit(room, demand));
+                // A machine that has begun goes on, whatever looks better by now.
+                let told = room.report.images.contains_key(demand.image);
+                let rank = (begun != Some(room.name), !told, score(room, demand, None, &slot));
+                if best.as_ref().is_none_or(|(least, ..)| rank < *least) {
+                    best = Some((rank, room.name, slot));
                 }
-                Err(misfit) => tally.add(misfit),
             }
-        }
+            Err(misfit) => tally.add(misfit),
+        });
         if let Some((_, machine, slot)) = best {
             self.plan.prewarms.insert(attempt.clone(), machine.clone());
             // Kept from the attempts after it in this plan, so that they look elsewhere.
-            if let Some(room) = self.rooms.get_mut(machine) {
-                room.take(demand.resources, &slot.gpus, slot.address);
-            }
+            self.rooms.take(machine, demand.resources, &slot);
         }
         self.plan.attempts.insert(attempt.clone(), tally.refusals(demand));
     }
