@@ -9,6 +9,7 @@ use serde_json::Value;
 /// Each crate of the workspace, and which others it may use. Tests of a crate may use more, but no daemon another.
 const ALLOWED: &[(&str, &[&str])] = &[
     ("anyplace-model", &[]),
+    ("anyplace-choice", &[]),
     ("anyplace-ebpf-common", &[]),
     ("anyplace-seed", &[]),
     ("anyplace-store", &[]),
@@ -75,6 +76,7 @@ const DAEMONS: &[&str] = &[
 
 /// Crates without I/O, clocks and randomness.
 const PURE: &[&str] = &[
+    "anyplace-choice",
     "anyplace-ebpf-common",
     "anyplace-global-core",
     "anyplace-location-core",
