@@ -9,6 +9,7 @@ mod fabric;
 
 use std::{
     fs,
+    process::Command,
     time::{Duration, Instant},
 };
 
@@ -43,6 +44,14 @@ fn web(name: &str, host: u8) -> anyplace_model::Assignment {
 
 fn kill_hard(pid: i32) {
     kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+}
+
+/// What a shell in the network of a process says.
+fn in_network_of(pid: i32, script: &str) -> String {
+    let pid = pid.to_string();
+    let output = Command::new("nsenter").args(["-t", &pid, "-n", "sh", "-ec", script]).output().unwrap();
+    assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 fn reason(status: &anyplace_model::InstanceStatus) -> Option<ReasonCode> {
@@ -89,6 +98,29 @@ fn a_web_server_serves_restarts_outlives_the_agent_and_leaves_nothing() {
         for report in &bed.reports()[known..] {
             assert!(report.instances[0].ready, "{report:?}");
         }
+
+        // A container that an earlier agent made has no IPv6; the next one gives it what it lacks.
+        let mark = bed.data().join("instances/web-1/network");
+        assert!(!fs::read(&mark).unwrap().is_empty());
+        bed.abort_agent().await;
+        in_network_of(pid, "echo 1 > /proc/sys/net/ipv6/conf/eth0/disable_ipv6");
+        fs::write(&mark, b"").unwrap();
+        bed.start_agent();
+        tokio::time::timeout(Duration::from_secs(20), async {
+            while fs::read(&mark).unwrap().is_empty() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        })
+        .await
+        .unwrap();
+        let shown = in_network_of(pid, "ip -6 addr show dev eth0; ip -6 route; ip -6 neigh");
+        for part in
+            ["fd5b:27d6:914c::a09:141/128", "default via fe80::61 dev eth0", "fe80::61 dev eth0 lladdr"]
+        {
+            assert!(shown.contains(part) && !shown.contains("tentative"), "{part}: {shown}");
+        }
+        bed.until_ready("web-1", 1).await;
+        assert_eq!(bed.init_pid("web-1"), pid);
 
         // A shim that is killed takes its container along, and that counts as an end.
         kill_hard(bed.shim_pid("web-1"));
