@@ -30,7 +30,7 @@ use crate::upstream::{Cache, Failure, Resolved};
 /// Names the subject that the registry understood, so that the client needn't keep a list of referrers itself.
 const SUBJECT: HeaderName = HeaderName::from_static("oci-subject");
 /// Names each tag that a push by digest gave, besides the one in the path.
-const TAG: HeaderName = HeaderName::from_static("oci-tag");
+pub(crate) const TAG: HeaderName = HeaderName::from_static("oci-tag");
 /// Most tags that one push may give. The specification asks for 10 at least.
 const TAGS_MAX: usize = 100;
 
@@ -96,13 +96,13 @@ pub(crate) async fn put(app: &App, name: &str, key: &str, request: Request) -> A
     }
     let subject = manifest.subject.clone();
     let new = NewManifest::of(manifest, bytes);
-    let missing = app.storage.put_manifest(name, &digest, new).await?;
+    let all_tags: Vec<&str> = in_path.into_iter().chain(tags.iter().map(String::as_str)).collect();
+    let missing = app.storage.put_tagged_manifest(name, &digest, new, &all_tags).await?;
     if !missing.is_empty() {
         return Err(blobs_missing(name, &missing));
     }
     taken.keep();
-    for tag in in_path.into_iter().chain(tags.iter().map(String::as_str)) {
-        app.storage.put_tag(TagOf::Push, name, tag, &digest).await?;
+    for tag in all_tags {
         app.remembered.forget(name, tag);
     }
     app.remembered.forget(name, digest.as_str());

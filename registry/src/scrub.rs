@@ -10,6 +10,7 @@
 //! rate = "32MiB"    # bytes a second
 //! ```
 
+mod metadata;
 mod report;
 
 use std::pin::Pin;
@@ -254,7 +255,9 @@ impl Scrubber {
                 }
             }
         }
-        Ok(())
+        let report = &mut position.report;
+        let checked = metadata::check(&self.storage, &self.stop, |problem| report.problem(problem)).await;
+        checked.context("reading what is kept beside content")
     }
 
     /// Reads one content, and does what has to be done about it; not, if the registry stops meanwhile.

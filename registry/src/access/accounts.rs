@@ -2,18 +2,21 @@
 //!
 //! An account's secret is made here and shown once; only its hash is kept. People and machines ("robots") are the same
 //! kind of account: a machine's has the grant `**:pull` and nothing else.
+//!
+//! One that is damaged stays what it was in this process's memory, or is nobody; the others are not touched by that.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, PoisonError, RwLock, RwLockWriteGuard};
 use std::time::Duration;
 
 use anyplace_registry_core::access::Grant;
 use anyplace_registry_core::pattern::Pattern;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::users::hash;
 use crate::errors::{Answer, Refusal};
-use crate::storage::{Result, Storage};
+use crate::storage::{Error, Result, Storage};
 use axum::http::StatusCode;
 
 /// What another process on the same store changed is known here after so long at most.
@@ -103,10 +106,12 @@ pub struct TeamView {
 }
 
 /// What is known at one moment.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Known {
     accounts: BTreeMap<String, Account>,
     pub(crate) teams: BTreeMap<String, Team>,
+    /// Documents that can't be understood.
+    damaged: BTreeSet<String>,
 }
 
 impl Known {
@@ -127,11 +132,13 @@ impl Known {
 pub(crate) struct Accounts {
     storage: Storage,
     known: RwLock<Arc<Known>>,
+    /// One reads at a time, so that what was read later is known in the end.
+    reading: tokio::sync::Mutex<()>,
 }
 
 impl Accounts {
     pub(crate) async fn load(storage: Storage) -> Result<Accounts> {
-        let accounts = Accounts { storage, known: RwLock::default() };
+        let accounts = Accounts { storage, known: RwLock::default(), reading: tokio::sync::Mutex::default() };
         accounts.refresh().await?;
         Ok(accounts)
     }
@@ -142,19 +149,45 @@ impl Accounts {
 
     /// Reads what is stored now.
     pub(crate) async fn refresh(&self) -> Result<()> {
-        let mut known = Known::default();
-        for name in self.storage.documents("accounts").await? {
-            if let Some(account) = self.storage.document::<Account>(&format!("accounts/{name}")).await? {
-                known.accounts.insert(name, account);
-            }
+        let _reading = self.reading.lock().await;
+        self.read().await
+    }
+
+    async fn read(&self) -> Result<()> {
+        let before = self.known();
+        let mut damaged = BTreeSet::new();
+        let accounts = self.read_all("accounts", &before.accounts, &mut damaged).await?;
+        let teams = self.read_all("teams", &before.teams, &mut damaged).await?;
+        for document in damaged.difference(&before.damaged) {
+            tracing::error!(document, "it is damaged, and stays what it was; set it again, or remove it");
         }
-        for name in self.storage.documents("teams").await? {
-            if let Some(team) = self.storage.document::<Team>(&format!("teams/{name}")).await? {
-                known.teams.insert(name, team);
-            }
-        }
-        *self.known.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(known);
+        *self.lock() = Arc::new(Known { accounts, teams, damaged });
         Ok(())
+    }
+
+    async fn read_all<T: Clone + DeserializeOwned>(
+        &self,
+        kind: &str,
+        before: &BTreeMap<String, T>,
+        damaged: &mut BTreeSet<String>,
+    ) -> Result<BTreeMap<String, T>> {
+        let mut all = BTreeMap::new();
+        for name in self.storage.documents(kind).await? {
+            let document = format!("{kind}/{name}");
+            let read = match self.storage.document::<T>(&document).await {
+                Err(Error::Damaged { .. }) => {
+                    damaged.insert(document);
+                    before.get(&name).cloned()
+                }
+                read => read?,
+            };
+            all.extend(read.map(|value| (name, value)));
+        }
+        Ok(all)
+    }
+
+    fn lock(&self) -> RwLockWriteGuard<'_, Arc<Known>> {
+        self.known.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn list(&self) -> Vec<AccountView> {
@@ -176,7 +209,10 @@ impl Accounts {
             return Err(invalid("grants", "expected at least one, such as `vision/**:pull,push`".to_owned()));
         }
         // Not what is known, which another process on the same store may have changed since.
-        let there = self.storage.document::<Account>(&format!("accounts/{name}")).await?;
+        let there = match self.storage.document::<Account>(&format!("accounts/{name}")).await {
+            Err(Error::Damaged { .. }) => None,
+            there => there?,
+        };
         let (secret, secret_sha256) = match there.filter(|_| !spec.new_secret) {
             Some(account) => (None, account.secret_sha256),
             None => {
@@ -199,10 +235,13 @@ impl Accounts {
 
     pub(crate) async fn delete(&self, name: &str) -> Answer<()> {
         check_name("account", name)?;
+        let _reading = self.reading.lock().await;
+        // First, so that nothing that fails afterwards lets them in.
+        Arc::make_mut(&mut self.lock()).accounts.remove(name);
         if !self.storage.delete_document(&format!("accounts/{name}")).await? {
             return Err(unknown("account", name));
         }
-        Ok(self.refresh().await?)
+        Ok(self.read().await?)
     }
 
     pub(crate) async fn set_team(&self, name: &str, mut team: Team) -> Answer<Team> {
@@ -228,6 +267,20 @@ impl Accounts {
         }
         Ok(self.refresh().await?)
     }
+}
+
+/// The accounts and teams that can't be understood, or read.
+pub(crate) async fn damaged(storage: &Storage) -> Result<Vec<String>> {
+    let mut problems = Vec::new();
+    for name in storage.documents("accounts").await? {
+        let read = storage.document::<Account>(&format!("accounts/{name}")).await;
+        problems.extend(read.err().map(|error| error.to_string()));
+    }
+    for name in storage.documents("teams").await? {
+        let read = storage.document::<Team>(&format!("teams/{name}")).await;
+        problems.extend(read.err().map(|error| error.to_string()));
+    }
+    Ok(problems)
 }
 
 fn view(account: &Account, secret: Option<String>) -> AccountView {

@@ -72,7 +72,7 @@ pub(super) async fn tags(storage: &Storage, repository: &str) -> Result<Vec<TagV
 
 /// None if it was deleted a moment ago.
 async fn tag(storage: &Storage, repository: &str, info: TagInfo) -> Result<Option<TagView>> {
-    let Some(digest) = storage.tag(TagOf::Push, repository, &info.tag).await? else { return Ok(None) };
+    let Some(digest) = storage.whole_tag(TagOf::Push, repository, &info.tag).await? else { return Ok(None) };
     let (media_type, size_bytes) = size(storage, repository, &digest).await?;
     let pushed_at = moment(info.put);
     Ok(Some(TagView { tag: info.tag, digest, media_type, size_bytes, pushed_at }))

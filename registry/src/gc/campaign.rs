@@ -34,7 +34,7 @@ use crate::access::Audit;
 use crate::config::Config;
 use crate::references;
 use crate::storage::mutant::{self, Mutant};
-use crate::storage::{Linked, Note, Place, Storage, TagOf};
+use crate::storage::{Linked, NewManifest, Note, Place, Storage, TagOf};
 
 /// Interleavings.
 const SEEDS: u64 = 10_000;
@@ -174,6 +174,9 @@ async fn interleave(seed: u64, totals: &Totals) {
     let check = Check { model: &model, images: &images, began, rules };
     let quiet = process(&store, rules).await;
     check.promises(&quiet.storage).await;
+    if runner.crashes == 0 && runner.jumps == 0 {
+        check.tags(&quiet.storage).await;
+    }
     for (time, last) in [(SETTLED, false), (9 * DAY, false), (9 * DAY, false), (9 * DAY, true)] {
         store.pass(time).await;
         let _ = quiet.storage.remove_note(Note::Lease).await;
@@ -264,6 +267,16 @@ impl Check<'_> {
                     assert!(linked.is_some(), "manifest {index} of {repository} lacks the blob {blob}");
                     assert_eq!(storage.read_content(&digest).await.unwrap(), Some(bytes));
                 }
+            }
+        }
+    }
+
+    /// No tag leads nowhere.
+    async fn tags(&self, storage: &Storage) {
+        for (repository, tag) in REPOSITORIES.iter().flat_map(|it| TAGS.map(|tag| (it, tag))) {
+            if let Some(digest) = storage.tag(TagOf::Push, repository, tag).await.unwrap() {
+                let there = storage.has_manifest(repository, &digest).await.unwrap();
+                assert!(there, "the tag {tag} of {repository} leads nowhere");
             }
         }
     }
@@ -462,8 +475,47 @@ fn a_collector_that_was_stopped_deletes_nothing_behind_a_marker_that_is_gone() {
     assert!(lost(Some(Mutant::NoDeadline)) > 0, "the test doesn't show what the deadline is for");
 }
 
-/// The campaign would notice if a step of the protocol were missing. The collector's deadline needs so rare a meeting
-/// that it has a test of its own, above.
+/// A push of a manifest that is there, and a delete of it, in an order of this seed: whether a tag leads nowhere.
+async fn push_beside_a_delete(seed: u64) -> bool {
+    let (store, dice) = (Stepped::new(), Dice::new(seed));
+    let storage = process(&store, false).await.storage;
+    let json = r#"{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[]}"#;
+    let (bytes, digest) = (Bytes::from_static(json.as_bytes()), Digest::of(json.as_bytes()));
+    let manifest = NewManifest::of(references::read(None, &bytes).unwrap(), bytes);
+    storage.put_tagged_manifest("a", &digest, manifest.clone(), &["old"]).await.unwrap();
+    let mut runner = Runner::new(store, dice);
+    let (pusher, deleter, which) = (storage.clone(), storage.clone(), digest.clone());
+    let push = async move {
+        assert!(pusher.put_tagged_manifest("a", &which, manifest, &["new"]).await.unwrap().is_empty());
+    };
+    let which = digest.clone();
+    let delete = async move {
+        super::delete_manifest(&deleter, "a", &which, Duration::ZERO).await.unwrap();
+    };
+    runner.add(false, push, || {});
+    runner.add(false, delete, || {});
+    runner.run(false).await;
+    let tags = storage.tags(TagOf::Push, "a").await.unwrap();
+    !tags.is_empty() && !storage.has_manifest("a", &digest).await.unwrap()
+}
+
+#[test]
+fn a_push_beside_a_delete_leaves_no_tag_that_leads_nowhere() {
+    let dangling = |mutant| {
+        mutant::set(mutant);
+        let seeds = (0..1_000_u64).filter(|seed| paused().block_on(push_beside_a_delete(*seed)));
+        let count = seeds.count();
+        mutant::set(None);
+        count
+    };
+    assert_eq!(dangling(None), 0);
+    for mutant in [Mutant::NoLookAfterTags, Mutant::NoSecondTags] {
+        assert!(dangling(Some(mutant)) > 0, "the test doesn't show what {mutant:?} leaves out");
+    }
+}
+
+/// The campaign would notice if a step of the protocol were missing. The collector's deadline, and a push beside a
+/// delete, need so rare a meeting that they have tests of their own, above.
 #[test]
 fn each_step_of_the_protocol_is_missed() {
     // The failures are expected; their messages would only confuse.

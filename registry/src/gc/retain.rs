@@ -16,7 +16,7 @@ use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use super::hold::{AT_ONCE, Hold, MARKED_MAX};
 use super::run::Context;
 use super::sweep::names;
-use crate::storage::{Marked, TagOf, Trashed};
+use crate::storage::{Error, Marked, TagOf, Trashed};
 
 /// Deepest nesting of indexes that is put in order; deeper ones go in any order.
 const DEPTH_MAX: usize = 32;
@@ -80,7 +80,7 @@ async fn expel_tags(
     let hold = Hold::open(cx, batch.iter().map(|(tag, _)| mark(tag)).collect()).await?;
     let expel = async |(tag, reason): (String, String)| -> anyhow::Result<bool> {
         let put = cx.storage.tag_put(TagOf::Push, repository, &tag).await?;
-        let digest = cx.storage.tag(TagOf::Push, repository, &tag).await?;
+        let digest = cx.storage.whole_tag(TagOf::Push, repository, &tag).await?;
         let same = digest.clone().zip(put) == basis.tags.get(&tag).cloned();
         #[cfg(test)]
         let same = same || crate::storage::mutant::is(crate::storage::mutant::Mutant::NoSecondDecision);
@@ -118,9 +118,14 @@ async fn expel_manifests(
             let old = link.and_then(|put| cx.age_ms(put)).is_some_and(|age_ms| age_ms >= cx.grace_ms);
             #[cfg(test)]
             let old = old || crate::storage::mutant::is(crate::storage::mutant::Mutant::NoSecondDecision);
-            let Some(entry) = cx.storage.manifest_entry(repository, &digest).await?.filter(|_| old) else {
-                return Ok(None);
+            let entry = match cx.storage.manifest_entry(repository, &digest).await {
+                Err(error @ Error::Damaged { .. }) => {
+                    cx.report(|report| report.problem(format!("{digest} stays in {repository}: {error}")));
+                    None
+                }
+                entry => entry?,
             };
+            let Some(entry) = entry.filter(|_| old) else { return Ok(None) };
             if !cx.window.is_zero() {
                 let what = Trashed::Manifest { digest: digest.clone(), entry };
                 cx.storage.put_trash(repository, &what).await?;

@@ -126,19 +126,30 @@ pub(super) async fn run(cx: &Context<'_>) -> anyhow::Result<()> {
 /// Reads a repository: lets go what rules say, and marks what the rest needs. Says whether all could be read.
 async fn read(cx: &Context<'_>, repository: &str, needed: &mut Marks) -> anyhow::Result<bool> {
     let infos = cx.storage.manifests(repository).await?;
-    let mut trash = Vec::new();
-    for item in cx.storage.trash(repository).await? {
-        if !cx.is_old(item.deleted, cx.window) {
-            trash.push(item);
-            continue;
-        }
+    let (trash, damaged) = cx.storage.trash_and_damaged(repository).await?;
+    let (expired, trash): (Vec<_>, Vec<_>) =
+        trash.into_iter().partition(|item| cx.is_old(item.deleted, cx.window));
+    let (expired_damaged, damaged): (Vec<_>, Vec<_>) =
+        damaged.into_iter().partition(|item| cx.is_old(item.deleted, cx.window));
+    let expired = expired.into_iter().map(|item| item.id);
+    for id in expired.chain(expired_damaged.into_iter().map(|item| item.id)) {
         cx.report(|report| report.trash_emptied += 1);
         if !cx.dry_run {
-            cx.storage.remove_trash(repository, &item.id).await?;
+            cx.storage.remove_trash(repository, &id).await?;
         }
     }
     let mut basis = Basis { tags: BTreeMap::new(), manifests: BTreeMap::new() };
-    let mut clear = true;
+    // What a deletion that can't be understood keeps isn't known.
+    let mut clear = damaged.is_empty();
+    for item in damaged {
+        cx.report(|report| {
+            report.problem(format!(
+                "nothing is collected in {repository}: `repositories/{repository}/_trash/{}` is damaged ({}); it goes \
+                 when the time for undoing is over, or delete it",
+                item.id, item.reason
+            ));
+        });
+    }
     let mut digests: BTreeSet<Digest> = infos.iter().map(|info| info.digest.clone()).collect();
     cx.report(|report| report.seen.manifests += digests.len() as u64);
     digests.extend(trash.iter().filter_map(|item| match &item.what {
@@ -201,7 +212,18 @@ async fn retain(
         let read = async |info: crate::storage::TagInfo| {
             Ok::<_, crate::storage::Error>((cx.storage.tag(of, repository, &info.tag).await?, info))
         };
-        let tags: Vec<_> = stream::iter(infos).map(read).buffered(AT_ONCE).try_collect().await?;
+        let tags = stream::iter(infos).map(read).buffered(AT_ONCE).try_collect::<Vec<_>>().await;
+        let tags = match tags {
+            Err(error @ crate::storage::Error::Damaged { .. }) => {
+                cx.report(|report| {
+                    report.problem(format!(
+                        "no rule lets anything go in {repository}: {error}; push the tag again, or delete it"
+                    ));
+                });
+                return Ok(());
+            }
+            tags => tags?,
+        };
         for (digest, info) in tags {
             let Some(digest) = digest else { continue };
             match of {

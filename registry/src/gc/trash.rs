@@ -11,7 +11,7 @@ use anyplace_images::Digest;
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 
 use crate::references;
-use crate::storage::{Linked, NewManifest, Result, Storage, TagOf, Trashed, TrashedItem};
+use crate::storage::{Error, Linked, NewManifest, Result, Storage, TagOf, Trashed, TrashedItem};
 
 /// Tags that are read, and deleted, at once: in a bucket each read is a round trip, and repositories have thousands.
 const TAGS_AT_ONCE: usize = 16;
@@ -52,7 +52,7 @@ pub(crate) async fn delete_tag(
     window: Duration,
 ) -> Result<bool> {
     if !window.is_zero()
-        && let Some(digest) = storage.tag(TagOf::Push, repository, tag).await?
+        && let Some(digest) = storage.whole_tag(TagOf::Push, repository, tag).await?
     {
         storage.put_trash(repository, &Trashed::Tag { tag: tag.to_owned(), digest }).await?;
     }
@@ -61,22 +61,52 @@ pub(crate) async fn delete_tag(
 }
 
 /// Deletes a manifest and the tags that lead to it, which are given back; none if there was no such manifest.
+///
+/// A push beside this puts its manifest, then its tags, then looks for the manifest again; this looks for tags, takes the
+/// manifest away, then looks for tags again. Whoever comes second sees the other, so no tag is left that leads nowhere.
 pub(crate) async fn delete_manifest(
     storage: &Storage,
     repository: &str,
     digest: &Digest,
     window: Duration,
 ) -> Result<Option<Vec<String>>> {
-    let Some(entry) = storage.manifest_entry(repository, digest).await? else { return Ok(None) };
-    let mut removed = Vec::new();
-    if !window.is_zero() {
+    let entry = match storage.manifest_entry(repository, digest).await {
+        // It can't be brought back, and is no reason to keep it.
+        Err(error @ Error::Damaged { .. }) => {
+            tracing::error!(%error, "it is deleted, and can't be brought back");
+            None
+        }
+        Ok(None) => return Ok(None),
+        entry => entry?,
+    };
+    if let Some(entry) = entry.filter(|_| !window.is_zero()) {
         let what = Trashed::Manifest { digest: digest.clone(), entry };
         storage.put_trash(repository, &what).await?;
     }
     // Tags first: a tag must not lead nowhere.
+    let mut removed = delete_tags_of(storage, repository, digest, window).await?;
+    let deleted = storage.delete_manifest(repository, digest).await?;
+    #[cfg(test)]
+    if crate::storage::mutant::is(crate::storage::mutant::Mutant::NoSecondTags) {
+        return Ok(deleted.then_some(removed));
+    }
+    if !storage.has_manifest(repository, digest).await? {
+        removed.extend(delete_tags_of(storage, repository, digest, window).await?);
+    }
+    Ok(deleted.then_some(removed))
+}
+
+/// Deletes the tags that lead to a manifest, and gives them back.
+async fn delete_tags_of(
+    storage: &Storage,
+    repository: &str,
+    digest: &Digest,
+    window: Duration,
+) -> Result<Vec<String>> {
+    let mut removed = Vec::new();
     for of in [TagOf::Push, TagOf::Upstream] {
         let delete = async |tag: String| -> Result<Option<String>> {
-            if storage.tag(of, repository, &tag).await?.as_ref() != Some(digest) {
+            if storage.whole_tag(of, repository, &tag).await?.as_ref() != Some(digest) {
                 return Ok(None);
             }
             if of == TagOf::Push && !window.is_zero() {
@@ -92,7 +122,7 @@ pub(crate) async fn delete_manifest(
             removed.extend(tag);
         }
     }
-    Ok(storage.delete_manifest(repository, digest).await?.then_some(removed))
+    Ok(removed)
 }
 
 /// Brings back a tag and its manifest, or a manifest, with the manifests that it names; gives the digest.
@@ -131,6 +161,11 @@ pub(crate) async fn undelete(
         return Err(not_in_trash(format!("manifest {digest}, which the tag {tag} had")));
     }
     storage.put_tag(TagOf::Push, repository, tag, digest).await?;
+    if !storage.has_manifest(repository, digest).await? {
+        // It was deleted beside this; a tag must not lead nowhere.
+        storage.delete_tag(TagOf::Push, repository, tag).await?;
+        return Err(not_in_trash(format!("manifest {digest}, which the tag {tag} had")));
+    }
     storage.remove_trash(repository, &item.id).await?;
     Ok(digest.clone())
 }

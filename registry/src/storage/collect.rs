@@ -50,6 +50,15 @@ pub(crate) struct TrashedItem {
     pub(crate) what: Trashed,
 }
 
+/// A deletion that can't be understood.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct DamagedItem {
+    pub(crate) id: String,
+    /// As with [`TrashedItem`].
+    pub(crate) deleted: SystemTime,
+    pub(crate) reason: String,
+}
+
 /// What a collector keeps for the next one, and for other processes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Note {
@@ -124,7 +133,7 @@ impl Storage {
         Ok(first.is_some())
     }
 
-    /// What a collector noted, and when.
+    /// What a collector noted, and when. One that can't be understood is as good as none, which a later one replaces.
     pub(crate) async fn note<T: serde::de::DeserializeOwned>(
         &self,
         note: Note,
@@ -132,8 +141,13 @@ impl Storage {
         let key = note.key();
         let Some(meta) = self.head(&key).await? else { return Ok(None) };
         let Some(bytes) = self.read(&key).await? else { return Ok(None) };
-        let value = serde_json::from_slice(&bytes).map_err(|e| Error::damaged(&key, e))?;
-        Ok(Some((value, meta.last_modified.into())))
+        match serde_json::from_slice(&bytes) {
+            Ok(value) => Ok(Some((value, meta.last_modified.into()))),
+            Err(error) => {
+                tracing::error!(%key, %error, "a note is damaged, and forgotten");
+                Ok(None)
+            }
+        }
     }
 
     /// Notes something.
@@ -180,19 +194,41 @@ impl Storage {
         Ok(id)
     }
 
-    /// A repository's deletions that are kept, in no order.
+    /// A repository's deletions that are kept and can be understood, in no order.
     pub(crate) async fn trash(&self, repository: &str) -> Result<Vec<TrashedItem>> {
-        let prefix = trash_key(repository);
-        let listed = self.inner.objects.list(Some(&prefix)).map_err(|e| self.failed("list", &prefix, e));
-        let read = listed.map_ok(|meta| self.read_trash(meta)).try_buffered(16);
-        read.try_filter_map(|item| async move { Ok(item) }).try_collect().await
+        Ok(self.trash_and_damaged(repository).await?.0)
     }
 
-    async fn read_trash(&self, meta: object_store::ObjectMeta) -> Result<Option<TrashedItem>> {
+    /// A repository's deletions that are kept, and those of them that can't be understood, in no order.
+    pub(crate) async fn trash_and_damaged(
+        &self,
+        repository: &str,
+    ) -> Result<(Vec<TrashedItem>, Vec<DamagedItem>)> {
+        let prefix = trash_key(repository);
+        let listed = self.inner.objects.list(Some(&prefix)).map_err(|e| self.failed("list", &prefix, e));
+        let mut read = std::pin::pin!(listed.map_ok(|meta| self.read_trash(meta)).try_buffered(16));
+        let (mut items, mut damaged) = (Vec::new(), Vec::new());
+        while let Some(item) = read.try_next().await? {
+            match item {
+                Some(Ok(item)) => items.push(item),
+                Some(Err(item)) => damaged.push(item),
+                None => {}
+            }
+        }
+        Ok((items, damaged))
+    }
+
+    async fn read_trash(
+        &self,
+        meta: object_store::ObjectMeta,
+    ) -> Result<Option<std::result::Result<TrashedItem, DamagedItem>>> {
         let Some(bytes) = self.read(&meta.location).await? else { return Ok(None) };
-        let what = serde_json::from_slice(&bytes).map_err(|e| Error::damaged(&meta.location, e))?;
-        let id = meta.location.filename().unwrap_or_default().to_owned();
-        Ok(Some(TrashedItem { id, deleted: meta.last_modified.into(), what }))
+        let (id, deleted) =
+            (meta.location.filename().unwrap_or_default().to_owned(), meta.last_modified.into());
+        Ok(Some(match serde_json::from_slice(&bytes) {
+            Ok(what) => Ok(TrashedItem { id, deleted, what }),
+            Err(error) => Err(DamagedItem { id, deleted, reason: error.to_string() }),
+        }))
     }
 
     /// Forgets a deletion, if it is there.

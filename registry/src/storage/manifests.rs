@@ -9,7 +9,8 @@ use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use object_store::path::Path;
 use serde::{Deserialize, Serialize};
 
-use super::{Error, Linked, Marked, Result, Storage, keys};
+use super::links::LINK_TRIES;
+use super::{Error, Linked, Marked, Result, Storage, TagOf, keys};
 use crate::references::Manifest;
 
 /// Blobs that are looked for at once.
@@ -102,6 +103,39 @@ impl Storage {
         outcome
     }
 
+    /// Puts a manifest and then its tags, unless blobs are missing, which are given back. A delete of the manifest that
+    /// runs beside this may take it away between the two, so it is looked for again.
+    pub(crate) async fn put_tagged_manifest(
+        &self,
+        repository: &str,
+        digest: &Digest,
+        manifest: NewManifest,
+        tags: &[&str],
+    ) -> Result<Vec<Digest>> {
+        for _ in 0..LINK_TRIES {
+            let missing = self.put_manifest(repository, digest, manifest.clone()).await?;
+            if !missing.is_empty() {
+                return Ok(missing);
+            }
+            for tag in tags {
+                self.put_tag(TagOf::Push, repository, tag, digest).await?;
+            }
+            #[cfg(test)]
+            if super::mutant::is(super::mutant::Mutant::NoLookAfterTags) {
+                return Ok(Vec::new());
+            }
+            if tags.is_empty() || self.has_manifest(repository, digest).await? {
+                return Ok(Vec::new());
+            }
+        }
+        Err(Error::Collecting { what: digest.to_string() })
+    }
+
+    /// Whether the repository has this manifest.
+    pub(crate) async fn has_manifest(&self, repository: &str, digest: &Digest) -> Result<bool> {
+        Ok(self.head(&keys::manifest(repository, digest)).await?.is_some())
+    }
+
     async fn put_entry(&self, repository: &str, digest: &Digest, entry: &ManifestEntry) -> Result<()> {
         let key = keys::manifest(repository, digest);
         let json = Bytes::from(serde_json::to_vec(entry).map_err(|e| Error::damaged(&key, e))?);
@@ -146,9 +180,14 @@ impl Storage {
     /// Takes a manifest from a repository, and says whether it had it. Tags that lead to it are the caller's to delete,
     /// before. Its link and content stay until they are collected.
     pub(crate) async fn delete_manifest(&self, repository: &str, digest: &Digest) -> Result<bool> {
-        let Some(entry) = self.manifest_entry(repository, digest).await? else { return Ok(false) };
+        let subject = match self.manifest_entry(repository, digest).await {
+            // Its subject isn't known; lists of referrers leave out what isn't there.
+            Err(Error::Damaged { .. }) => None,
+            Ok(None) => return Ok(false),
+            entry => entry?.and_then(|entry| entry.subject),
+        };
         let removed = self.remove(&keys::manifest(repository, digest)).await?;
-        if let Some(subject) = &entry.subject {
+        if let Some(subject) = &subject {
             self.remove(&keys::referrer(repository, subject, digest)).await?;
         }
         Ok(removed)

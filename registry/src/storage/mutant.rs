@@ -16,6 +16,10 @@ pub(crate) enum Mutant {
     NoSecondLinks,
     /// Collectors go on however long their marker is there.
     NoDeadline,
+    /// Pushes don't look for their manifest after the tags.
+    NoLookAfterTags,
+    /// Deletes don't look for tags again after the manifest is gone.
+    NoSecondTags,
     /// Retention doesn't look again at tags and manifests behind the marker.
     NoSecondDecision,
 }

@@ -33,6 +33,17 @@ impl Storage {
         text.trim().parse().map(Some).map_err(|e| Error::damaged(&key, e))
     }
 
+    /// The digest that `of` gave the tag; none also where the tag is damaged, which the log says.
+    pub(crate) async fn whole_tag(&self, of: TagOf, repository: &str, tag: &str) -> Result<Option<Digest>> {
+        match self.tag(of, repository, tag).await {
+            Err(error @ Error::Damaged { .. }) => {
+                tracing::error!(%error, "push the tag again, or delete it");
+                Ok(None)
+            }
+            read => read,
+        }
+    }
+
     /// Gives the tag this digest; the manifest must be there already. A collector that is about to delete the tag is
     /// waited for, as with links.
     pub(crate) async fn put_tag(

@@ -31,18 +31,18 @@ fn age(dir: &Path, time: Duration) {
     }
 }
 
-async fn get<T: serde::de::DeserializeOwned>(registry: &Registry, path: &str) -> T {
+pub(crate) async fn get<T: serde::de::DeserializeOwned>(registry: &Registry, path: &str) -> T {
     let answer = registry.request(Method::GET, path).send().await.unwrap();
     assert_eq!(answer.status(), StatusCode::OK, "{path}: {}", answer.text().await.unwrap());
     answer.json().await.unwrap()
 }
 
-async fn post(registry: &Registry, path: &str, body: Value) -> (StatusCode, Value) {
+pub(crate) async fn post(registry: &Registry, path: &str, body: Value) -> (StatusCode, Value) {
     let answer = registry.request(Method::POST, path).json(&body).send().await.unwrap();
     (answer.status(), answer.json().await.unwrap())
 }
 
-async fn collect(registry: &Registry, dry_run: bool) -> GcReport {
+pub(crate) async fn collect(registry: &Registry, dry_run: bool) -> GcReport {
     let (status, begun) = post(registry, "/v1/gc", json!({ "dry_run": dry_run })).await;
     assert_eq!(status, StatusCode::ACCEPTED, "{begun}");
     loop {
@@ -56,7 +56,7 @@ async fn collect(registry: &Registry, dry_run: bool) -> GcReport {
     }
 }
 
-async fn scrub(registry: &Registry) -> ScrubReport {
+pub(crate) async fn scrub(registry: &Registry) -> ScrubReport {
     let (status, begun) = post(registry, "/v1/scrub", json!({})).await;
     assert_eq!(status, StatusCode::ACCEPTED, "{begun}");
     loop {

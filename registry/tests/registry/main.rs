@@ -15,6 +15,7 @@ mod gc;
 mod images;
 mod interop;
 mod killable;
+mod metadata;
 mod pull_kills;
 mod skopeo;
 mod spec;

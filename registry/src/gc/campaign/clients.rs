@@ -14,7 +14,7 @@ use super::model::{Model, Open};
 use super::stepped::Dice;
 use super::{GRACE, WINDOW};
 use crate::references;
-use crate::storage::{Linked, NewManifest, Storage, TagOf};
+use crate::storage::{Linked, NewManifest, Storage};
 
 pub(super) const REPOSITORIES: [&str; 2] = ["a", "b/c"];
 /// Those with `t` are let go by rules where there are rules.
@@ -141,7 +141,10 @@ impl Client {
         let manifest = references::read(None, &image.bytes).unwrap();
         let new = NewManifest::of(manifest, image.bytes.clone());
         self.begin(Open::PutManifest((repository, image.digest.clone()), 0), None);
-        let put = self.storage.put_manifest(repository, &image.digest, new).await;
+        if let Some(tag) = tag {
+            self.begin(Open::PutTag((repository, tag), 0), Some(image.digest.clone()));
+        }
+        let put = self.storage.put_tagged_manifest(repository, &image.digest, new, tag.as_slice()).await;
         let there = matches!(&put, Ok(missing) if missing.is_empty());
         self.end(there);
         if let Ok(missing) = put {
@@ -154,11 +157,6 @@ impl Client {
                     "{digest} of {repository} was there for the client, and is gone for its manifest"
                 );
             }
-        }
-        if let Some(tag) = tag.filter(|_| there) {
-            self.begin(Open::PutTag((repository, tag), 0), Some(image.digest.clone()));
-            let put = self.storage.put_tag(TagOf::Push, repository, tag, &image.digest).await;
-            self.end(put.is_ok());
         }
         there
     }
