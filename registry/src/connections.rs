@@ -38,6 +38,8 @@ const HEAD_MAX_DRAINING: Duration = Duration::from_secs(1);
 const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(60);
 /// Bytes of a request's body that are read at once: uploads come in a few large pieces, not in many small ones.
 const READ_MAX_BYTES: usize = 512 << 10;
+/// The longest head of a request: a token of 16 KiB and 100 tags fit. Who sends no end of one has no more memory here.
+const HEAD_MAX_BYTES: usize = 48 << 10;
 /// How long to wait when the system has no more file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// File descriptors to ask the system for; its default of 1,024 is less than the connections need.
@@ -125,6 +127,7 @@ async fn connection(
         .header_read_timeout(if late { HEAD_MAX_DRAINING } else { HEAD_MAX })
         .keep_alive(!late)
         .max_buf_size(READ_MAX_BYTES)
+        .max_header_size(HEAD_MAX_BYTES)
         .serve_connection(TokioIo::new(stream), service);
     let mut serving = std::pin::pin!(serving);
     let result = tokio::select! {

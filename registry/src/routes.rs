@@ -61,6 +61,10 @@ async fn allowed(app: &Arc<App>, mut request: Request) -> Answer {
         let digest = response.headers().get(blobs::CONTENT_DIGEST).and_then(|value| value.to_str().ok());
         if let Some((action, name, reference)) = change(endpoint.as_ref(), &method, response.status()) {
             app.access.record(&who, action, name, reference, digest);
+            // The tags in the query, which the answer names.
+            for tag in response.headers().get_all(manifests::TAG) {
+                app.access.record(&who, action, name, tag.to_str().ok(), digest);
+            }
         }
     }
     Ok(response)

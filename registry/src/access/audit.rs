@@ -151,9 +151,9 @@ impl Audit {
             let wanted = count - events.len();
             let mut last = std::collections::VecDeque::new();
             let mut goes_back_far_enough = false;
-            for line in BufReader::new(file).lines() {
-                // A line that a crash cut off says nothing.
-                let Ok(event) = serde_json::from_str::<Event>(&line?) else { continue };
+            for line in BufReader::new(file).split(b'\n') {
+                // A line that a crash cut off, perhaps within a character, says nothing.
+                let Ok(event) = serde_json::from_slice::<Event>(&line?) else { continue };
                 goes_back_far_enough |= of.is_too_old(&event);
                 if !of.has(&event) {
                     continue;
@@ -207,7 +207,7 @@ mod tests {
         (0..3).for_each(|number| audit.record(&event(number)));
         drop(audit);
         let mut file = OpenOptions::new().append(true).open(dir.path().join("audit.log")).unwrap();
-        file.write_all(b"{\"at\":\"20").unwrap();
+        file.write_all(b"{\"at\":\"20\xc3").unwrap();
         let audit = Audit::open(dir.path()).unwrap();
         audit.record(&event(3));
         let subjects = |count| {

@@ -339,6 +339,18 @@ async fn pushes_and_deletes_are_written_down() {
     let digest = digest.to_string();
     assert_eq!(told, [("push-manifest", "anyplace", "v1"), ("delete-manifest", "anyplace", digest.as_str())]);
     assert_eq!(events[0]["digest"], digest.as_str());
+    // Each tag of one push.
+    let manifest = crate::support::manifest(&registry.put_blob("vision/app", b"{}").await, 2, &[]);
+    let digest = anyplace_images::Digest::of(&manifest);
+    let path = format!("/v2/vision/app/manifests/{digest}?tag=prod&tag=latest");
+    let put = registry.request(Method::PUT, &path).header("content-type", OCI_MANIFEST).body(manifest);
+    assert_eq!(put.send().await.unwrap().status(), 201);
+    let events: Value =
+        registry.request(Method::GET, "/v1/audit?tail=3").send().await.unwrap().json().await.unwrap();
+    let told: Vec<_> =
+        events.as_array().unwrap().iter().map(|it| it["reference"].as_str().unwrap()).collect();
+    assert_eq!(told, [digest.as_str(), "prod", "latest"]);
+    assert!(events.as_array().unwrap().iter().all(|it| it["digest"] == digest.as_str()));
     registry.stop().await;
 }
 

@@ -14,6 +14,8 @@ use crate::support::{Registry, noise};
 
 /// What the registry takes at once; see its `connections`.
 const CONNECTIONS_MAX: usize = 4_096;
+/// The longest head of a request.
+const HEAD_MAX_BYTES: usize = 48 << 10;
 
 /// A server that is told to stop while it works.
 struct Stopping {
@@ -124,6 +126,22 @@ async fn a_shutdown_with_nothing_to_do_is_at_once() {
     resting.write_all(b"\r\n").await.unwrap();
     let mut answer = [0; 12];
     resting.read_exact(&mut answer).await.unwrap();
+    server.shutdown.cancel();
+    server.task.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_head_without_an_end_is_cut_off() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Stopping::start(dir.path(), 0).await;
+    let long = "a".repeat(HEAD_MAX_BYTES - 2_000);
+    assert!(server.ask(&format!("GET /v2/ HTTP/1.1\r\nx: {long}\r\ny:")).await.starts_with("http/1.1 200"));
+    let mut endless = server.send("GET /v2/").await;
+    endless.write_all(b"x: ").await.unwrap();
+    endless.write_all(&[b'a'; HEAD_MAX_BYTES]).await.unwrap();
+    let mut answer = Vec::new();
+    let _ = endless.read_to_end(&mut answer).await;
+    assert!(answer.starts_with(b"HTTP/1.1 431"), "{}", String::from_utf8_lossy(&answer));
     server.shutdown.cancel();
     server.task.await.unwrap().unwrap();
 }
