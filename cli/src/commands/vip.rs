@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use anyplace_api::{Client, DeploymentView, RoutesView};
 use anyplace_model::{DeploymentName, LocationId, Port, Protocol, Route, vips};
-use anyplace_state_router::{Backend, Flow, Hop, Owner, Shares, Step, Trace, shares, trace};
+use anyplace_state_router::{Backend, BackendState, Flow, Hop, Owner, Shares, Step, Trace, shares, trace};
 use serde::Serialize;
 
 use crate::{
@@ -152,6 +152,10 @@ fn description(
 /// What the instance's machine says about it, where it takes no connections.
 fn say_more(backend: &mut Backend, deployment: &DeploymentView) {
     let Owner::Instance { instance, .. } = &backend.owner else { return };
+    // Status and route are of two moments; where the route has it ready, the status is the older.
+    if backend.state == BackendState::Ready {
+        return;
+    }
     let mut statuses = deployment.locations.iter().flat_map(|share| &share.instances);
     let status = statuses.find(|status| status.instance == *instance && !status.ready);
     if let Some(status) = status {
