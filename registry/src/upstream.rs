@@ -5,7 +5,7 @@
 //! - However many ask for the same thing at once, one fetch runs; it goes on when the one who asked first goes away.
 //! - Blobs come in pieces, each verified on its own if its digest is known (see [`crate::cache::layout`]), so a range
 //!   costs its pieces only, and is served as soon as they are here. Other blobs are fetched whole first.
-//! - A blob belongs to the repositories whose manifests name it, or whose upstream says that it does.
+//! - A blob belongs to the repositories of which an upstream says that they have it; it is asked once for each.
 //! - While no upstream can be asked, what is here is served: tags as they were when last seen.
 //!
 //! What is cached is never mixed with what was pushed: it may be evicted at any time.

@@ -40,7 +40,7 @@ pub(crate) struct Layout {
     pub(crate) piece_bytes: u64,
     /// One for each piece.
     pub(crate) hashes: Arc<[Hash]>,
-    /// Whether the blob's own digest covers the list; else a manifest says so.
+    /// Whether the whole blob was seen, so that its own digest covers the list; else a manifest says so.
     pub(crate) proven: bool,
 }
 
@@ -65,7 +65,7 @@ impl Layout {
         Layout::new(size, piece_bytes, &list, false)
     }
 
-    /// The layout of a blob that is one piece, whose digest is therefore that of the blob.
+    /// The layout of a blob that is one piece, whose digest is therefore that of the blob. The size is yet a claim.
     pub(crate) fn single(size: u64, digest: &Digest) -> Option<Layout> {
         if digest.kind() != Algorithm::Sha256
             || !PIECE_BYTES.contains(&size.max(PIECE_BYTES.start))
@@ -74,7 +74,7 @@ impl Layout {
             return None;
         }
         let hash = hex::decode(digest.hex()).ok()?;
-        Layout::new(size, size.max(PIECE_BYTES.start), &hash, true).ok()
+        Layout::new(size, size.max(PIECE_BYTES.start), &hash, false).ok()
     }
 
     fn new(size: u64, piece_bytes: u64, list: &[u8], proven: bool) -> Result<Layout, String> {
@@ -116,6 +116,15 @@ impl Layout {
     /// Whether these are the bytes of the piece.
     pub(crate) fn is_right(&self, index: u32, bytes: &[u8]) -> bool {
         bytes.len() == self.len(index) && self.hashes.get(index as usize).is_some_and(|h| *h == hash(bytes))
+    }
+
+    /// Names the sizes and the list: equal for equal ones only.
+    pub(crate) fn fingerprint(&self) -> Hash {
+        let mut hasher = Sha256::new();
+        hasher.update(self.size.to_le_bytes());
+        hasher.update(self.piece_bytes.to_le_bytes());
+        hasher.update(self.hashes.as_flattened());
+        hasher.finalize().into()
     }
 
     pub(crate) fn encode(&self) -> Vec<u8> {

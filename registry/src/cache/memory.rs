@@ -16,8 +16,10 @@ use anyplace_images::Digest;
 use bytes::Bytes;
 use tokio::sync::Notify;
 
-/// A piece of a blob.
-pub(crate) type PieceKey = (Digest, u32);
+use super::layout::Hash;
+
+/// A piece of a blob, and its own digest: what was verified by a wrong list is nobody's who has the right one.
+pub(crate) type PieceKey = (Digest, Hash);
 
 /// Smallest budget: pieces of the largest kind for a few at once.
 pub(crate) const BUDGET_MIN_BYTES: u64 = 64 << 20;
@@ -217,7 +219,7 @@ mod tests {
     use super::*;
 
     fn key(index: u32) -> PieceKey {
-        (Digest::of(b"x"), index)
+        (Digest::of(b"x"), super::super::layout::hash(&index.to_le_bytes()))
     }
 
     #[tokio::test]

@@ -23,6 +23,7 @@ use nix::unistd::{Whence, lseek};
 
 use super::counters::CacheCounters;
 use super::layout::{Hash, Layout};
+use super::memory::PieceKey;
 use super::records::{Records, walk};
 
 /// The piece is in the file.
@@ -40,6 +41,7 @@ const FREED_WHEN_FULL_BYTES: u64 = 64 << 20;
 pub(crate) struct Blob {
     pub(crate) digest: Digest,
     pub(crate) layout: Layout,
+    pub(crate) fingerprint: Hash,
     flags: Box<[AtomicU8]>,
     /// Held while the file's content or holes change.
     changing: Mutex<()>,
@@ -49,7 +51,21 @@ pub(crate) struct Blob {
 impl Blob {
     fn new(digest: Digest, layout: Layout) -> Blob {
         let flags = layout.hashes.iter().map(|_| AtomicU8::new(0)).collect();
-        Blob { digest, layout, flags, changing: Mutex::default(), dropped: AtomicBool::new(false) }
+        let fingerprint = layout.fingerprint();
+        Blob {
+            digest,
+            layout,
+            fingerprint,
+            flags,
+            changing: Mutex::default(),
+            dropped: AtomicBool::new(false),
+        }
+    }
+
+    /// What the piece is called in memory.
+    pub(crate) fn key(&self, index: u32) -> PieceKey {
+        // Nobody asks for a piece after the last.
+        (self.digest.clone(), self.layout.hashes.get(index as usize).copied().unwrap_or_default())
     }
 
     pub(crate) fn has(&self, index: u32) -> bool {

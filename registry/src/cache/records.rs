@@ -4,7 +4,8 @@
 //! - `pieces/<algorithm>/<2 digits>/<digest>`: how a blob is cut into pieces
 //! - `repositories/<name>/_manifests/<algorithm>/<digest>`: a manifest with its media type
 //! - `repositories/<name>/_tags/<tag>`: the digest that the upstream gave the tag
-//! - `repositories/<name>/_blobs/<algorithm>/<digest>`: size of a blob that was asked for without a manifest
+//! - `repositories/<name>/_blobs/<algorithm>/<digest>`: size of a blob of which an upstream said that the repository
+//!   has it
 //!
 //! A file is the seal, 32 bytes, and then the content. It is written under another name and renamed. Damaged ones
 //! are removed and count as absent. Number and size are bounded; those that weren't used for longest go first

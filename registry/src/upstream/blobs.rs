@@ -127,26 +127,35 @@ impl Inner {
     /// A blob whose pieces are known; where nobody says them, it is fetched whole.
     async fn blob(self: &Arc<Inner>, repository: &str, digest: &Digest) -> Result<Arc<Blob>, Failure> {
         let known = self.find(repository, digest).await?;
-        match self.pieces.blob(digest) {
-            Some(blob) if blob.layout.size == known.size => return Ok(blob),
-            Some(blob) if blob.layout.proven => {
-                let (size, said) = (blob.layout.size, known.size);
-                let text =
-                    format!("blob {digest} has {size} bytes, a manifest of `{repository}` says {said}");
-                return Err(Failure::Corrupt(text));
+        let single = Layout::single(known.size, digest);
+        let blob = match self.pieces.blob(digest) {
+            Some(blob) => blob,
+            None => {
+                let layout = match single.clone() {
+                    Some(layout) => Some(layout),
+                    None => self.list_of(repository, digest, &known).await,
+                };
+                let Some(layout) = layout else { return self.whole(repository, digest, known.size).await };
+                let (inner, digest) = (self.clone(), digest.clone());
+                let learning = tokio::task::spawn_blocking(move || inner.pieces.learn(&digest, layout));
+                learning.await.map_err(|e| Failure::here("remembering a blob's pieces", e))?
             }
-            // Another repository's manifest was wrong, or this one's is: the blob's own digest will tell.
-            Some(_) => return self.whole(repository, digest, known.size).await,
-            None => {}
-        }
-        let layout = match Layout::single(known.size, digest) {
-            Some(layout) => Some(layout),
-            None => self.list_of(repository, digest, &known).await,
         };
-        let Some(layout) = layout else { return self.whole(repository, digest, known.size).await };
-        let (inner, digest) = (self.clone(), digest.clone());
-        let learning = tokio::task::spawn_blocking(move || inner.pieces.learn(&digest, layout));
-        learning.await.map_err(|e| Failure::here("remembering a blob's pieces", e))
+        if blob.layout.proven {
+            let (size, said) = (blob.layout.size, known.size);
+            if size == said {
+                return Ok(blob);
+            }
+            let text = format!("blob {digest} has {size} bytes, a manifest of `{repository}` says {said}");
+            return Err(Failure::Corrupt(text));
+        }
+        // A list that a manifest says counts where this repository's manifest says the same.
+        let said = single.map(|layout| layout.fingerprint()).or(known.list);
+        if said == Some(blob.fingerprint) {
+            return Ok(blob);
+        }
+        // Another repository's manifest was wrong, or this one's is: the blob's own digest will tell.
+        self.whole(repository, digest, known.size).await
     }
 
     /// A verified piece, from memory, disk or upstream.
@@ -156,20 +165,20 @@ impl Inner {
         blob: &Arc<Blob>,
         index: u32,
     ) -> Result<Bytes, Failure> {
-        if let Some(bytes) = self.memory.get(&(blob.digest.clone(), index)) {
+        if let Some(bytes) = self.memory.get(&blob.key(index)) {
             CacheCounters::one(&self.counters.memory_hits);
             return Ok(bytes);
         }
         let loading = load(self.clone(), repository.to_owned(), blob.clone(), index);
-        self.piece_flights.join(format!("{} {index}", blob.digest), loading).await
+        self.piece_flights.join(flight_key(blob, index), loading).await
     }
 
     /// Gets the first few of these pieces ready.
     fn begin_pieces(self: &Arc<Inner>, repository: &str, blob: &Arc<Blob>, indexes: RangeInclusive<u32>) {
         for index in indexes.take(READ_AHEAD) {
-            if !self.memory.has(&(blob.digest.clone(), index)) {
+            if !self.memory.has(&blob.key(index)) {
                 let loading = load(self.clone(), repository.to_owned(), blob.clone(), index);
-                drop(self.piece_flights.begin(format!("{} {index}", blob.digest), loading));
+                drop(self.piece_flights.begin(flight_key(blob, index), loading));
             }
         }
     }
@@ -215,8 +224,13 @@ impl Inner {
     }
 }
 
+/// Those who have another list of the blob's pieces don't wait for one another.
+fn flight_key(blob: &Blob, index: u32) -> String {
+    format!("{} {} {index}", blob.digest, hex::encode(blob.fingerprint))
+}
+
 async fn load(inner: Arc<Inner>, repository: String, blob: Arc<Blob>, index: u32) -> Result<Bytes, Failure> {
-    let key = (blob.digest.clone(), index);
+    let key = blob.key(index);
     // It may have come since it was looked for.
     if let Some(bytes) = inner.memory.get(&key) {
         CacheCounters::one(&inner.counters.memory_hits);

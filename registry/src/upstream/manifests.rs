@@ -113,7 +113,7 @@ impl Inner {
         let (inner, key, content) = (self.clone(), manifest_key(repository, digest), encode(&kept));
         let written = tokio::task::spawn_blocking(move || inner.pieces.put_record(&key, &content));
         written.await.map_err(|e| Failure::here("keeping a manifest", e))?;
-        self.members.learn(repository, digest, &kept.bytes);
+        self.learn_members(repository, digest, &kept.bytes);
         self.recent.insert(repository, digest, &kept);
         Ok(kept)
     }

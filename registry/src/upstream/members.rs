@@ -1,21 +1,29 @@
 //! Which blobs a repository has upstream, and how large they are.
 //!
-//! The manifests that came through say it, and for other blobs the upstream is asked. Both are remembered on disk, and
-//! in memory up to a bound, after which it is read from disk again.
+//! Whether it has a blob, the upstream is asked, once for each: a manifest may name what its repository doesn't have,
+//! and the cache may have it from another repository. The questions go out when a manifest comes through, so that the
+//! blobs can be had when the upstream is gone. Sizes and lists of pieces are those of the manifest, where one names
+//! the blob. Both are remembered on disk, and in memory up to a bound, after which it is read from disk again.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyplace_images::Digest;
+use futures_util::{StreamExt as _, stream};
 use serde::Deserialize;
 
 use super::manifests::decode;
 use super::{Failure, Inner, ONLY_ANSWER_TIMEOUT};
-use crate::cache::layout::{ANNOTATION, Layout};
+use crate::cache::layout::{ANNOTATION, Hash, Layout};
 use crate::references::is_here;
 
 /// Most blobs that are remembered in memory, some 200 bytes each; all are dropped when there are more.
 const REMEMBERED_MAX: usize = 200_000;
+/// Most blobs of a manifest that the upstream is asked about ahead. Docker's own limit on layers is 127.
+const AHEAD_MAX: usize = 128;
+/// Of them at once.
+const AHEAD_AT_ONCE: usize = 8;
 
 /// What is known of a repository's blob.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,6 +31,17 @@ pub(super) struct Known {
     pub(super) size: u64,
     /// The manifest that names it.
     manifest: Option<Digest>,
+    /// Fingerprint of the list of its pieces that the manifest has.
+    pub(super) list: Option<Hash>,
+    /// An upstream said that the repository has it.
+    proven: bool,
+}
+
+impl Known {
+    /// What an upstream says.
+    fn proven(size: u64) -> Known {
+        Known { size, manifest: None, list: None, proven: true }
+    }
 }
 
 #[derive(Default)]
@@ -35,7 +54,21 @@ impl Table {
     fn add(&mut self, repository: &str, blobs: impl IntoIterator<Item = (Digest, Known)>) {
         let Some(known) = self.repositories.get_mut(repository) else { return };
         let before = known.len();
-        known.extend(blobs);
+        for (digest, new) in blobs {
+            match known.entry(digest) {
+                Entry::Vacant(entry) => {
+                    entry.insert(new);
+                }
+                Entry::Occupied(entry) => {
+                    let old = entry.into_mut();
+                    let proven = old.proven || new.proven;
+                    if new.manifest.is_some() || old.manifest.is_none() {
+                        *old = new;
+                    }
+                    old.proven = proven;
+                }
+            }
+        }
         self.count += known.len() - before;
     }
 }
@@ -63,8 +96,16 @@ struct Descriptor {
     annotations: Option<HashMap<String, serde_json::Value>>,
 }
 
-/// The blobs that have to be in the manifest's repository. Not those that lie elsewhere: whoever pushes a manifest need
-/// not have them, and could read another repository's blob here by naming it.
+impl Descriptor {
+    /// The list of the blob's pieces, if there is one.
+    fn list(&self) -> Option<Result<Layout, String>> {
+        let text = self.annotations.as_ref()?.get(ANNOTATION)?;
+        let text = text.as_str().ok_or("it is no text".to_owned());
+        Some(text.and_then(|text| Layout::from_annotation(self.size, text)))
+    }
+}
+
+/// The blobs that have to be in the manifest's repository, not those that lie elsewhere.
 fn descriptors(manifest: &[u8]) -> Vec<Descriptor> {
     let Ok(document) = serde_json::from_slice::<Document>(manifest) else { return Vec::new() };
     let lists = document.layers.into_iter().chain(document.blobs).flatten();
@@ -74,10 +115,7 @@ fn descriptors(manifest: &[u8]) -> Vec<Descriptor> {
 
 /// The list of a blob's pieces, where this manifest has one; an error says why it isn't taken.
 pub(super) fn list_in(manifest: &[u8], digest: &Digest) -> Option<Result<Layout, String>> {
-    let descriptor = descriptors(manifest).into_iter().find(|descriptor| descriptor.digest == *digest)?;
-    let text = descriptor.annotations?.remove(ANNOTATION)?;
-    let text = text.as_str().ok_or("it is no text".to_owned());
-    Some(text.and_then(|text| Layout::from_annotation(descriptor.size, text)))
+    descriptors(manifest).into_iter().find(|descriptor| descriptor.digest == *digest)?.list()
 }
 
 impl Members {
@@ -100,32 +138,53 @@ impl Members {
     fn insert(&self, repository: &str, blobs: impl IntoIterator<Item = (Digest, Known)>) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).add(repository, blobs);
     }
-
-    /// Remembers the blobs that a manifest names.
-    pub(super) fn learn(&self, repository: &str, digest: &Digest, manifest: &[u8]) {
-        self.insert(repository, named_in(digest, manifest));
-    }
 }
 
 fn named_in(digest: &Digest, manifest: &[u8]) -> Vec<(Digest, Known)> {
-    let known = |size| Known { size, manifest: Some(digest.clone()) };
-    descriptors(manifest).into_iter().map(|named| (named.digest, known(named.size))).collect()
+    let known = |named: &Descriptor| Known {
+        size: named.size,
+        manifest: Some(digest.clone()),
+        list: named.list().and_then(Result::ok).map(|list| list.fingerprint()),
+        proven: false,
+    };
+    descriptors(manifest).into_iter().map(|named| (named.digest.clone(), known(&named))).collect()
 }
 
 impl Inner {
+    /// Remembers the blobs that a manifest names, and asks about them before anybody wants them.
+    pub(super) fn learn_members(self: &Arc<Inner>, repository: &str, digest: &Digest, manifest: &[u8]) {
+        let blobs = named_in(digest, manifest);
+        let named: Vec<_> = blobs.iter().map(|(digest, _)| digest.clone()).take(AHEAD_MAX).collect();
+        self.members.insert(repository, blobs);
+        let (inner, name) = (Arc::downgrade(self), repository.to_owned());
+        tokio::spawn(stream::iter(named).for_each_concurrent(AHEAD_AT_ONCE, move |digest| {
+            let (inner, name) = (inner.upgrade(), name.clone());
+            async move {
+                if let Some(inner) = inner {
+                    // Whoever wants it asks again.
+                    let _ = inner.find(&name, &digest).await;
+                }
+            }
+        }));
+    }
+
     /// What is known here of a repository's blob.
-    pub(super) async fn known(self: &Arc<Inner>, repository: &str, digest: &Digest) -> Option<Known> {
-        if let Some(Some(known)) = self.members.get(repository, digest) {
+    async fn known(self: &Arc<Inner>, repository: &str, digest: &Digest) -> Option<Known> {
+        if let Some(Some(known)) = self.members.get(repository, digest)
+            && known.proven
+        {
             return Some(known);
         }
         let (inner, name, digest) = (self.clone(), repository.to_owned(), digest.clone());
         let reading = tokio::task::spawn_blocking(move || {
             let remembered = inner.members.get(&name, &digest);
-            let known = remembered.unwrap_or_else(|| inner.load_members(&name, &digest)).or_else(|| {
-                let content = inner.pieces.records.get(&blob_key(&name, &digest))?;
-                let size = u64::from_le_bytes(content.try_into().ok()?);
-                Some(Known { size, manifest: None })
-            })?;
+            let named = remembered.unwrap_or_else(|| inner.load_members(&name, &digest));
+            let said = inner.pieces.records.get(&blob_key(&name, &digest));
+            let size = said.and_then(|content| Some(u64::from_le_bytes(content.try_into().ok()?)));
+            let known = match (named, size) {
+                (Some(known), size) => Known { proven: known.proven || size.is_some(), ..known },
+                (None, size) => Known::proven(size?),
+            };
             inner.members.insert(&name, [(digest, known.clone())]);
             Some(known)
         });
@@ -134,8 +193,9 @@ impl Inner {
 
     /// What is known of a repository's blob here or upstream.
     pub(super) async fn find(self: &Arc<Inner>, repository: &str, digest: &Digest) -> Result<Known, Failure> {
-        if let Some(known) = self.known(repository, digest).await {
-            return Ok(known);
+        let named = self.known(repository, digest).await;
+        if let Some(known) = named.as_ref().filter(|known| known.proven) {
+            return Ok(known.clone());
         }
         let (inner, name, wanted) = (self.clone(), repository.to_owned(), digest.clone());
         let asking = async move {
@@ -161,11 +221,11 @@ impl Inner {
                 move || inner.pieces.put_record(&key, &size.to_le_bytes())
             });
             written.await.map_err(|e| Failure::here("remembering a blob", e))?;
-            inner.members.insert(&name, [(wanted, Known { size, manifest: None })]);
+            inner.members.insert(&name, [(wanted, Known::proven(size))]);
             Ok(size)
         };
         let size = self.size_flights.join(format!("{repository} {digest}"), asking).await?;
-        Ok(Known { size, manifest: None })
+        Ok(named.map_or(Known::proven(size), |named| Known { proven: true, ..named }))
     }
 
     /// The list of a blob's pieces, where the manifest that names the blob has one.
@@ -227,7 +287,7 @@ mod tests {
 
     #[test]
     fn a_repository_is_remembered_whole_or_not_at_all() {
-        let (members, known) = (Members::default(), Known { size: 1, manifest: None });
+        let (members, known) = (Members::default(), Known::proven(1));
         let blobs = |range: std::ops::Range<usize>| {
             range.map(|number| (Digest::of(&number.to_le_bytes()), known.clone())).collect::<HashMap<_, _>>()
         };

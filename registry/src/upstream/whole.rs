@@ -73,11 +73,12 @@ impl Inner {
         let (inner, name, wanted) = (self.clone(), repository.to_owned(), digest.clone());
         let fetching = async move {
             match inner.pieces.blob(&wanted) {
-                Some(blob) if blob.layout.proven => Ok(blob),
+                Some(blob) if blob.layout.proven && blob.layout.size == size => Ok(blob),
                 _ => fetch(&inner, &name, &wanted, size).await,
             }
         };
-        self.whole_flights.join(digest.to_string(), fetching).await
+        // Who expects another size fails for reasons of its own.
+        self.whole_flights.join(format!("{digest} {size}"), fetching).await
     }
 }
 

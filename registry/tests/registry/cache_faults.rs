@@ -288,51 +288,95 @@ impl Drop for Tmpfs {
     }
 }
 
+/// Debian's docker-registry on loopback; ended when it is dropped.
+pub(crate) struct DockerRegistry {
+    pub(crate) url: String,
+    http: reqwest::Client,
+    child: std::process::Child,
+}
+
+impl Drop for DockerRegistry {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl DockerRegistry {
+    pub(crate) async fn start(dir: &std::path::Path) -> DockerRegistry {
+        use std::process::{Command, Stdio};
+        let program = "docker-registry";
+        if Command::new(program).arg("--version").stdout(Stdio::null()).status().is_err() {
+            panic!("this test needs {program}; run `cargo xtask setup`");
+        }
+        let port = std::net::TcpListener::bind(LOOPBACK).unwrap().local_addr().unwrap().port();
+        let settings = dir.join("config.yml");
+        let text = format!(
+            "version: 0.1\nlog: {{level: error, accesslog: {{disabled: true}}}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\n\
+             http: {{addr: '127.0.0.1:{port}'}}\n",
+            dir.join("theirs").display()
+        );
+        std::fs::write(&settings, text).unwrap();
+        let mut command = Command::new(program);
+        command.arg("serve").arg(&settings).stdout(Stdio::null()).stderr(Stdio::null());
+        anyplace_service::install_crypto_provider();
+        let http = reqwest::Client::builder().no_proxy().build().unwrap();
+        let url = format!("http://127.0.0.1:{port}");
+        let mut registry = DockerRegistry { url, http, child: command.spawn().unwrap() };
+        for attempt in 0.. {
+            if registry.http.get(format!("{}/v2/", registry.url)).send().await.is_ok() {
+                break;
+            }
+            assert!(attempt < 300 && registry.child.try_wait().unwrap().is_none(), "{program} didn't start");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        registry
+    }
+
+    pub(crate) async fn put_blob(&self, repository: &str, bytes: &Bytes) -> Digest {
+        let digest = Digest::of(bytes);
+        let start = self.http.post(format!("{}/v2/{repository}/blobs/uploads/", self.url));
+        let location = header(&start.send().await.unwrap(), "location");
+        let and = if location.contains('?') { '&' } else { '?' };
+        let put = self.http.put(format!("{location}{and}digest={digest}")).body(bytes.clone());
+        assert_eq!(put.send().await.unwrap().status(), 201);
+        digest
+    }
+
+    /// Gives the digest of a manifest that was taken.
+    pub(crate) async fn put_manifest(
+        &self,
+        repository: &str,
+        tag: &str,
+        media_type: &str,
+        bytes: impl Into<Bytes>,
+    ) -> Result<Digest, reqwest::StatusCode> {
+        let bytes = bytes.into();
+        let digest = Digest::of(&bytes);
+        let put = self.http.put(format!("{}/v2/{repository}/manifests/{tag}", self.url)).body(bytes);
+        let status = put.header("content-type", media_type).send().await.unwrap().status();
+        if status == 201 { Ok(digest) } else { Err(status) }
+    }
+
+    pub(crate) async fn get(&self, path: &str) -> reqwest::Response {
+        self.http.get(format!("{}{path}", self.url)).send().await.unwrap()
+    }
+}
+
 #[tokio::test]
 async fn debians_docker_registry_can_be_the_upstream() {
-    use std::process::{Command, Stdio};
     let dir = tempfile::tempdir().unwrap();
-    let program = "docker-registry";
-    if Command::new(program).arg("--version").stdout(Stdio::null()).status().is_err() {
-        panic!("this test needs {program}; run `cargo xtask setup`");
-    }
-    let port = std::net::TcpListener::bind(LOOPBACK).unwrap().local_addr().unwrap().port();
-    let settings = dir.path().join("config.yml");
-    let text = format!(
-        "version: 0.1\nlog: {{level: error, accesslog: {{disabled: true}}}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\n\
-         http: {{addr: '127.0.0.1:{port}'}}\n",
-        dir.path().join("theirs").display()
-    );
-    std::fs::write(&settings, text).unwrap();
-    let mut command = Command::new(program);
-    command.arg("serve").arg(&settings).stdout(Stdio::null()).stderr(Stdio::null());
-    let mut child = Child(command.spawn().unwrap());
-    let url = format!("http://127.0.0.1:{port}");
-    anyplace_service::install_crypto_provider();
-    let http = reqwest::Client::builder().no_proxy().build().unwrap();
-    for attempt in 0.. {
-        if http.get(format!("{url}/v2/")).send().await.is_ok() {
-            break;
-        }
-        assert!(attempt < 300 && child.0.try_wait().unwrap().is_none(), "docker-registry didn't start");
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+    let upstream = DockerRegistry::start(dir.path()).await;
     let layer = Bytes::from(noise(500, 20 * MIB));
     let config = Bytes::from_static(b"{}");
     for bytes in [&layer, &config] {
-        let start = http.post(format!("{url}/v2/team/app/blobs/uploads/")).send().await.unwrap();
-        let location = header(&start, "location");
-        let and = if location.contains('?') { '&' } else { '?' };
-        let put = http.put(format!("{location}{and}digest={}", Digest::of(bytes))).body(bytes.clone());
-        assert_eq!(put.send().await.unwrap().status(), 201);
+        upstream.put_blob("team/app", bytes).await;
     }
     let manifest =
         crate::support::manifest(&Digest::of(&config), config.len(), &[(&Digest::of(&layer), layer.len())]);
-    let put = http.put(format!("{url}/v2/team/app/manifests/v1")).body(manifest.clone());
-    let put = put.header("content-type", crate::support::OCI_MANIFEST).send().await.unwrap();
-    assert_eq!(put.status(), 201);
+    upstream.put_manifest("team/app", "v1", crate::support::OCI_MANIFEST, manifest.clone()).await.unwrap();
     let cache_dir = dir.path().join("ours");
-    let cache = Registry::start_with(cache_config(&cache_dir, &[(&url, dir.path())])).await;
+    let cache = Registry::start_with(cache_config(&cache_dir, &[(&upstream.url, dir.path())])).await;
     assert_eq!(get(&cache, "/v2/team/app/manifests/v1").await.bytes().await.unwrap(), manifest);
     let path = format!("/v2/team/app/blobs/{}", Digest::of(&layer));
     let part =
@@ -343,16 +387,7 @@ async fn debians_docker_registry_can_be_the_upstream() {
     assert_eq!(counters.upstream_bytes.load(Ordering::Relaxed), (layer.len() + manifest.len()) as u64);
     let tags: serde_json::Value = get(&cache, "/v2/team/app/tags/list").await.json().await.unwrap();
     assert_eq!(tags["tags"], serde_json::json!(["v1"]));
-    drop(child);
+    drop(upstream);
     assert!(get(&cache, &path).await.bytes().await.unwrap() == layer);
     cache.stop().await;
-}
-
-struct Child(std::process::Child);
-
-impl Drop for Child {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }

@@ -42,6 +42,8 @@ pub(crate) enum Fault {
 #[derive(Default)]
 pub(crate) struct Content {
     blobs: Mutex<HashMap<Digest, Bytes>>,
+    /// The blobs that only one repository has.
+    only: Mutex<HashMap<Digest, String>>,
     manifests: Mutex<HashMap<String, Bytes>>,
     /// For the first answer of each content that wasn't sent yet.
     next_of_each: Mutex<VecDeque<Fault>>,
@@ -54,6 +56,8 @@ pub(crate) struct Content {
     pub(crate) blob_bytes: AtomicU64,
     /// Requests for blobs' content.
     pub(crate) blob_requests: AtomicUsize,
+    /// Questions whether blobs are there.
+    pub(crate) blob_heads: AtomicUsize,
     /// Requests about manifests.
     pub(crate) manifest_requests: AtomicUsize,
 }
@@ -90,6 +94,12 @@ impl Fake {
         let digest = Digest::of(&bytes);
         self.content.blobs.lock().unwrap().insert(digest.clone(), bytes);
         digest
+    }
+
+    /// A blob that only this repository has, with any content.
+    pub(crate) fn put_blob_only(&self, repository: &str, digest: &Digest, bytes: impl Into<Bytes>) {
+        self.content.blobs.lock().unwrap().insert(digest.clone(), bytes.into());
+        self.content.only.lock().unwrap().insert(digest.clone(), repository.to_owned());
     }
 
     pub(crate) fn put_manifest(&self, tag: &str, manifest: impl Into<Bytes>) -> Digest {
@@ -173,7 +183,10 @@ async fn answer(State(content): State<Arc<Content>>, request: Request) -> Respon
     let (rest, key) = path.rsplit_once('/').unwrap();
     let is_blob = rest.ends_with("/blobs");
     let found = if is_blob {
-        let digest = key.parse::<Digest>().ok();
+        let repository = rest.trim_start_matches("/v2/").trim_end_matches("/blobs");
+        let only = content.only.lock().unwrap().clone();
+        let has = |digest: &Digest| only.get(digest).is_none_or(|owner| owner == repository);
+        let digest = key.parse::<Digest>().ok().filter(has);
         digest.and_then(|digest| content.blobs.lock().unwrap().get(&digest).cloned())
     } else if rest.ends_with("/manifests") {
         content.manifest_requests.fetch_add(1, Ordering::SeqCst);
@@ -187,6 +200,7 @@ async fn answer(State(content): State<Arc<Content>>, request: Request) -> Respon
         response = response.header("content-type", OCI_MANIFEST);
     }
     if request.method() == "HEAD" {
+        content.blob_heads.fetch_add(usize::from(is_blob), Ordering::SeqCst);
         let response = response.header("content-length", bytes.len()).body(Body::empty());
         return response.unwrap();
     }

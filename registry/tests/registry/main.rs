@@ -8,6 +8,7 @@ mod bucket_down;
 mod cache;
 mod cache_campaigns;
 mod cache_faults;
+mod cache_members;
 mod cache_pieces;
 mod connections;
 mod fake;
