@@ -24,7 +24,7 @@ use crate::gc;
 use crate::references::{self, Manifest};
 use crate::remembered::Described;
 use crate::server::App;
-use crate::storage::{NewManifest, TagOf};
+use crate::storage::{Error, NewManifest, TagOf};
 use crate::upstream::{Cache, Failure, Resolved};
 
 /// Names the subject that the registry understood, so that the client needn't keep a list of referrers itself.
@@ -172,7 +172,14 @@ async fn find(app: &App, name: &str, key: &str) -> Answer<(Arc<Described>, Optio
         Some(digest) => (digest, None),
         None => resolve(app, name, key).await?,
     };
-    let stored = app.storage.manifest(name, &digest).await?;
+    let stored = match app.storage.manifest(name, &digest).await {
+        // An upstream may have it whole.
+        Err(error @ Error::Damaged { .. }) if app.cache.is_some() => {
+            tracing::error!(%error, "a manifest is damaged; the upstream is asked");
+            None
+        }
+        stored => stored?,
+    };
     let mut manifest = stored.map(|(entry, bytes)| (entry.media_type, bytes));
     if let (None, Some(cache)) = (&manifest, &app.cache) {
         manifest = match cache.manifest(name, &digest).await {

@@ -2,11 +2,16 @@
 //!
 //! The answer is an index, never 404. It ends where it reaches a bound, with a `Link` to the rest: `last` is the
 //! digest that the next page goes on after, in the order of digests.
+//!
+//! A cache adds those that its upstreams list. While one can't be asked, the answer says so in a warning; an empty one
+//! would look like an image without signatures, and is a 503 then.
+
+use std::collections::BTreeMap;
 
 use anyplace_images::Digest;
 use anyplace_images::manifest::OCI_INDEX;
 use axum::extract::Query;
-use axum::http::header::{CONTENT_TYPE, LINK};
+use axum::http::header::{CONTENT_TYPE, LINK, WARNING};
 use axum::http::{HeaderName, StatusCode, Uri};
 use axum::response::IntoResponse as _;
 use futures_util::future::join_all;
@@ -17,6 +22,8 @@ use crate::errors::{Answer, Refusal, internal};
 use crate::server::App;
 
 const FILTERS: HeaderName = HeaderName::from_static("oci-filters-applied");
+/// What a client should know where the list may lack something.
+const OUT_OF_REACH: &str = "an upstream registry can't be asked; there may be more referrers than these";
 /// Most referrers in one answer.
 const PAGE_MAX: usize = 1_000;
 /// Clients take indexes of up to 4 MiB; an answer ends when it has so much.
@@ -37,14 +44,31 @@ pub(crate) async fn list(app: &App, name: &str, subject: &Digest, uri: &Uri) -> 
         let message = format!("{e}; expected ?artifactType=TYPE&n=NUMBER&last=DIGEST");
         Refusal::new(StatusCode::BAD_REQUEST, "UNSUPPORTED", message)
     })?;
-    let mut digests = app.storage.referrers(name, subject).await?;
-    digests.retain(|digest| page.last.as_ref().is_none_or(|last| digest > last));
+    let digests = app.storage.referrers(name, subject).await?;
+    let mut found: BTreeMap<Digest, Option<Value>> =
+        digests.into_iter().map(|digest| (digest, None)).collect();
+    let mut warning = None;
+    if let Some(cache) = &app.cache {
+        let asked = cache.referrers(name, subject).await?;
+        for (digest, descriptor) in &*asked.referrers {
+            found.entry(digest.clone()).or_insert_with(|| Some(descriptor.clone()));
+        }
+        match asked.failure {
+            Some(failure) if found.is_empty() => return Err(failure.into()),
+            failure => warning = failure.map(|_| OUT_OF_REACH),
+        }
+    }
+    found.retain(|digest, _| page.last.as_ref().is_none_or(|last| digest > last));
+    let found: Vec<_> = found.into_iter().collect();
     let limit = page.n.unwrap_or(PAGE_MAX).clamp(1, PAGE_MAX);
     let (mut manifests, mut bytes, mut next) = (Vec::new(), 0, None);
     let mut last = None;
-    'pages: for digests in digests.chunks(READS_MAX) {
-        let described = join_all(digests.iter().map(|digest| describe(app, name, digest))).await;
-        for (descriptor, digest) in described.into_iter().zip(digests) {
+    'pages: for some in found.chunks(READS_MAX) {
+        let described = some.iter().map(async |(digest, descriptor)| match descriptor {
+            Some(descriptor) => Ok(Some(descriptor.clone())),
+            None => describe(app, name, digest).await,
+        });
+        for (descriptor, (digest, _)) in join_all(described).await.into_iter().zip(some) {
             let Some(descriptor) = descriptor? else { continue };
             let artifact_type = descriptor["artifactType"].as_str();
             if page.artifact_type.is_some() && artifact_type != page.artifact_type.as_deref() {
@@ -61,6 +85,7 @@ pub(crate) async fn list(app: &App, name: &str, subject: &Digest, uri: &Uri) -> 
         }
     }
     let mut headers = vec![(CONTENT_TYPE, OCI_INDEX.to_owned())];
+    headers.extend(warning.map(|text| (WARNING, format!("299 - \"{text}\""))));
     if page.artifact_type.is_some() {
         headers.push((FILTERS, "artifactType".to_owned()));
     }

@@ -1,8 +1,9 @@
 //! Re-hashes what is stored, at a limited rate, in the background.
 //!
-//! Content that doesn't have its digest is moved to `quarantine/`, where nothing serves it: whoever asks is told that it
-//! isn't there, and a push stores it again. If there is another place to get it from (an upstream), it is repaired at
-//! once. The position is kept in the store, so a restart goes on where it was, within [`KEEP_EVERY`].
+//! Content that doesn't have its digest, or that the disk has lost (`EIO`, several times), is moved to `quarantine/`,
+//! where nothing serves it: whoever asks is told that it isn't there, and a push stores it again. If there is another
+//! place to get it from (an upstream), it is repaired at once. The position is kept in the store, so a restart goes on
+//! where it was, within [`KEEP_EVERY`].
 //!
 //! ```toml
 //! [scrub]
@@ -274,6 +275,7 @@ impl Scrubber {
         let found = match found {
             Ok(found) => found,
             Err(error @ Error::Damaged { .. }) => Found::Wrong(0, error.to_string()),
+            Err(error) if error.is_lost() => Found::Wrong(0, error.to_string()),
             Err(error) => {
                 report.problem(format!("{digest} can't be read: {error}"));
                 return Ok(true);

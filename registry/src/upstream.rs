@@ -15,6 +15,7 @@ mod failure;
 mod flights;
 mod manifests;
 mod members;
+mod referrers;
 mod remote;
 mod tags;
 mod whole;
@@ -76,6 +77,7 @@ struct Inner {
     manifest_flights: Flights<CachedManifest>,
     tag_flights: Flights<Option<tags::Kept>>,
     list_flights: Flights<Arc<Vec<String>>>,
+    referrer_flights: Flights<referrers::Asked>,
     size_flights: Flights<u64>,
 }
 
@@ -129,6 +131,7 @@ impl Cache {
             manifest_flights: Flights::new(counters.clone()),
             tag_flights: Flights::new(counters.clone()),
             list_flights: Flights::new(counters.clone()),
+            referrer_flights: Flights::new(counters.clone()),
             size_flights: Flights::new(counters.clone()),
             counters,
         };

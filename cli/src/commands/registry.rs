@@ -138,7 +138,8 @@ async fn scrub(admin: &Admin, run: RunArgs) -> anyhow::Result<ExitCode> {
     let begun: ScrubReport = admin.post("/v1/scrub", &serde_json::json!({})).await?;
     let report = if run.no_wait { begun } else { scrub_end(admin, begun).await? };
     output::data(run.output.format, &report, || print::scrub(&report))?;
-    let bad = report.wrong.count > 0 || (report.phase == ScrubPhase::Stopped && !run.no_wait);
+    let stopped = report.phase == ScrubPhase::Stopped && !run.no_wait;
+    let bad = report.wrong.count > 0 || !report.problems.is_empty() || stopped;
     Ok(if bad { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 

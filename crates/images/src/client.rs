@@ -8,6 +8,7 @@
 mod auth;
 mod download;
 mod proxy;
+mod referrers;
 mod retry;
 mod upload;
 
@@ -34,7 +35,9 @@ pub use upload::{PutOutcome, RemoteBlob};
 
 /// How long to wait for a connection: longer than any healthy path on Earth needs, with two retransmissions.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a registry may send nothing: a cache sends nothing while it fetches and verifies a large layer.
+/// How long a registry may take to answer where no blob's content goes either way, nor anything waits for some.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long it may send nothing otherwise: a cache sends nothing while it fetches and verifies a large layer.
 const READ_TIMEOUT: Duration = Duration::from_secs(300);
 /// Most pages of a tag list that are read: 1,000 tags a page.
 const TAG_PAGES_MAX: usize = 1_000;
@@ -202,7 +205,10 @@ impl Client {
         let target = self.target(reference)?;
         let url = target.url(&format!("manifests/{}", reference.manifest_key()))?;
         let response = self
-            .send(&target, Grant::Pull, || Ok(self.inner.http.head(url.clone()).header(ACCEPT, accepted())))
+            .send(&target, Grant::Pull, || {
+                let request = self.inner.http.head(url.clone()).timeout(ANSWER_TIMEOUT);
+                Ok(request.header(ACCEPT, accepted()))
+            })
             .await?;
         if response.status() == StatusCode::NOT_FOUND {
             return Err(target.not_found(reference));
@@ -217,7 +223,10 @@ impl Client {
         let target = self.target(reference)?;
         let url = target.url(&format!("manifests/{}", reference.manifest_key()))?;
         let response = self
-            .send(&target, Grant::Pull, || Ok(self.inner.http.get(url.clone()).header(ACCEPT, accepted())))
+            .send(&target, Grant::Pull, || {
+                let request = self.inner.http.get(url.clone()).timeout(ANSWER_TIMEOUT);
+                Ok(request.header(ACCEPT, accepted()))
+            })
             .await?;
         if response.status() == StatusCode::NOT_FOUND {
             return Err(target.not_found(reference));
@@ -284,7 +293,8 @@ impl Client {
         let mut url = target.url("tags/list?n=1000")?;
         let mut tags = Vec::new();
         for _ in 0..TAG_PAGES_MAX {
-            let response = self.send(&target, Grant::Pull, || Ok(self.inner.http.get(url.clone()))).await?;
+            let request = || Ok(self.inner.http.get(url.clone()).timeout(ANSWER_TIMEOUT));
+            let response = self.send(&target, Grant::Pull, request).await?;
             if response.status() == StatusCode::NOT_FOUND {
                 return Err(target.not_found(reference));
             }
@@ -318,9 +328,7 @@ impl Client {
             }
             "https://registry-1.docker.io".to_owned()
         } else {
-            let name = host.split(':').next().unwrap_or(host);
-            let local = name == "localhost" || name.starts_with("127.");
-            format!("{}://{host}", if local { "http" } else { "https" })
+            format!("{}://{host}", if is_loopback(host) { "http" } else { "https" })
         };
         let base = Url::parse(&url).map_err(|e| Error::InvalidReference {
             text: reference.to_string(),
@@ -398,6 +406,15 @@ fn authority(url: &Url) -> String {
     }
 }
 
+/// Whether this host, with or without a port, is this machine by its very name.
+fn is_loopback(host: &str) -> bool {
+    let name = match host.strip_prefix('[') {
+        Some(rest) => rest.split(']').next().unwrap_or(rest),
+        None => host.split(':').next().unwrap_or(host),
+    };
+    name == "localhost" || name.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
 fn accepted() -> String {
     MANIFEST_TYPES.join(", ")
 }
@@ -446,6 +463,33 @@ mod tests {
         assert_eq!(base_of(&client, "docker.io/busybox"), hub);
         assert_eq!(base_of(&client, "127.0.0.1:5001/a").0, "http://127.0.0.1:5001");
         assert_eq!(base_of(&client, "example.org/a/b").0, "https://example.org");
+        // A name may be called like an address.
+        assert_eq!(base_of(&client, "127.example.org/a").0, "https://127.example.org");
+        assert!(is_loopback("localhost:5000") && is_loopback("[::1]:5000") && !is_loopback("[::2]"));
+    }
+
+    /// Time passes at once where nothing happens.
+    #[tokio::test(start_paused = true)]
+    async fn a_silent_registry_is_given_up() {
+        let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", silent.local_addr().unwrap());
+        let client = Client::new(&url, None).unwrap().with_patience(Patience::NONE);
+        let reference: Reference = "app:v1".parse().unwrap();
+        let digest = Digest::of(b"");
+        let begun = tokio::time::Instant::now();
+        let asked = tokio::join!(
+            async { client.head_manifest(&reference).await.err() },
+            async { client.get_manifest(&reference).await.err() },
+            async { client.list_tags(&reference).await.err() },
+            async { client.list_referrers(&reference, &digest).await.err() },
+            async { client.head_blob(&reference, &digest).await.err() },
+            async { client.check_push(&reference).await.err() },
+        );
+        for error in [asked.0, asked.1, asked.2, asked.3, asked.4, asked.5] {
+            assert!(error.as_ref().is_some_and(Error::is_unreachable), "{error:?}");
+        }
+        assert!(begun.elapsed() < 2 * ANSWER_TIMEOUT);
+        assert_eq!(client.stats().answered, 0);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use serde::Deserialize;
 
 use super::views::{RepositoryPage, RepositoryView, TagView, TrashView};
-use crate::storage::{Result, Storage, TagInfo, TagOf, Trashed, TrashedItem};
+use crate::storage::{Error, Result, Storage, TagInfo, TagOf, Trashed, TrashedItem};
 
 /// Most repositories in one answer.
 const PAGE_MAX: usize = 1_000;
@@ -80,9 +80,12 @@ async fn tag(storage: &Storage, repository: &str, info: TagInfo) -> Result<Optio
 
 /// Media type, and bytes of all that a manifest names.
 async fn size(storage: &Storage, repository: &str, digest: &Digest) -> Result<(String, u64)> {
-    let Some((entry, bytes)) = storage.manifest(repository, digest).await? else {
-        return Ok((String::new(), 0));
+    let found = match storage.manifest(repository, digest).await {
+        // The others are listed all the same; a pull and a scrub say what is wrong with this one.
+        Err(Error::Damaged { .. }) => None,
+        found => found?,
     };
+    let Some((entry, bytes)) = found else { return Ok((String::new(), 0)) };
     // What can't be read was refused when it was pushed; its own size is what is known.
     let sizes: Sizes = serde_json::from_slice(&bytes).unwrap_or_default();
     let blobs = sizes.config.iter().chain(&sizes.layers).chain(&sizes.blobs).map(|blob| blob.size);

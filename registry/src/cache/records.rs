@@ -6,6 +6,7 @@
 //! - `repositories/<name>/_tags/<tag>`: the digest that the upstream gave the tag
 //! - `repositories/<name>/_blobs/<algorithm>/<digest>`: size of a blob of which an upstream said that the repository
 //!   has it
+//! - `repositories/<name>/_referrers/<algorithm>/<digest>`: the manifests that are about this one, as last seen
 //!
 //! A file is the seal, 32 bytes, and then the content. It is written under another name and renamed. Damaged ones
 //! are removed and count as absent. Number and size are bounded; those that weren't used for longest go first

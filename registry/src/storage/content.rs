@@ -50,8 +50,23 @@ impl Storage {
         self.inner.objects.get_opts(&key, options).await.map_err(|e| self.failed("read", &key, e))
     }
 
-    /// Small content, such as a manifest, as a whole.
+    /// Small content, such as a manifest, as a whole, and verified.
+    ///
+    /// # Errors
+    /// Also [`Error::Damaged`]: it has another digest.
     pub(crate) async fn read_content(&self, digest: &Digest) -> Result<Option<Bytes>> {
+        let Some(bytes) = self.read_unverified(digest).await? else { return Ok(None) };
+        let found = digest.same_of(&bytes);
+        if found == *digest {
+            return Ok(Some(bytes));
+        }
+        Err(Error::damaged(
+            keys::content(digest),
+            format!("its {} bytes have the digest {found}", bytes.len()),
+        ))
+    }
+
+    async fn read_unverified(&self, digest: &Digest) -> Result<Option<Bytes>> {
         let key = keys::content(digest);
         if let Place::Folder(_) = self.inner.place {
             return self.read(&key).await;

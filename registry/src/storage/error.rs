@@ -4,6 +4,9 @@ use axum::http::StatusCode;
 
 use crate::errors::Refusal;
 
+/// What errors of a folder call their store: ours, and object_store's.
+const FOLDERS: [&str; 2] = [super::folder::NAME, "LocalFileSystem"];
+
 /// Result of storage operations.
 pub(crate) type Result<T> = std::result::Result<T, Error>;
 
@@ -50,6 +53,12 @@ impl Error {
     pub(crate) fn damaged(key: impl std::fmt::Display, reason: impl std::fmt::Display) -> Error {
         Error::Damaged { key: key.to_string(), reason: reason.to_string() }
     }
+
+    /// Whether the disk said that it has lost what is there, not that it can't be asked.
+    pub(crate) fn is_lost(&self) -> bool {
+        let codes = [libc::EIO, libc::EBADMSG, libc::EUCLEAN].map(Some);
+        matches!(self, Error::Store { cause, .. } if any_io(cause, |io| codes.contains(&io.raw_os_error())))
+    }
 }
 
 /// The answer to a client: the log has the details.
@@ -76,11 +85,16 @@ impl From<Error> for Refusal {
 
 /// Whether the disk, or the user's share of it, is full.
 fn is_full(error: &(dyn std::error::Error + 'static)) -> bool {
+    any_io(error, |io| {
+        matches!(io.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
+    })
+}
+
+/// Whether the error, or one behind it, is such an error of the system.
+fn any_io(error: &(dyn std::error::Error + 'static), is_such: impl Fn(&std::io::Error) -> bool) -> bool {
     let mut cause = Some(error);
     while let Some(error) = cause {
-        if let Some(io) = error.downcast_ref::<std::io::Error>()
-            && matches!(io.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
-        {
+        if error.downcast_ref::<std::io::Error>().is_some_and(&is_such) {
             return true;
         }
         cause = error.source();
@@ -104,13 +118,30 @@ fn describe(error: &object_store::Error) -> String {
         object_store::Error::Unauthenticated { .. } | object_store::Error::PermissionDenied { .. } => {
             format!("{text}; check the credentials in [storage], and what they may do")
         }
-        object_store::Error::Generic { store, .. } if *store != folder_name() => {
+        object_store::Error::Generic { store, .. } if !FOLDERS.contains(store) => {
             format!("{text}; check that the endpoint in [storage] is right and reachable from here")
         }
         _ => text,
     }
 }
 
-fn folder_name() -> &'static str {
-    super::folder::NAME
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_has_no_endpoint_to_check() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = |store, source: std::io::Error| {
+            let cause = object_store::Error::Generic { store, source: source.into() };
+            Error::of("read", "blobs/x", &dir.path().display().to_string(), cause)
+        };
+        let lost = || std::io::Error::from_raw_os_error(libc::EIO);
+        for store in FOLDERS {
+            let error = text(store, lost());
+            assert!(error.is_lost() && !error.to_string().contains("endpoint"), "{error}");
+        }
+        let error = text("S3", std::io::ErrorKind::TimedOut.into());
+        assert!(!error.is_lost() && error.to_string().contains("endpoint"), "{error}");
+    }
 }

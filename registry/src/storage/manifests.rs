@@ -78,7 +78,10 @@ impl Storage {
         manifest: NewManifest,
     ) -> Result<Vec<Digest>> {
         let NewManifest { entry, bytes, blobs, manifests } = manifest;
-        if self.put_link(repository, digest).await? == Linked::Gone {
+        let linked = self.put_link(repository, digest).await?;
+        // What is there may be damaged, and this is right.
+        let is_right = linked != Linked::Gone && matches!(self.read_content(digest).await, Ok(Some(_)));
+        if !is_right {
             self.put_content(digest, bytes).await?;
         }
         let key = keys::manifest(repository, digest);

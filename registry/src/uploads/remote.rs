@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 
-use crate::storage::{Error, Linked, Result, Segment, Storage};
+use crate::storage::{Error, Result, Segment, Storage};
 
 /// Size of a part, and how many make an object (stores take 10,000): objects of up to 144 GiB, and an upload may have
 /// many of them.
@@ -222,17 +222,16 @@ impl RemoteUpload {
 
     /// Makes the upload, which has this digest, content of the repository, and ends it.
     pub(super) async fn finish(&mut self, repository: &str, digest: &Digest) -> Result<()> {
-        // The link first: it keeps collectors away from the content.
-        let linked = self.shared.storage.put_link(repository, digest).await?;
-        if linked == Linked::Gone {
-            if self.segments.is_empty() {
-                let content = std::mem::take(&mut self.pending).concat();
-                self.shared.storage.put_content(digest, content.into()).await?;
-            } else {
-                // Once this may have been done, nothing but a sweep may delete them.
-                let segments = std::mem::take(&mut self.segments);
-                self.shared.storage.put_segments(digest, &segments).await?;
-            }
+        // The link first: it keeps collectors away from the content. What is there already may be damaged since it was
+        // stored, and what came now is right.
+        self.shared.storage.put_link(repository, digest).await?;
+        if self.segments.is_empty() {
+            let content = std::mem::take(&mut self.pending).concat();
+            self.shared.storage.put_content(digest, content.into()).await?;
+        } else {
+            // Once this may have been done, nothing but a sweep may delete them.
+            let segments = std::mem::take(&mut self.segments);
+            self.shared.storage.put_segments(digest, &segments).await?;
         }
         self.forget().await
     }

@@ -20,7 +20,7 @@ use super::local::{self, LocalUpload, Opened};
 use super::remote::{self, Appended, RemoteUpload, Shared, Sizes};
 use super::turns::{Pace, Turns};
 use crate::errors::{Answer, Refusal, internal};
-use crate::storage::{self, Linked, Place, Storage};
+use crate::storage::{self, Place, Storage};
 
 /// Uploads that write to a folder at once; more wait for their turn (see `turns`).
 const WRITERS_MAX: usize = 128;
@@ -279,14 +279,11 @@ impl Uploads {
         if found != *digest {
             return Err(wrong_digest(&found, digest));
         }
-        // The link first: it keeps collectors away from the content.
-        match self.storage.put_link(repository, digest).await? {
-            Linked::Gone => {
-                self.storage.adopt(upload.path().to_owned(), digest).await?;
-                self.blocking("end", id, move || upload.forget()).await
-            }
-            Linked::Yes(_) => self.blocking("end", id, move || upload.remove()).await,
-        }
+        // The link first: it keeps collectors away from the content. What is there already may be damaged since it was
+        // stored, and what came now is right.
+        self.storage.put_link(repository, digest).await?;
+        self.storage.adopt(upload.path().to_owned(), digest).await?;
+        self.blocking("end", id, move || upload.forget()).await
     }
 
     /// Removes an upload; what fails is left to a sweep.

@@ -15,7 +15,7 @@ use reqwest::{RequestBuilder, Response, StatusCode, Url};
 use serde::Deserialize;
 
 use super::retry::{Backoff, is_passing, retry_after};
-use super::{Client, Credentials, Target, check};
+use super::{ANSWER_TIMEOUT, Client, Credentials, Target, check};
 use crate::error::{Error, Result};
 
 /// Most authorizations that are remembered; all are dropped when there are more.
@@ -129,6 +129,7 @@ impl Client {
             (None, None) => None,
         };
         let response = attempt(target, request()?, first.as_ref()).await?;
+        self.inner.counters.answered.fetch_add(1, Ordering::Relaxed);
         if response.status() != StatusCode::UNAUTHORIZED {
             return Ok(response);
         }
@@ -203,7 +204,7 @@ impl Client {
                 query.append_pair("scope", one);
             }
         }
-        let mut request = self.inner.http.get(url);
+        let mut request = self.inner.http.get(url).timeout(ANSWER_TIMEOUT);
         if let Some(credentials) = &target.credentials {
             request = request.header(AUTHORIZATION, basic(credentials)?);
         }

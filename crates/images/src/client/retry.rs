@@ -42,6 +42,8 @@ impl Patience {
 /// What a client met, since it was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ClientStats {
+    /// Requests that were answered, however.
+    pub answered: u64,
     /// Requests that were repeated.
     pub retries: u64,
     /// Requests that failed although they were repeated as often as allowed.
@@ -52,6 +54,7 @@ pub struct ClientStats {
 
 #[derive(Debug, Default)]
 pub(super) struct Counters {
+    pub(super) answered: AtomicU64,
     pub(super) retries: AtomicU64,
     pub(super) gave_up: AtomicU64,
     pub(super) resumed: AtomicU64,
@@ -60,6 +63,7 @@ pub(super) struct Counters {
 impl Counters {
     pub(super) fn snapshot(&self) -> ClientStats {
         ClientStats {
+            answered: self.answered.load(Ordering::Relaxed),
             retries: self.retries.load(Ordering::Relaxed),
             gave_up: self.gave_up.load(Ordering::Relaxed),
             resumed: self.resumed.load(Ordering::Relaxed),

@@ -14,7 +14,7 @@ use reqwest::StatusCode;
 use reqwest::header::CONTENT_LENGTH;
 
 use super::auth::Grant;
-use super::{Client, Target, check, header};
+use super::{ANSWER_TIMEOUT, Client, Target, check, header};
 use crate::digest::Digest;
 use crate::error::Result;
 use crate::pack::BlobFile;
@@ -144,7 +144,8 @@ impl Client {
 
     async fn head_blob_at(&self, target: &Target, digest: &Digest, grant: Grant<'_>) -> Result<Option<u64>> {
         let url = target.url(&format!("blobs/{digest}"))?;
-        let response = self.send(target, grant, || Ok(self.inner.http.head(url.clone()))).await?;
+        let request = || Ok(self.inner.http.head(url.clone()).timeout(ANSWER_TIMEOUT));
+        let response = self.send(target, grant, request).await?;
         if response.status() == StatusCode::NOT_FOUND {
             return Ok(None);
         }

@@ -1,15 +1,19 @@
 //! Uploads on a store that fails: acknowledged bytes survive, uploads go on, nothing leads nowhere.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyplace_images::{Algorithm, Digest};
 use anyplace_seed::Seed;
 use futures_util::TryStreamExt as _;
+use tokio_util::sync::CancellationToken;
 
 use super::super::{ManifestEntry, NewManifest};
 use super::{Bed, Opener, Process, noise};
+use crate::config::Config;
 use crate::gc;
+use crate::scrub::{Repair, ScrubOutcome, Scrubber};
 use crate::storage::{TagOf, Trashed};
 
 /// Uploads in all; each has some tens of operations on the store.
@@ -162,4 +166,30 @@ async fn tags_of_a_manifest_that_goes_are_read_several_at_once() {
     let trash = process.storage.trash("a/b").await.unwrap();
     let tags = trash.iter().filter(|item| matches!(item.what, Trashed::Tag { .. })).count();
     assert_eq!((trash.len(), tags), (51, 50));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_scrub_puts_right_what_the_disk_lost() {
+    let bed = Bed::memory(true);
+    let Opener::Memory(store) = &bed.opener else { panic!("no memory") };
+    let (process, digest) = (bed.open().await, Digest::of(b"blob"));
+    process.storage.put_link("a/b", &digest).await.unwrap();
+    process.storage.put_content(&digest, b"blob".as_slice().into()).await.unwrap();
+    store.lost.store(true, Ordering::SeqCst);
+    let (storage, disk) = (process.storage.clone(), store.clone());
+    let repair: Repair = Box::new(move |_, digest| {
+        let (storage, disk) = (storage.clone(), disk.clone());
+        Box::pin(async move {
+            disk.lost.store(false, Ordering::SeqCst);
+            storage.put_content(&digest, b"blob".as_slice().into()).await.is_ok()
+        })
+    });
+    let (config, stop) = (Config::new("unused"), CancellationToken::new());
+    let scrubber = Arc::new(Scrubber::new(process.storage.clone(), &config, Some(repair), stop));
+    scrubber.start().await.unwrap().unwrap();
+    scrubber.ended().await;
+    let report = scrubber.status().await.unwrap().last.unwrap();
+    let outcomes: Vec<_> = report.wrong.named.iter().map(|finding| finding.outcome).collect();
+    assert_eq!((outcomes, &report.problems), (vec![ScrubOutcome::Repaired], &Vec::new()), "{report:?}");
+    assert_eq!(process.read(&digest, None).await, b"blob");
 }

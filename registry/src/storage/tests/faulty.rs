@@ -28,6 +28,8 @@ pub(super) struct Faulty {
     pub(super) faults: AtomicU64,
     /// Nothing works.
     pub(super) down: AtomicBool,
+    /// Content is there, but the disk below has lost it.
+    pub(super) lost: AtomicBool,
     /// Reads take a millisecond.
     pub(super) slow: AtomicBool,
     reading: AtomicU64,
@@ -53,6 +55,7 @@ impl Faulty {
             one_in: zero(),
             faults: zero(),
             down: AtomicBool::new(false),
+            lost: AtomicBool::new(false),
             slow: AtomicBool::new(false),
             reading: zero(),
             reading_max: zero(),
@@ -135,6 +138,10 @@ impl ObjectStore for Faulty {
             self.reading_max.fetch_max(reading, Ordering::SeqCst);
             tokio::time::sleep(Duration::from_millis(1)).await;
             self.reading.fetch_sub(1, Ordering::SeqCst);
+        }
+        if self.lost.load(Ordering::SeqCst) && !options.head && location.as_ref().starts_with("blobs/") {
+            let source = std::io::Error::from_raw_os_error(libc::EIO).into();
+            return Err(Error::Generic { store: "faulty", source });
         }
         self.run(self.inner.get_opts(location, options)).await
     }

@@ -57,10 +57,11 @@ pub(super) async fn small_uploads(bed: &Bed) {
             }
         }
     }
-    // No upload, and no object of the second rounds, is left.
+    // No upload is left, and no object of the first rounds, which the second ones replaced, after a sweep.
     assert_eq!(process.storage.listed("uploads").await.unwrap().len(), 0);
     let limit = if bed.is_folder() { 0 } else { 2 };
     for tries in 0.. {
+        process.storage.sweep(Duration::from_secs(3600), Duration::ZERO).await.unwrap();
         let left = process.storage.listed("data").await.unwrap().len();
         if left == limit {
             break;

@@ -10,7 +10,7 @@ use super::body::Part;
 use super::{Content, PutOutcome};
 use crate::client::auth::Grant;
 use crate::client::retry::{Backoff, is_passing, retry_after};
-use crate::client::{Client, Target, check, header};
+use crate::client::{ANSWER_TIMEOUT, Client, Target, check, header};
 use crate::error::{Error, Result};
 use crate::progress::{Item, SharedProgress};
 use crate::push::journal::Entry;
@@ -95,7 +95,7 @@ impl Upload<'_> {
     async fn inherited(&mut self) -> Result<Option<Session>> {
         let Some(location) = self.entry.as_ref().and_then(Entry::location) else { return Ok(None) };
         let Ok(location) = Url::parse(&location) else { return Ok(None) };
-        if location.host_str() != self.target.base.host_str() {
+        if location.origin() != self.target.base.origin() {
             return Ok(None);
         }
         let session = Session {
@@ -148,7 +148,7 @@ impl Upload<'_> {
     /// Frees a session that isn't needed; the registry would do it some day.
     async fn cancel(&self, session: Session) {
         let http = &self.client.inner.http;
-        let request = || Ok(http.delete(session.location.clone()));
+        let request = || Ok(http.delete(session.location.clone()).timeout(ANSWER_TIMEOUT));
         let _ = self.client.send_once(self.target, Grant::Push, request).await;
     }
 
@@ -160,7 +160,8 @@ impl Upload<'_> {
         }
         let grant = from.map_or(Grant::Push, Grant::Mount);
         let http = &self.client.inner.http;
-        self.client.send(self.target, grant, || Ok(http.post(url.clone()).header(CONTENT_LENGTH, 0))).await
+        let request = || Ok(http.post(url.clone()).header(CONTENT_LENGTH, 0).timeout(ANSWER_TIMEOUT));
+        self.client.send(self.target, grant, request).await
     }
 
     fn session(&self, response: &Response) -> Result<Session> {
@@ -303,7 +304,7 @@ impl Upload<'_> {
     /// Asks the registry how much it has; none if it doesn't know the session.
     async fn status(&self, session: Session) -> Result<Option<Session>> {
         let http = &self.client.inner.http;
-        let request = || Ok(http.get(session.location.clone()));
+        let request = || Ok(http.get(session.location.clone()).timeout(ANSWER_TIMEOUT));
         let response = self.client.send(self.target, Grant::Push, request).await?;
         if response.status().is_client_error() && response.status() != StatusCode::TOO_MANY_REQUESTS {
             return match response.status() {
@@ -332,17 +333,12 @@ impl Upload<'_> {
         }
     }
 
-    /// Where the upload goes on; never another host, since the authorization would go there.
+    /// Where the upload goes on.
     fn location(&self, from: &Url, response: &Response) -> Result<Url> {
         let location = header(response.headers(), LOCATION.as_str())
             .ok_or_else(|| self.protocol("its answer to an upload has no Location".to_owned()))?;
-        let url = from
-            .join(&location)
-            .map_err(|e| self.protocol(format!("its upload Location `{location}` is no URL ({e})")))?;
-        if url.host_str() != self.target.base.host_str() {
-            return Err(self.protocol(format!("its upload Location `{location}` is on another host")));
-        }
-        Ok(url)
+        let url = next_location(&self.target.base, from, &location);
+        url.map_err(|reason| self.protocol(format!("its upload Location `{location}` {reason}")))
     }
 
     fn protocol(&self, reason: String) -> Error {
@@ -362,6 +358,15 @@ impl Session {
     }
 }
 
+/// Never another scheme, host or port, since the authorization would go there.
+fn next_location(base: &Url, from: &Url, location: &str) -> std::result::Result<Url, String> {
+    let url = from.join(location).map_err(|e| format!("is no URL ({e})"))?;
+    if url.origin() != base.origin() {
+        return Err("has another scheme, host or port".to_owned());
+    }
+    Ok(url)
+}
+
 /// Bytes that `0-N` acknowledges. Registries write `0-0` for none at all, and would for one: that one is sent again.
 fn parse_range(text: &str) -> Option<u64> {
     let (first, last) = text.trim().trim_start_matches("bytes=").split_once('-')?;
@@ -372,6 +377,22 @@ fn parse_range(text: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn uploads_stay_at_their_registry() {
+        let base = Url::parse("https://10.1.0.10:5000/").unwrap();
+        for (location, goes) in [
+            ("/v2/app/blobs/uploads/1", true),
+            ("https://10.1.0.10:5000/v2/app/blobs/uploads/1?state=x", true),
+            ("http://10.1.0.10:5000/v2/app/blobs/uploads/1", false),
+            ("https://10.1.0.10:5001/v2/app/blobs/uploads/1", false),
+            ("https://10.1.0.10/v2/app/blobs/uploads/1", false),
+            ("//10.1.0.11:5000/v2/app/blobs/uploads/1", false),
+            ("https://", false),
+        ] {
+            assert_eq!(next_location(&base, &base, location).is_ok(), goes, "{location}");
+        }
+    }
 
     #[test]
     fn acknowledged_ranges_are_parsed() {
