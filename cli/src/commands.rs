@@ -71,7 +71,7 @@ async fn dispatch(session: &Session, command: ClientCommand) -> anyhow::Result<E
     match command {
         ClientCommand::Push(args) => return push::run(session, *args).await,
         ClientCommand::Build(args) => return build::run(session, args).await,
-        ClientCommand::Image { of, command } => image::run(session, &of, command).await?,
+        ClientCommand::Image { of, command } => return image::run(session, &of, command).await,
         ClientCommand::Prewarm(command) => return prewarm::run(session, command).await,
         ClientCommand::Apply(args) => return apply::run(session, args).await,
         ClientCommand::Jobs(JobsCommand::Run(args)) => return apply::run_job(session, args).await,

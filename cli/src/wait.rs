@@ -23,6 +23,8 @@ const JOBS: &str = "/v1/watch/jobs";
 const RETRY: Duration = Duration::from_millis(300);
 /// Exit code for what isn't there yet at the deadline.
 pub(crate) const PENDING: u8 = 4;
+/// How long a registry may say nothing before that is told.
+const SILENT: Duration = Duration::from_secs(3);
 /// How often the spinner turns.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -71,6 +73,22 @@ pub(crate) async fn job(
     }
     .run(timeout)
     .await
+}
+
+/// Runs a question to a registry to its end, and says that it waits if `is_silent` after a while.
+pub(crate) async fn answer<T>(
+    registry: &impl std::fmt::Display,
+    asked: impl Future<Output = T>,
+    is_silent: impl Fn() -> bool,
+) -> T {
+    let mut asked = std::pin::pin!(asked);
+    if let Ok(answer) = tokio::time::timeout(SILENT, asked.as_mut()).await {
+        return answer;
+    }
+    if is_silent() {
+        output::note(format_args!("waiting for the registry {registry} to answer"));
+    }
+    asked.await
 }
 
 struct Follow<'a, N, S, D> {

@@ -150,7 +150,7 @@ pub(crate) enum ImageStoreCommand {
         /// Image reference
         image: String,
     },
-    /// Hash everything again, and drop what is damaged
+    /// Hash everything again, and drop what is damaged; exit code 1 if anything was
     Verify {
         #[command(flatten)]
         output: OutputArg,

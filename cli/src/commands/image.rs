@@ -4,6 +4,7 @@ mod store;
 
 use std::{
     path::Path,
+    process::ExitCode,
     time::{Duration, Instant},
 };
 
@@ -19,19 +20,26 @@ use crate::{
     args::{ImageCommand, ImagePullArgs, ImageStoreArgs},
     context::Session,
     output::{self, Format, size},
-    progress,
+    progress, wait,
 };
 
-pub(super) async fn run(session: &Session, of: &ImageStoreArgs, command: ImageCommand) -> anyhow::Result<()> {
+pub(super) async fn run(
+    session: &Session,
+    of: &ImageStoreArgs,
+    command: ImageCommand,
+) -> anyhow::Result<ExitCode> {
     match command {
         ImageCommand::Pull(args) => {
             let folder =
                 of.store.as_deref().context("--store: expected the folder of a store to pull into")?;
-            pull(session, folder, args).await
+            pull(session, folder, args).await?;
         }
-        ImageCommand::Pack { source, layout, output } => pack(session, &source, &layout, output.format).await,
-        ImageCommand::Store(command) => store::run(command, of).await,
+        ImageCommand::Pack { source, layout, output } => {
+            pack(session, &source, &layout, output.format).await?;
+        }
+        ImageCommand::Store(command) => return store::run(command, of).await,
     }
+    Ok(ExitCode::SUCCESS)
 }
 
 /// What is printed of a pull.
@@ -41,6 +49,9 @@ struct Pulled {
     reference: Reference,
     #[serde(flatten)]
     stats: PullStats,
+    /// Why the registry couldn't be asked what the name means now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stale: Option<String>,
     /// Milliseconds of the pull.
     pull_ms: f64,
     /// Milliseconds of the mount.
@@ -56,7 +67,8 @@ async fn pull(session: &Session, folder: &Path, args: ImagePullArgs) -> anyhow::
     let store = Store::open(folder, Options::default())?;
     let options = PullOptions { progress: progress::for_stderr(), class: PullClass::Live };
     let begun = Instant::now();
-    let image = store.pull(&reference, &client, &options).await?;
+    let pulling = store.pull(&reference, &client, &options);
+    let image = wait::answer(client.registry(), pulling, || client.stats().answered == 0).await?;
     // The image can be used now; it is kept once it is on the disk, also where it can't be mounted.
     let shown = show(&image, &reference, &args, millis(begun.elapsed()));
     let settled = store.settle().await.context("the image is here, but can't be kept; pull it again");
@@ -79,9 +91,13 @@ fn show(
     let pulled = Pulled {
         reference: Reference { digest: Some(image.digest.clone()), ..reference.canonical() },
         stats: image.stats,
+        stale: image.stale.clone(),
         pull_ms,
         mount_ms,
     };
+    if let Some(reason) = &pulled.stale {
+        output::note(format_args!("{reason}; this is what the name meant when the registry last answered"));
+    }
     if args.output.format == Format::Table {
         output::note(format_args!(
             "{} of {} fetched, {} found here, {} files, in {:.2}s",

@@ -10,8 +10,8 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use anyplace_images::{
-    Client, Credentials, ImageSpec, Journal, PackOptions, Patience, PushOptions, PushSummary, Reference,
-    Source,
+    Client, Credentials, Error, ImageSpec, Journal, PackOptions, Patience, PushOptions, PushSummary,
+    Reference, Source,
 };
 use anyplace_model::Bytes;
 use serde::Serialize;
@@ -20,7 +20,7 @@ use crate::{
     args::{PushArgs, SendArgs},
     context::Session,
     output::{self, Format},
-    progress,
+    progress, wait,
 };
 use work::Work;
 
@@ -69,16 +69,17 @@ async fn push(
     work: &Path,
 ) -> anyhow::Result<()> {
     let client = session.registry()?;
-    let refused = "push; --registry or the context says where the registry is";
     // A wrong address or password is better told before minutes of packing than after.
-    client.check_push(reference).await.context(refused)?;
+    let checked = wait::answer(client.registry(), client.check_push(reference), || true).await;
+    checked.map_err(not_pushed)?;
     let client = client.with_patience(Patience::LONG);
     let progress = progress::for_stderr();
     let pack = PackOptions { keep_layers: args.keep_layers };
     let image = anyplace_images::pack_with(source, work, &progress, pack).await?;
     let options = PushOptions { mount_from: args.mount_from.clone(), journal: journal() };
-    let summary =
-        anyplace_images::push_with(&image, reference, &client, &progress, &options).await.context(refused)?;
+    let summary = anyplace_images::push_with(&image, reference, &client, &progress, &options)
+        .await
+        .map_err(not_pushed)?;
     let pinned = Reference { digest: Some(summary.digest.clone()), ..tagged(reference) };
     let pushed = Pushed { reference: pinned.clone(), summary: &summary };
     if args.output.format == Format::Table {
@@ -89,6 +90,16 @@ async fn push(
         }
     }
     output::data(args.output.format, &pushed, || pinned.to_string())
+}
+
+/// Says where the address comes from, where that may be what is wrong.
+fn not_pushed(error: Error) -> anyhow::Error {
+    match error {
+        Error::RegistryUnreachable { .. } | Error::InvalidRegistry { .. } => {
+            anyhow::Error::new(error).context("push; --registry or the context says where the registry is")
+        }
+        error => anyhow::Error::new(error).context("push"),
+    }
 }
 
 /// Where uploads are remembered, so that a push after a kill goes on; without a home they aren't.

@@ -120,3 +120,50 @@ fn a_pulled_image_is_kept_and_a_bad_mount_is_refused_before_the_pull() {
     let again = home.json(&pull);
     assert_eq!((&again["bytes_fetched"], &again["layers_reused"]), (&0.into(), &again["layers"]), "{again}");
 }
+
+/// Some file below a folder.
+fn a_file(folder: &std::path::Path) -> Option<std::path::PathBuf> {
+    let mut found = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    found.find_map(|path| if path.is_dir() { a_file(&path) } else { Some(path) })
+}
+
+#[test]
+fn damage_in_a_store_and_an_unreachable_registry_are_told() {
+    let (home, registry) = Registry::with_an_image();
+    let store = home.path().join("store").to_string_lossy().into_owned();
+    // Small files are kept with the names.
+    std::fs::write(home.path().join("rootfs/data"), vec![7; 100_000]).unwrap();
+    registry.push(&home, "team/hello:v1").ok();
+    let pull = ["image", "pull", "team/hello:v1", "--store", &store];
+    home.run(&pull).ok();
+    let verify = ["image", "verify", "--store", &store];
+    home.run(&verify).ok();
+    let object = a_file(&home.path().join("store/objects")).unwrap();
+    let mut bytes = std::fs::read(&object).unwrap();
+    bytes[0] ^= 1;
+    // What is in the store is for reading only.
+    std::fs::remove_file(&object).unwrap();
+    std::fs::write(&object, bytes).unwrap();
+    let ran = home.run(&verify);
+    assert!(ran.code == 1 && ran.out.contains("damaged and removed: objects/"), "{ran:?}");
+    home.run(&verify).ok();
+    home.run(&pull).ok();
+
+    // Whoever may not push has the right address.
+    let wrong = home.file("wrong", "anyplace:wrong\n");
+    let rootfs = home.path().join("rootfs").to_string_lossy().into_owned();
+    let push = ["push", &rootfs, "team/hello:v2", "--entrypoint", "/bin/serve"];
+    let error = home.run(&[&push[..], &["--registry-credentials-file", &wrong]].concat()).failed();
+    assert!(error.contains("refused access") && !error.contains("--registry or the context"), "{error}");
+    // They go with the registry's data.
+    let credentials = home.file("credentials", &std::fs::read_to_string(&registry.credentials).unwrap());
+    drop(registry);
+    let flags = ["--registry-credentials-file", &credentials];
+    let error = home.run(&[&push[..], &flags].concat()).failed();
+    assert!(error.contains("--registry or the context says where the registry is"), "{error}");
+    let pull = [&pull[..], &flags].concat();
+    let ran = home.run(&pull);
+    let told = ran.err.contains("this is what the name meant when the registry last answered");
+    assert!(ran.code == 0 && told && ran.out.starts_with("team/hello:v1@sha256:"), "{ran:?}");
+    assert!(home.json(&pull)["stale"].as_str().unwrap().contains("no answer from the registry"));
+}

@@ -182,7 +182,10 @@ pub enum Error {
     },
 
     /// The disk is full.
-    #[error("no space left on the disk while {doing} `{path}`; free some, or set a smaller `image_budget`")]
+    #[error(
+        "no space left on the disk while {doing} `{path}`; free some: a smaller `image_budget` does on a machine, and \
+         TMPDIR names another folder for what a command packs"
+    )]
     DiskFull {
         /// What was being done.
         doing: &'static str,

@@ -1,5 +1,7 @@
 //! Looking after a machine's image store: through the agent that has it open, or, without one, directly.
 
+use std::process::ExitCode;
+
 use anyhow::Context as _;
 use anyplace_api::{Client, Method};
 use anyplace_images::{Diff, Inspected, Options, Reference, Store, StoredImage, Usage, Verified};
@@ -37,18 +39,19 @@ impl Keeper {
     }
 }
 
-pub(super) async fn run(command: ImageStoreCommand, args: &ImageStoreArgs) -> anyhow::Result<()> {
+pub(super) async fn run(command: ImageStoreCommand, args: &ImageStoreArgs) -> anyhow::Result<ExitCode> {
     let keeper = Keeper::find(args)?;
     match command {
-        ImageStoreCommand::Ls { output } => list(&keeper, output.format).await,
-        ImageStoreCommand::Du { output } => du(&keeper, output.format).await,
-        ImageStoreCommand::Inspect { image, output } => inspect(&keeper, &image, output.format).await,
+        ImageStoreCommand::Ls { output } => list(&keeper, output.format).await?,
+        ImageStoreCommand::Du { output } => du(&keeper, output.format).await?,
+        ImageStoreCommand::Inspect { image, output } => inspect(&keeper, &image, output.format).await?,
         ImageStoreCommand::Diff { first, second, output } => {
-            diff(&keeper, &first, &second, output.format).await
+            diff(&keeper, &first, &second, output.format).await?;
         }
-        ImageStoreCommand::Rm { image } => remove(&keeper, &image).await,
-        ImageStoreCommand::Verify { output } => verify(&keeper, output.format).await,
+        ImageStoreCommand::Rm { image } => remove(&keeper, &image).await?,
+        ImageStoreCommand::Verify { output } => return verify(&keeper, output.format).await,
     }
+    Ok(ExitCode::SUCCESS)
 }
 
 async fn list(keeper: &Keeper, format: Format) -> anyhow::Result<()> {
@@ -158,7 +161,7 @@ async fn remove(keeper: &Keeper, image: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn verify(keeper: &Keeper, format: Format) -> anyhow::Result<()> {
+async fn verify(keeper: &Keeper, format: Format) -> anyhow::Result<ExitCode> {
     let mut shown = crate::wait::Shown::new();
     shown.state("reading everything that is stored".to_owned());
     let verified: Verified = match keeper {
@@ -182,5 +185,7 @@ async fn verify(keeper: &Keeper, format: Format) -> anyhow::Result<()> {
             text += &format!("\nno longer whole: {}; the next pull fetches what it lacks", image.reference);
         }
         text
-    })
+    })?;
+    let whole = verified.damaged.is_empty() && verified.repaired.is_empty() && verified.dropped.is_empty();
+    Ok(if whole { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -1,11 +1,21 @@
 //! Requests to a registry's admin API.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, bail};
 use anyplace_images::Credentials;
 use reqwest::{Client, Method, RequestBuilder, Url};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::context::Session;
+use crate::{context::Session, wait};
+
+/// How long to wait for a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long an answer may take.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+/// The same for what a large registry has to read a lot for.
+const SLOW_TIMEOUT: Duration = Duration::from_secs(300);
+const SLOW: [&str; 2] = ["/v1/du", "/v1/tags"];
 
 /// A registry, and who asks it.
 pub(super) struct Admin {
@@ -39,8 +49,12 @@ impl Reason {
 
 impl Admin {
     pub(super) fn new(session: &Session) -> anyhow::Result<Admin> {
-        let (url, credentials) = (session.registry()?.registry().clone(), session.registry_credentials()?);
-        Ok(Admin { client: Client::builder().build()?, url, credentials })
+        Admin::to(session.registry()?.registry().clone(), session.registry_credentials()?)
+    }
+
+    fn to(url: Url, credentials: Option<Credentials>) -> anyhow::Result<Admin> {
+        let client = Client::builder().connect_timeout(CONNECT_TIMEOUT).build()?;
+        Ok(Admin { client, url, credentials })
     }
 
     pub(super) async fn get<T: DeserializeOwned>(
@@ -73,7 +87,8 @@ impl Admin {
     }
 
     fn request(&self, method: Method, path: &str) -> anyhow::Result<RequestBuilder> {
-        let request = self.client.request(method, self.url.join(path)?);
+        let limit = if SLOW.contains(&path) { SLOW_TIMEOUT } else { ANSWER_TIMEOUT };
+        let request = self.client.request(method, self.url.join(path)?).timeout(limit);
         Ok(match &self.credentials {
             Some(Credentials { user, password }) => request.basic_auth(user, Some(password)),
             None => request,
@@ -88,7 +103,7 @@ impl Admin {
 
     async fn bytes(&self, request: RequestBuilder) -> anyhow::Result<Vec<u8>> {
         let url = &self.url;
-        let answer = request.send().await.with_context(|| {
+        let answer = wait::answer(url, request.send(), || true).await.with_context(|| {
             format!("the registry {url} can't be asked; check that it runs, and --registry or the context")
         })?;
         let status = answer.status();
@@ -108,5 +123,23 @@ impl Admin {
             }
             code => bail!("{url} refused ({code}): {reason}"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Time passes at once where nothing happens.
+    #[tokio::test(start_paused = true)]
+    async fn a_silent_registry_is_given_up() {
+        anyplace_service::install_crypto_provider();
+        let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", silent.local_addr().unwrap()).parse().unwrap();
+        let admin = Admin::to(url, None).unwrap();
+        let begun = tokio::time::Instant::now();
+        let error = admin.get::<serde_json::Value>("/v1/gc", &[]).await.unwrap_err();
+        assert!(error.to_string().contains("can't be asked; check that it runs"), "{error:#}");
+        assert!(begun.elapsed() < 2 * ANSWER_TIMEOUT, "{:?}", begun.elapsed());
     }
 }

@@ -23,6 +23,9 @@ use crate::store::{OPAQUE_MARKER, OPAQUE_XATTR, WHITEOUT_PREFIX};
 /// Deepest folder that is packed: a bound on recursion, well above what PATH_MAX allows in practice.
 const DEPTH_MAX: usize = 1_024;
 
+/// Most entries that are not in the image as they are in the folder, and are told.
+const TOLD_MAX: usize = 10;
+
 /// Keys and values that go before an entry.
 type PaxRecords = Vec<(String, Vec<u8>)>;
 
@@ -90,10 +93,13 @@ fn archive(
     progress: &SharedProgress,
     watch: &Watch,
 ) -> Result<u64> {
-    let mut writer =
-        Writer { root, tar: Builder::new(to), links: HashMap::new(), item, progress, watch, bytes_read: 0 };
+    let (tar, links) = (Builder::new(to), HashMap::new());
+    let mut writer = Writer { root, tar, links, item, progress, watch, bytes_read: 0, odd: 0 };
     for entry in entries {
         writer.append(entry)?;
+    }
+    if writer.odd > TOLD_MAX {
+        progress.said(item, &format!("... and {} more such entries", writer.odd - TOLD_MAX));
     }
     let bytes_read = writer.bytes_read;
     let pipe = writer.tar.into_inner().map_err(Error::io("packing", root))?;
@@ -140,6 +146,8 @@ struct Writer<'a, W: Write> {
     progress: &'a SharedProgress,
     watch: &'a Watch,
     bytes_read: u64,
+    /// Entries that are not in the image as they are in the folder.
+    odd: usize,
 }
 
 impl<W: Write> Writer<'_, W> {
@@ -148,6 +156,10 @@ impl<W: Write> Writer<'_, W> {
         let metadata = &entry.metadata;
         let kind = metadata.file_type();
         if kind.is_char_device() && metadata.rdev() == 0 {
+            self.tell(
+                entry,
+                "a device 0:0 marks a deletion, as in an overlay's upper folder: the image lacks it",
+            );
             let mut name = WHITEOUT_PREFIX.to_owned().into_bytes();
             name.extend_from_slice(entry.relative.file_name().unwrap_or_default().as_bytes());
             let marker = entry.relative.with_file_name(OsStr::from_bytes(&name));
@@ -160,7 +172,7 @@ impl<W: Write> Writer<'_, W> {
             );
         }
         if kind.is_socket() {
-            tracing::warn!(path = %path.display(), "left out: a socket can't be part of an image");
+            self.tell(entry, "left out: a socket can't be part of an image");
             return Ok(());
         }
         let mode = metadata.mode() & 0o7777;
@@ -222,6 +234,14 @@ impl<W: Write> Writer<'_, W> {
             .and_then(|()| header.set_device_minor(numbers.1 as u32))
             .map_err(Error::io("packing", &path))?;
         self.record(&entry.relative, header, None, attributes, io::empty())
+    }
+
+    /// Says that an entry is not in the image as it is in the folder.
+    fn tell(&mut self, entry: &Entry, why: &str) {
+        self.odd += 1;
+        if self.odd <= TOLD_MAX {
+            self.progress.said(self.item, &format!("{}: {why}", entry.relative.display()));
+        }
     }
 
     /// Writes one entry; what doesn't fit the fixed header goes into a pax record before it.

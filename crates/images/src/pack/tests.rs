@@ -1,7 +1,8 @@
 use std::os::unix::fs::{PermissionsExt, symlink};
+use std::sync::Arc;
 
 use super::*;
-use crate::progress::NoProgress;
+use crate::progress::{Item, NoProgress};
 
 fn tree(root: &Path) {
     std::fs::create_dir_all(root.join("bin")).unwrap();
@@ -71,4 +72,39 @@ async fn sources_that_cannot_be_packed_say_why() {
     std::fs::write(dir.path().join("x.tar"), "no archive, but long enough to be a header ".repeat(30))
         .unwrap();
     assert!(error(&layout(&dir.path().join("x.tar"))).await.contains("oci-archive"));
+}
+
+/// Keeps what is said.
+#[derive(Default)]
+struct Said(std::sync::Mutex<Vec<String>>);
+
+impl crate::progress::Progress for Said {
+    fn started(&self, _: &Item, _: u64) {}
+    fn advanced(&self, _: &Item, _: u64) {}
+    fn said(&self, _: &Item, line: &str) {
+        self.0.lock().unwrap().push(line.to_owned());
+    }
+    fn finished(&self, _: &Item) {}
+    fn skipped(&self, _: &Item, _: u64) {}
+}
+
+#[tokio::test]
+async fn what_the_image_lacks_of_the_folder_is_said() {
+    use nix::sys::stat::{Mode, SFlag, mknod};
+    let dir = tempfile::tempdir().unwrap();
+    let (root, work) = (dir.path().join("root"), dir.path().join("work"));
+    tree(&root);
+    let sockets: Vec<_> = (10..22)
+        .map(|number| std::os::unix::net::UnixListener::bind(root.join(format!("s{number}"))).unwrap())
+        .collect();
+    // Unprivileged users may make whiteouts on newer kernels; where not, only sockets are left out.
+    let whiteout = mknod(&root.join("gone"), SFlag::S_IFCHR, Mode::empty(), 0).is_ok();
+    let said = Arc::new(Said::default());
+    let progress: SharedProgress = said.clone();
+    pack(&directory(&root), &work, &progress).await.unwrap();
+    let said = std::mem::take(&mut *said.0.lock().unwrap());
+    assert_eq!(said.iter().any(|line| line.starts_with("gone: a device 0:0")), whiteout, "{said:?}");
+    assert!(said.iter().any(|line| line.starts_with("s10: left out")), "{said:?}");
+    let more = sockets.len() + usize::from(whiteout) - 10;
+    assert_eq!(said.last().unwrap(), &format!("... and {more} more such entries"));
 }

@@ -60,6 +60,8 @@ pub struct PulledImage {
     pub config: ImageConfig,
     /// What the pull that returned this took; all zero where there was none.
     pub stats: PullStats,
+    /// Why the registry couldn't be asked: the image is what the name meant when it last could.
+    pub stale: Option<String>,
     mounter: Mounter,
     objects: PathBuf,
     mount: PathBuf,
@@ -124,6 +126,7 @@ impl Inner {
             manifest: manifest.clone(),
             config,
             stats: PullStats::default(),
+            stale: None,
             mounter,
             objects: self.objects.dir().to_owned(),
             mount,

@@ -106,7 +106,7 @@ impl Store {
     /// Makes sure that the image is here.
     ///
     /// A name with a tag is resolved at the registry each time; when the registry can't be reached, what the name
-    /// meant last is used if it is here. A name with a digest that is here needs no registry. Pulls of one image, and
+    /// meant last is used if it is here, and says so ([`PulledImage::stale`]). A name with a digest that is here needs no registry. Pulls of one image, and
     /// of one layer, that run at once are joined.
     pub async fn pull(
         &self,
@@ -122,8 +122,9 @@ impl Store {
         }
         match self.inner.fetch(reference, client, options).await {
             Err(error) if error.is_unreachable() => match self.find(reference)? {
-                Some(image) => {
+                Some(mut image) => {
                     tracing::warn!(%reference, %error, digest = %image.digest, "using the image that is here");
+                    image.stale = Some(error.to_string());
                     Ok(image)
                 }
                 None => Err(error),
