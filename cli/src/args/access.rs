@@ -17,10 +17,10 @@ pub(crate) enum AccountCommand {
         #[command(flatten)]
         output: OutputArg,
     },
-    /// Make an account, or give one other grants, and in each case a new secret
+    /// Make an account, or give one other grants
     ///
-    /// The secret is shown only once, and an earlier one ends at once. What isn't said here (team, end) the account
-    /// doesn't have afterwards.
+    /// A new account's secret is shown only once. One that is set again keeps its secret, unless --new-secret asks for
+    /// another. What isn't said here (team, end) the account doesn't have afterwards.
     Set(AccountSetArgs),
     /// Remove an account
     Rm {

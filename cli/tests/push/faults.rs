@@ -9,7 +9,7 @@ use anyplace_images::{
     BlobFile, Client, Digest, ImageSpec, Item, NoProgress, PackedImage, Patience, PushOptions, RawManifest,
     Reference, Source, Stage, pack, push_with,
 };
-use anyplace_seed::Seed;
+use anyplace_seed::{Seed, rounds};
 
 use crate::{
     bed::{Registry, runtime, tree},
@@ -18,8 +18,8 @@ use crate::{
 
 /// Pushes and pulls through a failing network.
 const ROUNDS: u64 = 12;
-/// Flipped bytes on the wire, half of them on the way up.
-const FLIPS: u64 = 400;
+/// Flipped bytes on the wire, half of them on the way up, usually and in a whole campaign.
+const FLIPS: (usize, usize) = (400, 10_000);
 /// Size of the blobs in which they are.
 const FLIPPED_BYTES: usize = 4_000;
 /// A length that grew by the flip makes one side wait for the rest; that it waits is as good as a refusal here.
@@ -115,7 +115,8 @@ fn flipped_bytes_on_the_wire_are_caught() {
     let path = dir.path().join("blob");
     let item = Item { stage: Stage::Send, name: "blob".to_owned() };
     let mut caught = [0, 0];
-    for round in 0..FLIPS {
+    let rounds = rounds(FLIPS.0, FLIPS.1) as u64;
+    for round in 0..rounds {
         let up = round % 2 == 0;
         let bytes = seed.bytes(FLIPPED_BYTES);
         std::fs::write(&path, &bytes).unwrap();
@@ -157,7 +158,7 @@ fn flipped_bytes_on_the_wire_are_caught() {
     let flips = proxy.counts.flips.load(Ordering::Relaxed);
     eprintln!("{flips} bytes flipped; refused: {} pulls, {} pushes", caught[0], caught[1]);
     assert!(
-        flips > FLIPS / 2 && caught.iter().all(|caught| *caught > FLIPS / 5),
+        flips > rounds / 2 && caught.iter().all(|caught| *caught > rounds / 5),
         "{flips} flips, {caught:?} caught"
     );
 }
