@@ -1,5 +1,7 @@
 //! Deployments: apply, delete, and carrying out the plan.
 
+use std::collections::BTreeMap;
+
 use anyplace_api::{ApplyOutcome, ErrorCode, EventSeverity, Problem};
 use anyplace_model::{DeploymentName, DeploymentSpec, InvalidSpec};
 use anyplace_service::Failure;
@@ -35,14 +37,13 @@ impl App {
             let created = stored.is_none();
             if stored.is_none_or(|stored| stored.spec != spec) {
                 let record = match stored {
-                    Some(stored) => {
-                        DeploymentRecord { spec, generation: stored.generation + 1, ..stored.clone() }
-                    }
+                    Some(stored) => stored.changed(spec, world.oldest(&name, stored.generation)),
                     None => DeploymentRecord {
                         generation: 1 + world.tombstones.get(&tombstone(&name)).map_or(0, |stone| stone.last),
                         vip: vips::allocate(&self.config.vip_pools, &world.vips)?,
                         vip6: vips::allocate6(&self.config.vip_pools, &world.vips)?,
                         created_at: Timestamp::now(),
+                        earlier: BTreeMap::new(),
                         spec,
                     },
                 };

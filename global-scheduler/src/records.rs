@@ -14,7 +14,10 @@
 //! | `tombstones/{deployments,jobs}/<name>` | [`Tombstone`] |
 //! | `events/<number>` | `Event` |
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use anyplace_api::{Role, TokenScope};
 use anyplace_model::{
@@ -33,11 +36,30 @@ pub(crate) struct DeploymentRecord {
     #[serde(default)]
     pub(crate) vip6: Option<Ipv6Addr>,
     pub(crate) created_at: Timestamp,
+    /// Images of which instances may still run, each by the last generation that had it.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) earlier: BTreeMap<u64, String>,
 }
+
+/// Most earlier images of a deployment that are kept.
+const EARLIER_MAX: usize = 16;
 
 impl DeploymentRecord {
     pub(crate) fn vips(&self) -> impl Iterator<Item = IpAddr> + use<> {
         anyplace_model::vips(self.vip, self.vip6)
+    }
+
+    /// The record after a change; `oldest` is the oldest generation that may still run.
+    pub(crate) fn changed(&self, spec: DeploymentSpec, oldest: u64) -> DeploymentRecord {
+        let mut earlier = self.earlier.clone();
+        if spec.image != self.spec.image {
+            earlier.insert(self.generation, self.spec.image.clone());
+        }
+        earlier.retain(|generation, _| *generation >= oldest);
+        while earlier.len() > EARLIER_MAX {
+            earlier.pop_first();
+        }
+        DeploymentRecord { spec, generation: self.generation + 1, earlier, ..self.clone() }
     }
 }
 

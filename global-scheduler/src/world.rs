@@ -241,6 +241,17 @@ impl World {
         }
     }
 
+    /// The oldest generation of a deployment of which instances may run: 0 where a location hasn't said yet.
+    pub(crate) fn oldest(&self, name: &DeploymentName, generation: u64) -> u64 {
+        let unheard = |id| self.locations.get(id).is_none_or(|location| location.status(name).is_none());
+        if self.placements.get(name).is_some_and(|placed| placed.keys().any(unheard)) {
+            return 0;
+        }
+        let statuses = self.locations.values().filter_map(|location| location.status(name));
+        let running = statuses.flat_map(|status| &status.instances).map(|instance| instance.generation);
+        running.min().unwrap_or(generation)
+    }
+
     fn share(&self, name: &DeploymentName, generation: u64, location: &LocationId, count: u32) -> Share {
         let status = self.locations.get(location).and_then(|location| location.status(name));
         let Some(status) = status else { return Share { count, ..Share::default() } };

@@ -9,13 +9,17 @@ use axum::extract::State;
 
 use crate::app::App;
 
-/// The images of all deployments, of jobs that have not ended, and of wishes for warm images.
+/// The images of all deployments and of their instances that an update hasn't reached yet, of jobs that have not ended, and of wishes for warm images.
 #[utoipa::path(get, path = "/v1/images/in-use", tag = "images",
     responses((status = 200, body = Vec<String>), (status = "default", body = Problem, content_type = "application/problem+json")))]
 pub(super) async fn in_use(State(app): State<Arc<App>>) -> Json<Vec<String>> {
     let world = app.world();
     let has_ended = |phase| matches!(phase, JobPhase::Succeeded | JobPhase::Failed | JobPhase::Cancelled);
-    let deployments = world.deployments.values().map(|stored| &stored.value.spec.image);
+    let deployments = world.deployments.iter().flat_map(|(name, stored)| {
+        let record = &stored.value;
+        let running = record.earlier.range(world.oldest(name, record.generation)..);
+        running.map(|(_, image)| image).chain([&record.spec.image])
+    });
     let jobs = world.jobs.values().map(|stored| &stored.value).filter(|job| !has_ended(job.phase));
     let images: BTreeSet<&String> =
         deployments.chain(jobs.map(|job| &job.spec.image)).chain(world.prewarms.keys()).collect();

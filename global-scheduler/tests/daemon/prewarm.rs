@@ -97,3 +97,25 @@ async fn registries_are_told_which_images_are_in_use() {
     bed.admin.delete_prewarm("warm:v1").await.unwrap();
     assert_eq!(in_use().await, ["app:v2"]);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_is_in_use_until_an_update_has_reached_all_instances() {
+    let mut bed = Bed::start().await;
+    let ams = bed.location("ams").await;
+    let viewer = bed.client(Some(bed.token(Role::Viewer, None).await));
+    let in_use = async || -> Vec<String> {
+        viewer.open("/v1/images/in-use", &()).await.unwrap().json().await.unwrap()
+    };
+    ams.script.lock().unwrap().lags_at = Some(1);
+    for image in ["app:v1", "app:v2", "app:v3"] {
+        bed.admin.apply_deployment(&deployment(json!({ "image": image }))).await.unwrap();
+        eventually("it is placed", || async { ams.count("hello") > 0 }).await;
+    }
+    assert_eq!(in_use().await, ["app:v1", "app:v2", "app:v3"]);
+    bed.restart().await;
+    assert_eq!(in_use().await, ["app:v1", "app:v2", "app:v3"]);
+    ams.script.lock().unwrap().lags_at = Some(2);
+    eventually("the first is gone", || async { in_use().await == ["app:v2", "app:v3"] }).await;
+    ams.script.lock().unwrap().lags_at = None;
+    eventually("all have the new one", || async { in_use().await == ["app:v3"] }).await;
+}

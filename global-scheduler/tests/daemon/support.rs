@@ -145,6 +145,8 @@ pub(crate) fn advert() -> Advert {
 pub(crate) struct Script {
     /// Whether instances become ready.
     pub(crate) ready: bool,
+    /// Generation of all its instances; by itself, the one that it was told.
+    pub(crate) lags_at: Option<u64>,
     /// How many of each deployment's instances it refuses.
     pub(crate) refuses: u32,
     /// How attempts end; they run until it is set.
@@ -277,9 +279,10 @@ fn make_report(name: &str, epoch: u64, sequence: u64, advert: &Advert, script: &
                 let refused = script.refuses.min(placement.count);
                 let phase = if script.ready { InstancePhase::Running } else { InstancePhase::Starting };
                 let deployment = placement.spec.name.clone();
+                let generation = script.lags_at.unwrap_or(placement.generation);
                 let instances = (0..placement.count - refused).map(|index| {
                     let workload = Workload::Deployment(deployment.clone());
-                    instance(&format!("{deployment}-{name}-{index}"), workload, placement.generation, phase)
+                    instance(&format!("{deployment}-{name}-{index}"), workload, generation, phase)
                 });
                 let refusal =
                     Refusal { reason: ReasonCode::NoAddress, count: 1, message: "no free address".into() };
