@@ -26,7 +26,9 @@ Commands:
   bench packing --nodes FILE --pods FILE [--json]
                  how much of a trace's GPUs are filled, beside the published figure
   ebpf           rebuild the eBPF object that is committed
-  setup          install the Debian packages and tools that the other commands need
+  setup [--garage]
+                 install the Debian packages and tools that the other commands need; garage, an S3 cluster for
+                 tests of lost nodes, only if asked for
   help           this text
 
 demo and test need root: they make network namespaces, cgroups and containers.";
@@ -54,7 +56,11 @@ fn run(words: &[&str]) -> Result<ExitCode> {
         ["ebpf"] => ebpf::build(&shell::root()?)?,
         ["setup"] => {
             setup::ensure()?;
-            setup::tools::ensure()?;
+            setup::tools::ensure(setup::tools::Which::Usual)?;
+        }
+        ["setup", "--garage"] => {
+            setup::ensure()?;
+            setup::tools::ensure(setup::tools::Which::All)?;
         }
         _ => bail!("found `{}`, expected one of the commands in `cargo xtask help`", words.join(" ")),
     }

@@ -48,7 +48,7 @@ const STEPS: &[Step] = &[
 /// Runs all steps and tests, or those whose name contains `filter`.
 pub(crate) fn run(filter: Option<&str>) -> Result<ExitCode> {
     setup::ensure()?;
-    setup::tools::ensure()?;
+    setup::tools::ensure(setup::tools::Which::Usual)?;
     let wanted: Vec<_> =
         STEPS.iter().filter(|(name, _)| filter.is_none_or(|part| name.contains(part))).collect();
     let mut total = Count::default();

@@ -5,6 +5,7 @@ mod faults;
 mod faulty;
 mod garbage;
 #[path = "../../tests/registry/stores.rs"]
+#[allow(dead_code, reason = "the tests of the whole registry use all of it")]
 mod stores;
 mod upload_cases;
 
@@ -202,6 +203,13 @@ async fn everything_in_moto() {
 async fn everything_in_azurite() {
     let Some(store) = stores::azurite().await else { return };
     everything_in(store).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn everything_in_garage() {
+    let Some(stores::garage::Garage { store, nodes }) = stores::garage::start().await else { return };
+    everything_in(store).await;
+    drop(nodes);
 }
 
 /// A store that answers 500, 503 and 429 now and then: nobody notices.

@@ -1,31 +1,23 @@
 //! Kills a registry with SIGKILL, again and again, while clients push to it and pull from it.
 //!
-//! Clients know what was acknowledged to them, and nothing else counts: an upload must be at its last acknowledged chunk,
-//! or the one after it whose answer was lost; what a 201 was answered for must be there, whole.
-//!
 //! SIGKILL shows what survives the loss of the process, not of power.
 
 use std::fs::File;
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
-use anyplace_images::{Credentials, Digest};
+use anyplace_images::Credentials;
 use anyplace_seed::{Seed, rounds};
-use reqwest::{Method, StatusCode};
-use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
 
 use crate::killable::Killable;
+use crate::storage_clients::Clients;
 use crate::stores::{self, Store};
-use crate::support::{OCI_MANIFEST, header, manifest, noise};
 
 /// Kills of a registry on a folder, usually and in a whole campaign.
 const KILLS: (usize, usize) = (300, 1_000);
-/// One on a bucket for so many on a folder, except in a whole campaign: S3 in this process is slower than a disk.
-const FOLDER_TO_BUCKET: usize = 6;
-/// And on programs in Python and JavaScript, which take turns with everything else, always.
-const FOLDER_TO_SLOW: usize = 25;
-const CLIENTS: u64 = 3;
+/// On a bucket: S3 in this process is slower than a disk.
+const BUCKET_KILLS: (usize, usize) = (50, 1_000);
+/// And on programs in Python and JavaScript, which take turns with everything else.
+const SLOW_KILLS: (usize, usize) = (12, 40);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_folder_acknowledged_survives_kills() {
@@ -35,19 +27,19 @@ async fn what_a_folder_acknowledged_survives_kills() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_bucket_acknowledged_survives_kills() {
     let store = stores::s3s().await;
-    campaign(rounds(KILLS.0 / FOLDER_TO_BUCKET, KILLS.1), Some(store)).await;
+    campaign(rounds(BUCKET_KILLS.0, BUCKET_KILLS.1), Some(store)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_moto_acknowledged_survives_kills() {
     let Some(store) = stores::moto().await else { return };
-    campaign(rounds(KILLS.0, KILLS.1) / FOLDER_TO_SLOW, Some(store)).await;
+    campaign(rounds(SLOW_KILLS.0, SLOW_KILLS.1), Some(store)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_azurite_acknowledged_survives_kills() {
     let Some(store) = stores::azurite().await else { return };
-    campaign(rounds(KILLS.0, KILLS.1) / FOLDER_TO_SLOW, Some(store)).await;
+    campaign(rounds(SLOW_KILLS.0, SLOW_KILLS.1), Some(store)).await;
 }
 
 async fn campaign(kills: usize, bucket: Option<Store>) {
@@ -59,55 +51,24 @@ async fn campaign(kills: usize, bucket: Option<Store>) {
         .map_or(String::new(), |store| format!("[storage]\n{}", store.settings(store.address, "r")));
     let mut child = Killable::start(home.path(), &settings).await;
     let credentials = Credentials::from_file(&home.path().join("credentials")).unwrap();
-    let (urls, url) = watch::channel(child.url.clone());
-    let done = Arc::new(Mutex::new(Vec::new()));
-    let stop = CancellationToken::new();
-    let clients: Vec<_> = (0..CLIENTS)
-        .map(|number| {
-            let http =
-                reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(60)).build().unwrap();
-            let client = Client {
-                http,
-                url: url.clone(),
-                credentials: credentials.clone(),
-                seed: seed.fork(),
-                number,
-                done: done.clone(),
-                stop: stop.clone(),
-                resumed: 0,
-            };
-            tokio::spawn(client.run())
-        })
-        .collect();
+    let clients = Clients::start(&child.url, &credentials, &mut seed);
     for _ in 0..kills {
         tokio::time::sleep(Duration::from_millis(seed.below(120))).await;
         child.kill();
         child = Killable::start(home.path(), &settings).await;
-        urls.send(child.url.clone()).unwrap();
-        assert!(clients.iter().all(|client| !client.is_finished()), "a client found something wrong");
+        clients.moved(&child.url);
+        clients.check();
     }
-    stop.cancel();
-    let mut resumed = 0;
-    for client in clients {
-        resumed += client.await.unwrap();
-    }
+    let pushed = clients.stop().await;
     child.kill();
     child = Killable::start(home.path(), &settings).await;
-    let pushed = done.lock().unwrap().clone();
-    eprintln!("{kills} kills, {} images pushed, {resumed} uploads went on after one", pushed.len());
-    assert!(!pushed.is_empty() && (resumed > 0 || kills < 50), "the clients hardly did anything");
-    let http = reqwest::Client::builder().no_proxy().build().unwrap();
-    for image in &pushed {
-        for (path, expected) in [
-            (format!("/v2/a/blobs/{}", image.blob), &image.bytes),
-            (format!("/v2/a/manifests/{}", image.tag), &image.manifest),
-        ] {
-            let get = http.get(format!("{}{path}", child.url));
-            let answer = get.basic_auth(&credentials.user, Some(&credentials.password)).send().await.unwrap();
-            assert_eq!(answer.status(), 200, "{path} was acknowledged");
-            assert_eq!(answer.bytes().await.unwrap(), **expected, "{path}");
-        }
-    }
+    eprintln!(
+        "{kills} kills, {} images pushed, {} uploads went on after one",
+        pushed.images.len(),
+        pushed.resumed
+    );
+    assert!(pushed.resumed > 0 || kills < 50, "the clients hardly did anything");
+    pushed.verify(&child.url, &credentials).await;
     child.kill();
     if bucket.is_none() {
         // Files that were being written are not content. Once no request can be writing them, a start removes them.
@@ -118,174 +79,5 @@ async fn campaign(kills: usize, bucket: Option<Store>) {
         child = Killable::start(home.path(), &settings).await;
         assert_eq!(std::fs::read_dir(home.path().join("tmp")).unwrap().count(), 0);
         child.kill();
-    }
-}
-
-#[derive(Clone)]
-struct Image {
-    bytes: Arc<Vec<u8>>,
-    blob: Digest,
-    manifest: Arc<Vec<u8>>,
-    tag: String,
-}
-
-struct Client {
-    http: reqwest::Client,
-    url: watch::Receiver<String>,
-    credentials: Credentials,
-    seed: Seed,
-    number: u64,
-    done: Arc<Mutex<Vec<Image>>>,
-    stop: CancellationToken,
-    /// Uploads that a kill interrupted.
-    resumed: u64,
-}
-
-impl Client {
-    async fn run(mut self) -> u64 {
-        for round in 0.. {
-            let bytes = noise(self.seed.next(), 2 + self.seed.below(1_500_000) as usize);
-            let blob = Digest::of(&bytes);
-            self.push_blob(&bytes, &blob).await;
-            let size = bytes.len();
-            let manifest = manifest(&blob, size, &[(&blob, size)]);
-            let tag = format!("c{}-{round}", self.number);
-            self.push_manifest(&manifest, &tag).await;
-            let image = Image { bytes: Arc::new(bytes), blob, manifest: Arc::new(manifest), tag };
-            self.done.lock().unwrap().push(image);
-            self.pull_one().await;
-            if self.stop.is_cancelled() {
-                break;
-            }
-        }
-        self.resumed
-    }
-
-    /// Sends until there is an answer; the registry may be killed in between.
-    async fn send(&mut self, method: &Method, path: &str, headers: &[(&str, String)], body: &[u8]) -> Answer {
-        for _ in 0..100_000 {
-            match self.send_once(method, path, headers, body).await {
-                Some(answer) => return answer,
-                None => tokio::time::sleep(Duration::from_millis(3)).await,
-            }
-        }
-        panic!("no answer to {method} {path}")
-    }
-
-    /// None: no answer, so nobody knows what was done.
-    async fn send_once(
-        &mut self,
-        method: &Method,
-        path: &str,
-        headers: &[(&str, String)],
-        body: &[u8],
-    ) -> Option<Answer> {
-        let url = format!("{}{path}", self.url.borrow().as_str());
-        let mut request = self.http.request(method.clone(), url).body(body.to_vec());
-        request = request.basic_auth(&self.credentials.user, Some(&self.credentials.password));
-        for (name, value) in headers {
-            request = request.header(*name, value);
-        }
-        let answer = request.send().await.ok()?;
-        let (location, range) = (header(&answer, "location"), header(&answer, "range"));
-        let status = answer.status();
-        let body = answer.bytes().await.ok()?;
-        // Its bucket may be slow; it says so, and nothing was acknowledged.
-        (status != StatusCode::SERVICE_UNAVAILABLE).then(|| Answer {
-            status,
-            location,
-            range,
-            body: body.to_vec(),
-        })
-    }
-
-    async fn push_blob(&mut self, bytes: &[u8], blob: &Digest) {
-        let post = self.send(&Method::POST, "/v2/a/blobs/uploads/", &[], b"").await;
-        assert_eq!(post.status, 202, "{}", post.text());
-        let location = post.location;
-        let (mut acknowledged, mut unanswered) = (0, 0);
-        loop {
-            if unanswered > 0 {
-                let status = self.send(&Method::GET, &location, &[], b"").await;
-                assert_eq!(status.status, 204, "{acknowledged} bytes were acknowledged: {}", status.text());
-                let at = status.offset();
-                assert!(
-                    at == acknowledged || at == acknowledged + unanswered,
-                    "{acknowledged} bytes acknowledged and {unanswered} sent without an answer, but it is at {at}"
-                );
-                self.resumed += 1;
-                (acknowledged, unanswered) = (at, 0);
-            }
-            let left = bytes.len() as u64 - acknowledged;
-            if left == 0 {
-                break;
-            }
-            // At least two bytes: one byte and none look the same in a `Range`.
-            let len = if left < 4 { left } else { 2 + self.seed.below(left.min(400_000) - 1) };
-            let len = if left - len == 1 { left } else { len };
-            let range = [("content-range", format!("{acknowledged}-{}", acknowledged + len - 1))];
-            let part = &bytes[acknowledged as usize..(acknowledged + len) as usize];
-            match self.send_once(&Method::PATCH, &location, &range, part).await {
-                Some(answer) => {
-                    assert_eq!(answer.status, 202, "{}", answer.text());
-                    acknowledged += len;
-                }
-                None => {
-                    unanswered = len;
-                    tokio::time::sleep(Duration::from_millis(3)).await;
-                }
-            }
-        }
-        for attempt in 0.. {
-            let Some(put) =
-                self.send_once(&Method::PUT, &format!("{location}?digest={blob}"), &[], b"").await
-            else {
-                tokio::time::sleep(Duration::from_millis(3)).await;
-                continue;
-            };
-            if put.status == 201 {
-                return;
-            }
-            // One before was done, and its answer lost.
-            assert!(attempt > 0 && put.status == 404, "{}", put.text());
-            let head = self.send(&Method::HEAD, &format!("/v2/a/blobs/{blob}"), &[], b"").await;
-            assert_eq!(head.status, 200, "the upload is over, and its content isn't there");
-            return;
-        }
-    }
-
-    async fn push_manifest(&mut self, manifest: &[u8], tag: &str) {
-        let headers = [("content-type", OCI_MANIFEST.to_owned())];
-        let put = self.send(&Method::PUT, &format!("/v2/a/manifests/{tag}"), &headers, manifest).await;
-        assert_eq!(put.status, 201, "{}", put.text());
-    }
-
-    /// Pulls something that was pushed: whatever comes must be right.
-    async fn pull_one(&mut self) {
-        let image = {
-            let done = self.done.lock().unwrap();
-            done[self.seed.below(done.len() as u64) as usize].clone()
-        };
-        let get = self.send(&Method::GET, &format!("/v2/a/blobs/{}", image.blob), &[], b"").await;
-        assert_eq!(get.status, 200);
-        assert!(get.body == *image.bytes, "other bytes than {}", image.blob);
-    }
-}
-
-struct Answer {
-    status: StatusCode,
-    location: String,
-    range: String,
-    body: Vec<u8>,
-}
-
-impl Answer {
-    fn text(&self) -> String {
-        format!("{} {}", self.status, String::from_utf8_lossy(&self.body))
-    }
-
-    fn offset(&self) -> u64 {
-        let last: u64 = self.range.strip_prefix("0-").unwrap().parse().unwrap();
-        if last == 0 { 0 } else { last + 1 }
     }
 }

@@ -2,7 +2,11 @@
 //! in processes of their own.
 //!
 //! Those are installed by `cargo xtask setup` and `cargo xtask test`. Where one is missing, its tests fail in CI, and are
-//! skipped with the reason elsewhere.
+//! skipped with the reason elsewhere. garage (S3, several nodes) takes minutes to build, so it is there only where
+//! somebody asked for it, by `cargo xtask setup --garage`.
+
+#[path = "stores/garage.rs"]
+pub(crate) mod garage;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -33,9 +37,12 @@ pub(crate) struct Store {
 
 #[derive(Clone, Copy, Debug)]
 enum Protocol {
-    S3,
+    S3 { id: &'static str, secret: &'static str, region: &'static str },
     Azure,
 }
+
+/// What s3s-fs and moto are content with.
+const S3: Protocol = Protocol::S3 { id: "test", secret: "secret", region: "us-east-1" };
 
 impl Drop for Store {
     fn drop(&mut self) {
@@ -54,10 +61,10 @@ impl Store {
     pub(crate) fn settings(&self, address: SocketAddr, prefix: &str) -> String {
         let (account, key) = ACCOUNT;
         let (secrets, settings) = match self.protocol {
-            Protocol::S3 => (
-                "AWS_ACCESS_KEY_ID=test\nAWS_SECRET_ACCESS_KEY=secret\n".to_owned(),
+            Protocol::S3 { id, secret, region } => (
+                format!("AWS_ACCESS_KEY_ID={id}\nAWS_SECRET_ACCESS_KEY={secret}\n"),
                 format!(
-                    "kind = 's3'\nbucket = '{BUCKET}'\nendpoint = 'http://{address}'\nregion = 'us-east-1'\n"
+                    "kind = 's3'\nbucket = '{BUCKET}'\nendpoint = 'http://{address}'\nregion = '{region}'\n"
                 ),
             ),
             Protocol::Azure => (
@@ -116,7 +123,7 @@ pub(crate) async fn s3s_that_fails(one_in: u64, failures: Arc<AtomicU64>) -> Sto
             });
         }
     });
-    Store { address, task: Some(task), process: None, protocol: Protocol::S3, dir }
+    Store { address, task: Some(task), process: None, protocol: S3, dir }
 }
 
 /// moto; none, with the reason printed, where it is not installed.
@@ -125,7 +132,7 @@ pub(crate) async fn moto() -> Option<Store> {
     let arguments =
         |port: u16| vec!["-H".to_owned(), "127.0.0.1".to_owned(), "-p".to_owned(), port.to_string()];
     let make_bucket = |http: &reqwest::Client, address| http.put(format!("http://{address}/{BUCKET}"));
-    Some(start(Command::new(program), arguments, Protocol::S3, make_bucket).await)
+    Some(start(Command::new(program), arguments, S3, make_bucket).await)
 }
 
 /// azurite; none, with the reason printed, where it is not installed.
@@ -193,7 +200,7 @@ async fn start(
 
 /// A program that `cargo xtask setup` installs.
 fn tool(name: &str) -> Option<PathBuf> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/tools").join(name);
+    let path = tool_path(name);
     if path.exists() {
         return Some(path);
     }
@@ -201,4 +208,8 @@ fn tool(name: &str) -> Option<PathBuf> {
     assert!(std::env::var_os("CI").is_none(), "{reason}");
     eprintln!("skipped: {reason}");
     None
+}
+
+fn tool_path(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/tools").join(name)
 }

@@ -9,11 +9,21 @@ use anyhow::{Context, Result};
 
 use crate::shell;
 
+/// Which tools.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Which {
+    /// Those that every run of the tests needs.
+    Usual,
+    /// Those that take minutes to build as well.
+    All,
+}
+
 struct Tool {
     name: &'static str,
     purpose: &'static str,
     /// What is installed; another one replaces it.
     version: &'static str,
+    needed: Which,
     install: fn(&Path, &str) -> Result<()>,
 }
 
@@ -22,6 +32,7 @@ const TOOLS: &[Tool] = &[
         name: "moto",
         purpose: "the registry's tests on another S3 server",
         version: include_str!("moto.txt"),
+        needed: Which::Usual,
         install: with_pip,
     },
     Tool {
@@ -29,13 +40,22 @@ const TOOLS: &[Tool] = &[
         purpose: "the registry's tests on Azure",
         // The last one that runs on Debian 12's node.
         version: "azurite@3.35.0",
+        needed: Which::Usual,
         install: with_npm,
+    },
+    Tool {
+        name: "garage",
+        purpose: "the registry's tests on a cluster that loses nodes; its build takes minutes",
+        version: "garage@2.5.0",
+        needed: Which::All,
+        install: with_cargo,
     },
 ];
 
 /// Installs what is missing; says what it does.
-pub(crate) fn ensure() -> Result<()> {
-    for tool in TOOLS {
+pub(crate) fn ensure(which: Which) -> Result<()> {
+    let wanted = TOOLS.iter().filter(|tool| which == Which::All || tool.needed == Which::Usual);
+    for tool in wanted {
         let folder = shell::root()?.join("target/tools").join(tool.name);
         let installed = folder.join("installed");
         if std::fs::read_to_string(&installed).is_ok_and(|version| version == tool.version) {
@@ -49,7 +69,7 @@ pub(crate) fn ensure() -> Result<()> {
         (tool.install)(&folder, tool.version).with_context(|| format!("install {}", tool.name))?;
         std::fs::write(&installed, tool.version).with_context(|| format!("write {}", installed.display()))?;
     }
-    println!("tools: all {} are in target/tools", TOOLS.len());
+    println!("tools: all that are needed are in target/tools");
     Ok(())
 }
 
@@ -59,6 +79,21 @@ fn with_npm(folder: &Path, package: &str) -> Result<()> {
     let quiet = ["--ignore-scripts", "--no-audit", "--no-fund", "--loglevel", "error"];
     let words = [&["install", "--prefix", &at], quiet.as_slice(), &[package]].concat();
     shell::show(shell::command("npm", &words)?)
+}
+
+/// A program of one version, with the dependencies that it was published with; quickly rather than optimised.
+fn with_cargo(folder: &Path, package: &str) -> Result<()> {
+    let (at, build) = (folder.to_string_lossy(), folder.join("build"));
+    let kept_small = ["--locked", "--no-default-features", "--features", "bundled-libs,lmdb"];
+    let target = build.to_string_lossy();
+    let words =
+        [&["install", package, "--root", &at, "--target-dir", &target], kept_small.as_slice()].concat();
+    let mut command = shell::cargo(&words)?;
+    for (name, value) in [("OPT_LEVEL", "1"), ("LTO", "off"), ("CODEGEN_UNITS", "16"), ("DEBUG", "false")] {
+        command.env(format!("CARGO_PROFILE_RELEASE_{name}"), value);
+    }
+    shell::show(command)?;
+    std::fs::remove_dir_all(&build).with_context(|| format!("remove {}", build.display()))
 }
 
 /// Python packages, each of one version.
