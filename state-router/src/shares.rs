@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, net::Ipv4Addr};
 
-use anyplace_model::{Endpoint, InstanceId, LocationId, MachineId, RemoteLocation, Route, WHOLE_SHARE};
+use anyplace_model::{Endpoint, InstanceId, LocationId, MachineId, PARTS, RemoteLocation, Route};
 use anyplace_router_core::tables;
 use serde::Serialize;
 
@@ -162,10 +162,11 @@ fn why_instance(state: BackendState, (buckets, before): (usize, usize)) -> Strin
 
 fn why_location(route: &Route, remote: &RemoteLocation, buckets: usize) -> String {
     let some_ready = route.local.iter().any(|it| state(it) == BackendState::Ready);
-    let percent = f64::from(remote.share) * 100.0 / f64::from(WHOLE_SHARE);
+    let parts = route.parts_to(&remote.location);
+    let percent = f64::from(parts) * 100.0 / f64::from(PARTS);
     if remote.ingress.is_empty() {
         "none of its machines can be sent to".into()
-    } else if remote.share > 0 {
+    } else if parts > 0 {
         format!("has a share of {percent:.1}% of what enters here")
     } else if buckets > 0 {
         "the nearest with ready instances: nothing is ready here".into()

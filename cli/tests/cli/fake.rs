@@ -241,18 +241,16 @@ async fn routes(State(state): State<Shared>, Path(name): Path<String>) -> Result
         distance_km: 9_340.4,
         ready: 1,
         ingress: vec![Ipv4Addr::new(10, 1, 1, 1)],
-        share: 0,
-        earlier_share: 0,
     };
     let vips: Vec<_> = anyplace_model::vips(view.vip, view.vip6).collect();
     let routes = |local: Vec<Endpoint>, remote: Vec<RemoteLocation>| {
-        let (ports, shared_ms) = (&view.spec.ports, 0);
+        let ports = &view.spec.ports;
         let route = |vip: &IpAddr| Route {
             vip: *vip,
             ports: ports.clone(),
             local: local.clone(),
             remote: remote.clone(),
-            shared_ms,
+            away: Vec::new(),
         };
         vips.iter().map(route).collect::<Vec<_>>()
     };

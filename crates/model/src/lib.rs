@@ -32,7 +32,7 @@ pub use off_peak::{InvalidWindow, OffPeakWindow};
 pub use prewarm::{PRIORITY_AWAITED, PRIORITY_MAX, Prewarm};
 pub use quantity::{Bytes, DurationMs, InvalidQuantity, MilliCpu};
 pub use reason::{Explanation, LocationExplanation, ReasonCode, Refusal};
-pub use route::{Announcement, Endpoint, FULL_WEIGHT, RemoteLocation, Route, RouteRecord, WHOLE_SHARE};
+pub use route::{Announcement, Away, Endpoint, FULL_WEIGHT, PARTS, RemoteLocation, Route, RouteRecord, Span};
 pub use spec::{
     Check, CheckKind, DeploymentSpec, ExecCheck, GpuRequest, Health, HttpCheck, Instances, Isolation,
     JobSpec, LoadMetric, LoadTarget, PlacementConstraints, Port, Protocol, Resources, SchedulingPolicy, Spec,

@@ -30,19 +30,46 @@ pub struct Route {
     pub local: Vec<Endpoint>,
     /// Other locations with ready instances, nearest first.
     pub remote: Vec<RemoteLocation>,
-    /// When the shares of other locations last changed, on the same clock as the endpoints' times.
-    #[serde(default)]
-    pub shared_ms: u64,
+    /// Which parts of the new connections that enter the location go to others, and did before; the newest first. None
+    /// where all stay; where nothing is ready in the location, what stays goes to the nearest other.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub away: Vec<Away>,
 }
 
-/// A share of all new connections of a virtual IP that enter a location is given in parts of this.
-pub const WHOLE_SHARE: u16 = 4_096;
+/// The new connections of a virtual IP that enter a location are shared in so many parts.
+pub const PARTS: u16 = 256;
+
+/// Which parts go to other locations, from one time on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Away {
+    /// Since when, on the same clock as the endpoints' times.
+    pub since_ms: u64,
+    /// Who has the first parts, the next, and so on; those that are left stay.
+    pub spans: Vec<Span>,
+}
+
+/// Parts that are next to each other.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Span {
+    /// How many.
+    pub parts: u16,
+    /// Where they go; none where they stay.
+    pub to: Option<LocationId>,
+}
 
 /// The weight of an instance that takes its full part of new connections.
 pub const FULL_WEIGHT: u16 = 100;
 
 const fn full_weight() -> u16 {
     FULL_WEIGHT
+}
+
+impl Route {
+    /// How many parts of the new connections that enter here go to a location.
+    pub fn parts_to(&self, location: &LocationId) -> u16 {
+        let spans = self.away.first().map_or(&[][..], |away| &away.spans);
+        spans.iter().filter(|span| span.to.as_ref() == Some(location)).map(|span| span.parts).sum()
+    }
 }
 
 /// One instance behind a virtual IP.
@@ -87,13 +114,6 @@ pub struct RemoteLocation {
     /// Addresses of its live machines.
     #[schema(value_type = Vec<String>)]
     pub ingress: Vec<Ipv4Addr>,
-    /// Its share of new connections, in parts of [`WHOLE_SHARE`]; those that are left stay in the location. Where
-    /// nothing is ready in the location and no share is given, the nearest gets all.
-    #[serde(default)]
-    pub share: u16,
-    /// Its share until `shared_ms`.
-    #[serde(default)]
-    pub earlier_share: u16,
 }
 
 /// What the location announces to its BGP neighbours.

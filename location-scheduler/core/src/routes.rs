@@ -72,7 +72,7 @@ fn vips(state: &State) -> BTreeMap<IpAddr, Route> {
             entry.insert(deployment);
             vips.insert(
                 vip,
-                Route { vip, ports: ports.to_vec(), local: Vec::new(), remote: Vec::new(), shared_ms: 0 },
+                Route { vip, ports: ports.to_vec(), local: Vec::new(), remote: Vec::new(), away: Vec::new() },
             );
         }
         // Where a virtual IP went to another deployment, what is left of the one before gets no traffic.
@@ -141,8 +141,6 @@ fn elsewhere(site: &Site, remote: &RemoteRoute) -> Vec<RemoteLocation> {
             distance_km: distance_km((site.latitude, site.longitude), (backend.latitude, backend.longitude)),
             ready: backend.ready,
             ingress: backend.ingress.clone(),
-            share: 0,
-            earlier_share: 0,
         })
         .collect();
     locations

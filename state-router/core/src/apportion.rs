@@ -201,6 +201,29 @@ fn hand_out(given: &[u16], takers: &[Taker], scale: usize, owners: &mut [u16]) {
     }
 }
 
+/// The order in which buckets are given to other locations: each slot keeps as much as its weight says of what is left,
+/// however many are given. `len` buckets, of nobody where `slots` is empty.
+pub(crate) fn given(slots: &[u16], weights: &[u64], len: usize) -> Vec<u16> {
+    let walk = (0..len).map(|step| scattered(step, len));
+    if slots.is_empty() {
+        return walk.map(|bucket| bucket as u16).collect();
+    }
+    let mut left = vec![0_u64; weights.len()];
+    slots.iter().for_each(|slot| left[usize::from(*slot)] += 1);
+    // What a slot had before it gave the bucket, its weight, the slot, the bucket.
+    let mut order: Vec<(u64, u64, u16, u16)> = walk
+        .map(|bucket| {
+            let slot = slots[bucket];
+            let had = left[usize::from(slot)];
+            left[usize::from(slot)] -= 1;
+            (had, weights[usize::from(slot)], slot, bucket as u16)
+        })
+        .collect();
+    // Who has most by its weight gives first.
+    order.sort_by(|a, b| (b.0 * a.1).cmp(&(a.0 * b.1)).then(b.2.cmp(&a.2)));
+    order.into_iter().map(|(.., bucket)| bucket).collect()
+}
+
 /// A walk over all buckets that spreads its beginning over the table; `len` is a power of two.
 fn scattered(step: usize, len: usize) -> usize {
     step.wrapping_mul(0x9e37_79b1) & (len - 1)

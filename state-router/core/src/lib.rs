@@ -2,14 +2,15 @@
 //!
 //! Tables are a function of the route alone, so that all routers of a location build the same ones, also a router that
 //! started a moment ago. Buckets are apportioned exactly by weight among the location's instances that take new
-//! connections and the other locations that have a share of them ([`apportion`]); a bucket of another location goes to
-//! one of its machines, which will choose the instance.
+//! connections ([`apportion`]). They give away those of the parts that go to other locations, in a fixed order, so that
+//! a part that moves takes no other along; a bucket of another location goes to one of its machines, which will choose
+//! the instance.
 //!
 //! The hop before is who owned the bucket until its last change of owner: the route says when each instance began or
-//! stopped taking new connections, and when shares changed, so those changes are undone, the latest first, until
+//! stopped taking new connections, and when parts moved, so those changes are undone, the latest first, until
 //! another owner appears. An instance that began stops, one that drains takes connections again.
 //!
-//! Where no share is given, new connections stay in the location while any instance is ready; else they go to the nearest
+//! Where nothing is away, new connections stay in the location while any instance is ready; else they go to the nearest
 //! other location; only where nothing is ready anywhere they go to instances that drain.
 //!
 //! This crate must not know about deployments, images, sockets or maps.
@@ -18,11 +19,11 @@ mod apportion;
 
 use std::{cmp::Reverse, net::Ipv4Addr};
 
-use anyplace_model::{Endpoint, RemoteLocation, Route, WHOLE_SHARE};
+use anyplace_model::{Away, Endpoint, PARTS, RemoteLocation, Route};
 
 pub use apportion::{MAX_BUCKETS, MIN_BUCKETS};
 
-use apportion::{Base, MAX_SLOTS, quotas, rank};
+use apportion::{Base, MAX_SLOTS, given, quotas, rank};
 
 /// One bucket: where its new flows go, and where its older flows may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,21 +46,21 @@ pub struct Tables {
 /// Builds the tables of a route.
 pub fn tables(route: &Route) -> Tables {
     let slots = slots(route);
-    let here = Candidates { slots: &slots, remote: &[] };
+    let here = Candidates { slots: &slots, remote: &[], away: &[] };
     let ready = here.now();
     let local = if ready.weighs_nothing() {
         // With nothing ready, draining instances keep serving the flows that they have, and a relayed flow must still
         // find them.
-        here.table(&Moment { taking: taking(&slots, |it| it.ready || it.draining), shares: vec![] }, &[])
+        here.table(&Moment { taking: taking(&slots, |it| it.ready || it.draining), away: None }, &[])
     } else {
-        here.table(&ready, &here.changes(0))
+        here.table(&ready, &here.changes())
     };
     let serving = serving(route);
     if serving.is_empty() {
         return Tables { full: local.clone(), local };
     }
-    let all = Candidates { slots: &slots, remote: &serving };
-    let full = all.table(&all.now(), &all.changes(route.shared_ms));
+    let all = Candidates { slots: &slots, remote: &serving, away: &route.away };
+    let full = all.table(&all.now(), &all.changes());
     Tables { full, local }
 }
 
@@ -113,6 +114,8 @@ fn taking(slots: &[Option<&Endpoint>], takes: impl Fn(&Endpoint) -> bool) -> Vec
 struct Candidates<'a> {
     slots: &'a [Option<&'a Endpoint>],
     remote: &'a [&'a RemoteLocation],
+    /// What went to other locations, the newest first.
+    away: &'a [Away],
 }
 
 /// Who took which part of new connections at one time.
@@ -120,13 +123,13 @@ struct Candidates<'a> {
 struct Moment {
     /// Weight of each slot; 0 where it took none.
     taking: Vec<u64>,
-    /// Share of each other location.
-    shares: Vec<u64>,
+    /// Which of what went to other locations was in force.
+    away: Option<usize>,
 }
 
 impl Moment {
     fn weighs_nothing(&self) -> bool {
-        self.taking.iter().chain(&self.shares).all(|weight| *weight == 0)
+        self.taking.iter().all(|weight| *weight == 0)
     }
 }
 
@@ -141,20 +144,17 @@ struct Change {
 enum Step {
     /// An instance began or stopped taking new connections.
     Instance { slot: usize, began: bool },
-    /// The shares of other locations changed.
-    Shares,
+    /// Parts moved; before, this was in force.
+    Parts { before: Option<usize> },
 }
 
 impl Candidates<'_> {
     fn now(&self) -> Moment {
-        Moment {
-            taking: taking(self.slots, is_ready),
-            shares: self.remote.iter().map(|remote| u64::from(remote.share)).collect(),
-        }
+        Moment { taking: taking(self.slots, is_ready), away: (!self.away.is_empty()).then_some(0) }
     }
 
     /// What led to now, the latest first.
-    fn changes(&self, shared_ms: u64) -> Vec<Change> {
+    fn changes(&self) -> Vec<Change> {
         let mut changes = Vec::with_capacity(2 * self.slots.len() + 1);
         for (slot, endpoint) in self.slots.iter().enumerate() {
             let Some(endpoint) = endpoint.filter(|it| it.ready || it.draining) else { continue };
@@ -167,8 +167,10 @@ impl Candidates<'_> {
                 changes.push(Change { time, step: Step::Instance { slot, began: false } });
             }
         }
-        if self.remote.iter().any(|remote| remote.share != remote.earlier_share) {
-            changes.push(Change { time: (shared_ms, false), step: Step::Shares });
+        for (index, away) in self.away.iter().enumerate() {
+            let before = Some(index + 1).filter(|before| *before < self.away.len());
+            // Of two in one millisecond, the list says which came last.
+            changes.push(Change { time: (away.since_ms, false), step: Step::Parts { before } });
         }
         changes.sort_by_key(|change| (Reverse(change.time.0), change.time.1));
         changes
@@ -191,9 +193,7 @@ impl Candidates<'_> {
                 Step::Instance { slot, began: false } => {
                     then.taking[*slot] = self.slots[*slot].map_or(0, |it| u64::from(it.weight.max(1)));
                 }
-                Step::Shares => {
-                    then.shares = self.remote.iter().map(|it| u64::from(it.earlier_share)).collect();
-                }
+                Step::Parts { before } => then.away = *before,
             }
             if changes.peek().is_some_and(|next| next.time == *time) {
                 continue;
@@ -214,29 +214,35 @@ impl Candidates<'_> {
 
     /// The owner of each bucket. Where nobody took connections it is the nearest other location, if there is one.
     fn owners(&self, moment: &Moment) -> Option<Vec<Owner>> {
-        let mut moment = moment.clone();
-        if moment.weighs_nothing() {
-            *moment.shares.first_mut()? = u64::from(WHOLE_SHARE);
-        }
         // Slots behind the last that takes connections leave no trace, so it doesn't matter when they came and went.
         let used = moment.taking.iter().rposition(|weight| *weight > 0).map_or(0, |last| last + 1);
-        let sum: u64 = moment.taking.iter().sum();
-        let shared: u64 = moment.shares.iter().sum();
-        let kept = u64::from(WHOLE_SHARE).saturating_sub(shared);
         let taking = &moment.taking[..used];
-        let (mut weights, mut keys) = (Vec::new(), Vec::new());
-        weights.extend(taking.iter().map(|weight| weight * kept));
-        keys.extend(0..used as u64);
-        // Shares count as parts of the whole only beside local instances.
-        weights.extend(moment.shares.iter().map(|share| share * sum.max(1)));
-        keys.extend(self.remote.iter().map(|remote| name_key(remote)));
         let base = Base::of(used);
-        let owners = base.assign(&keys, &quotas(&weights, base.len()));
-        let owner = |index: u16| match usize::from(index).checked_sub(used) {
-            None => Owner::Slot(usize::from(index)),
-            Some(remote) => Owner::Remote(remote),
+        // The size must not depend on what is away now, since that may be nothing for a moment.
+        let scale = if self.away.is_empty() { 1 } else { (usize::from(PARTS) / base.len()).max(1) };
+        let slots = if moment.weighs_nothing() {
+            self.remote.first()?;
+            Vec::new()
+        } else {
+            let keys: Vec<u64> = (0..used as u64).collect();
+            let slots = base.assign(&keys, &quotas(taking, base.len()));
+            slots.into_iter().flat_map(|slot| std::iter::repeat_n(slot, scale)).collect()
         };
-        Some(owners.into_iter().map(owner).collect())
+        let mut owners: Vec<Owner> = slots.iter().map(|slot| Owner::Slot(usize::from(*slot))).collect();
+        owners.resize(base.len() * scale, Owner::Remote(0));
+        let Some(away) = moment.away.and_then(|index| self.away.get(index)) else { return Some(owners) };
+        let given = given(&slots, taking, owners.len());
+        let each = owners.len() / usize::from(PARTS);
+        let mut given = given.chunks(each);
+        for span in &away.spans {
+            let to = span.to.as_ref().and_then(|to| self.remote.iter().position(|it| it.location == *to));
+            for part in given.by_ref().take(usize::from(span.parts)) {
+                if let Some(remote) = to {
+                    part.iter().for_each(|bucket| owners[usize::from(*bucket)] = Owner::Remote(remote));
+                }
+            }
+        }
+        Some(owners)
     }
 
     /// The address to which an owner's bucket of a table of `len` is sent.
@@ -270,14 +276,6 @@ fn corresponding(bucket: usize, len: usize, other: usize) -> std::ops::Range<usi
         let bucket = bucket / (len / other);
         bucket..bucket + 1
     }
-}
-
-/// Names a location among a table's backends: FNV-1a of its name, above the numbers of slots, below those of buckets.
-fn name_key(remote: &RemoteLocation) -> u64 {
-    let hash = remote.location.as_str().bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    });
-    (hash & 0xffff_ffff_ffff) | (1 << 47)
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::{
 };
 
 use anyplace_model::{
-    Endpoint, FULL_WEIGHT, InstanceId, LocationId, MachineId, Port, Protocol, RemoteLocation, WHOLE_SHARE,
+    Endpoint, FULL_WEIGHT, InstanceId, LocationId, MachineId, Port, Protocol, RemoteLocation, Span,
 };
 use proptest::prelude::*;
 
@@ -30,14 +30,12 @@ fn remote(index: u8, distance_km: f64, ready: u32, ingress: u8) -> RemoteLocatio
         distance_km,
         ready,
         ingress: (0..ingress).map(|machine| Ipv4Addr::new(10, index, machine, 1)).collect(),
-        share: 0,
-        earlier_share: 0,
     }
 }
 
 fn route(local: Vec<Endpoint>, remote: Vec<RemoteLocation>) -> Route {
     let port = Port { port: NonZeroU16::MIN, container_port: None, protocol: Protocol::Tcp };
-    Route { vip: Ipv4Addr::new(203, 0, 113, 1).into(), ports: vec![port], local, remote, shared_ms: 0 }
+    Route { vip: Ipv4Addr::new(203, 0, 113, 1).into(), ports: vec![port], local, remote, away: Vec::new() }
 }
 
 prop_compose! {
@@ -163,35 +161,118 @@ proptest! {
     }
 }
 
-#[test]
-fn weights_and_shares_are_met_to_the_bucket() {
-    let mut local: Vec<Endpoint> = (1..=5).map(|index| endpoint(index, true, false)).collect();
-    local[4].weight = FULL_WEIGHT / 2;
-    let mut away = remote(102, 100.0, 1, 3);
-    away.share = WHOLE_SHARE / 4;
-    let table = tables(&route(local, vec![away])).full;
-    let count = |own: &dyn Fn(Ipv4Addr) -> bool| table.iter().filter(|bucket| own(bucket.now)).count();
-    assert_eq!(table.len(), MIN_BUCKETS);
-    assert_eq!(count(&|it| it.octets()[1] == 102), 16, "a quarter");
-    assert_eq!(count(&|it| it.octets()[3] == 5 && it.octets()[1] == 1), 5, "half of what others have");
-    assert!((1..=4).all(|index| (10..=11).contains(&count(&|it| it == Ipv4Addr::new(10, 1, 1, index)))));
+fn away(since_ms: u64, spans: &[(u16, u8)]) -> Away {
+    let to = |location| (location > 0).then(|| LocationId::new(format!("l{location}")).unwrap());
+    Away {
+        since_ms,
+        spans: spans.iter().map(|(parts, location)| Span { parts: *parts, to: to(*location) }).collect(),
+    }
+}
+
+/// In which location each bucket is, 1 being this one.
+fn locations(table: &[Bucket]) -> Vec<u8> {
+    table.iter().map(|bucket| bucket.now.octets()[1]).collect()
 }
 
 #[test]
-fn flows_stay_where_a_share_was_before_it_changed() {
-    let local: Vec<Endpoint> = (1..=4).map(|index| endpoint(index, true, false)).collect();
-    let with = |share, earlier_share| {
-        let mut route = route(local.clone(), vec![remote(102, 100.0, 1, 2), remote(103, 200.0, 1, 1)]);
-        (route.remote[0].share, route.remote[0].earlier_share, route.shared_ms) = (share, earlier_share, 5);
-        tables(&route).full
-    };
-    for (old, new) in [(0, 1_024), (1_024, 400), (2_000, 0)] {
-        for (before, now) in with(old, old).iter().zip(&with(new, old)) {
-            if before.now != now.now {
-                assert_eq!(now.before, Some(before.now), "from {old} to {new}");
+fn weights_and_parts_are_met_to_the_bucket() {
+    let mut local: Vec<Endpoint> = (1..=5).map(|index| endpoint(index, true, false)).collect();
+    local[4].weight = FULL_WEIGHT / 2;
+    let mut route = route(local, vec![remote(102, 100.0, 1, 3)]);
+    for parts in [0, 1, 64, 100, 200, 255, 256] {
+        route.away = vec![away(1, &[(parts, 102)])];
+        let table = tables(&route).full;
+        let count = |own: &dyn Fn(Ipv4Addr) -> bool| table.iter().filter(|bucket| own(bucket.now)).count();
+        assert_eq!(table.len(), usize::from(PARTS));
+        assert_eq!(count(&|it| it.octets()[1] == 102), usize::from(parts));
+        let stay = f64::from(PARTS - parts);
+        // Where nearly all stay, as exact as the 64 buckets that the table has without away parts.
+        let most = if parts < 64 { 4.0 } else { 1.5 };
+        let exact = |count: usize, weight: f64| (count as f64 - stay * weight / 4.5).abs() <= most;
+        assert!(
+            exact(count(&|it| it == Ipv4Addr::new(10, 1, 1, 5)), 0.5),
+            "{parts}: half of what others have"
+        );
+        assert!(
+            (1..=4).all(|index| exact(count(&|it| it == Ipv4Addr::new(10, 1, 1, index)), 1.0)),
+            "{parts}"
+        );
+    }
+}
+
+proptest! {
+    /// Parts that don't move take no bucket along, and those that do keep their flows, over several changes.
+    #[test]
+    fn only_parts_that_move_move_and_their_flows_are_found(
+        count in 1_u8..40,
+        history in prop::collection::vec(prop::collection::vec((0_u16..80, 0_usize..3), 0..5), 1..6),
+    ) {
+        let local: Vec<Endpoint> =
+            (0..count).map(|index| Endpoint { slot: u16::from(index), ..endpoint(index, true, false) }).collect();
+        let mut route = route(local, vec![remote(102, 100.0, 1, 2), remote(103, 200.0, 1, 1)]);
+        // An empty beginning, so that all tables have one size.
+        route.away = vec![away(0, &[])];
+        let mut last = tables(&route).full;
+        let mut owners: Vec<Vec<Ipv4Addr>> = last.iter().map(|bucket| vec![bucket.now]).collect();
+        let part = |away: &Away| -> Vec<Option<LocationId>> {
+            let mut parts: Vec<_> =
+                away.spans.iter().flat_map(|span| std::iter::repeat_n(span.to.clone(), span.parts.into())).collect();
+            parts.resize(usize::from(PARTS), None);
+            parts
+        };
+        for (since_ms, spans) in (1..).zip(history) {
+            let spans: Vec<(u16, u8)> = spans.into_iter().map(|(parts, to)| (parts.min(50), [0, 102, 103][to])).collect();
+            let next = away(since_ms, &spans);
+            let moved = part(&route.away[0]).iter().zip(part(&next)).filter(|(before, after)| *before != after).count();
+            route.away.insert(0, next);
+            let table = tables(&route).full;
+            prop_assert_eq!(table.len(), last.len());
+            let changed = table.iter().zip(&last).filter(|(now, before)| now.now != before.now).count();
+            prop_assert_eq!(changed, moved * table.len() / usize::from(PARTS));
+            for (bucket, history) in table.iter().zip(&mut owners) {
+                history.retain(|owner| *owner != bucket.now);
+                if let Some(last) = history.last() {
+                    prop_assert_eq!(bucket.before, Some(*last));
+                }
+                history.push(bucket.now);
             }
+            last = table;
         }
     }
+}
+
+#[test]
+fn the_first_part_that_goes_away_moves_no_other() {
+    for count in [1, 3, 5, 16, 20] {
+        let local =
+            (0..count).map(|index| Endpoint { slot: u16::from(index), ..endpoint(index, true, false) });
+        let mut route = route(local.collect(), vec![remote(102, 100.0, 1, 2)]);
+        let before = tables(&route).full;
+        route.away = vec![away(5, &[(10, 102)])];
+        let after = tables(&route).full;
+        for (before, after) in
+            spread(&before).zip(spread(&after)).filter(|(before, after)| before.now != after.now)
+        {
+            assert_eq!((after.now.octets()[1], after.before), (102, Some(before.now)));
+        }
+        assert_eq!(
+            locations(&after).iter().filter(|it| **it == 102).count(),
+            10 * after.len() / usize::from(PARTS)
+        );
+    }
+}
+
+#[test]
+fn parts_of_a_location_that_serves_no_more_come_home() {
+    let local: Vec<Endpoint> = (1..=4).map(|index| endpoint(index, true, false)).collect();
+    let mut route = route(local, vec![remote(102, 100.0, 0, 2), remote(103, 200.0, 1, 1)]);
+    route.away = vec![away(5, &[(100, 102), (50, 103)])];
+    let found = locations(&tables(&route).full);
+    assert_eq!(found.iter().filter(|it| **it == 103).count(), 50);
+    assert_eq!(found.iter().filter(|it| **it == 1).count(), 206);
+    // And where nothing is ready here either, all that isn't elsewhere goes to the nearest.
+    route.local.iter_mut().for_each(|it| it.ready = false);
+    assert!(locations(&tables(&route).full).iter().all(|it| *it == 103));
 }
 
 #[test]

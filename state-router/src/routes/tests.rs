@@ -13,7 +13,7 @@ fn put(last: u8, ports: u16) -> WatchEvent<RouteRecord> {
         ports: (1..=ports).map(port).collect(),
         local: vec![],
         remote: vec![],
-        shared_ms: 0,
+        away: Vec::new(),
     });
     WatchEvent::Put { revision: 1, key: format!("vips/{vip}"), value }
 }

@@ -1,7 +1,7 @@
 use std::num::NonZeroU16;
 
 use anyplace_ebpf_model::{Machine, Program, Verdict, instance6, opening};
-use anyplace_model::{Endpoint, FULL_WEIGHT, Port, RemoteLocation, WHOLE_SHARE};
+use anyplace_model::{Away, Endpoint, FULL_WEIGHT, PARTS, Port, RemoteLocation, Span};
 use anyplace_seed::Seed;
 
 use super::*;
@@ -35,13 +35,11 @@ pub(crate) fn remote(name: &str, distance_km: f64) -> RemoteLocation {
         distance_km,
         ready: 2,
         ingress: vec![Ipv4Addr::new(10, index, 1, 1), Ipv4Addr::new(10, index, 2, 1)],
-        share: 0,
-        earlier_share: 0,
     }
 }
 
 pub(crate) fn route(local: Vec<Endpoint>, remote: Vec<RemoteLocation>) -> Route {
-    Route { vip: Ipv4Addr::new(203, 0, 113, 1).into(), ports: ports(), local, remote, shared_ms: 0 }
+    Route { vip: Ipv4Addr::new(203, 0, 113, 1).into(), ports: ports(), local, remote, away: Vec::new() }
 }
 
 fn ports() -> Vec<Port> {
@@ -87,18 +85,23 @@ fn any_routes(seed: &mut Seed, vip: IpAddr) -> BTreeMap<LocationId, Route> {
         let there = (0..locations).filter(|there| *there != here);
         let remote = there.filter_map(|there| {
             let ready = local[there].iter().filter(|it| it.ready && !it.draining).count() as u32;
-            let mut share = || if shared { seed.below(u64::from(WHOLE_SHARE) / 4) as u16 } else { 0 };
             (ready > 0).then(|| RemoteLocation {
                 location: name(there),
                 distance_km: 1_000.0 * (here as f64 - there as f64).abs(),
                 ready,
                 ingress: vec![machine(there, 1), machine(there, 2)],
-                share: share(),
-                earlier_share: share(),
             })
         });
         let remote = remote.collect();
-        Route { vip, ports: ports(), local: local[here].clone(), remote, shared_ms: 40 }
+        let mut away = |since_ms| {
+            let span = |_| Span {
+                parts: seed.below(u64::from(PARTS) / 4) as u16,
+                to: seed.one_in(2).then(|| name(seed.index(locations))),
+            };
+            Away { since_ms, spans: (0..4).map(span).collect() }
+        };
+        let away = if shared { vec![away(60), away(40), away(20)] } else { Vec::new() };
+        Route { vip, ports: ports(), local: local[here].clone(), remote, away }
     };
     (0..locations).map(|here| (name(here), route(here))).collect()
 }
