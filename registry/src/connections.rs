@@ -6,6 +6,8 @@
 //! it should go elsewhere, and so that an upload can get its last parts; `routes` refuses everything else. When
 //! nothing runs any more, or the drain's time is over, the server ends.
 
+mod counted;
+
 use std::io;
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
@@ -24,6 +26,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use self::counted::Counted;
 use crate::counters::Counters;
 
 /// Connections at once. Each costs some 20 KiB at rest, and up to four file descriptors while it transfers.
@@ -84,7 +87,7 @@ pub(crate) async fn serve(
             match places.clone().try_acquire_owned() {
                 Ok(place) => {
                     let service = TowerToHyperService::new(router.clone());
-                    tracker.spawn(connection(stream, service, ends.clone(), place));
+                    tracker.spawn(connection(stream, service, ends.clone(), counters.clone(), place));
                 }
                 Err(_) => {
                     counters.connections_refused.fetch_add(1, Ordering::Relaxed);
@@ -115,6 +118,7 @@ async fn connection(
     stream: TcpStream,
     service: TowerToHyperService<Router>,
     ends: Arc<Ends>,
+    counters: Arc<Counters>,
     _place: OwnedSemaphorePermit,
 ) {
     let late = ends.draining.is_cancelled();
@@ -128,7 +132,7 @@ async fn connection(
         .keep_alive(!late)
         .max_buf_size(READ_MAX_BYTES)
         .max_header_size(HEAD_MAX_BYTES)
-        .serve_connection(TokioIo::new(stream), service);
+        .serve_connection(TokioIo::new(Counted::new(stream, counters)), service);
     let mut serving = std::pin::pin!(serving);
     let result = tokio::select! {
         result = serving.as_mut() => result,

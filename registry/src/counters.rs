@@ -1,7 +1,11 @@
-//! What the registry's HTTP side counts, above all what it refused and why.
+//! What the registry's HTTP side counts: requests, bytes, and what it refused and why.
+
+mod requests;
 
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+pub(crate) use requests::{Kind, Requests};
 
 /// Counters since the start.
 #[derive(Debug, Default)]
@@ -18,6 +22,11 @@ pub(crate) struct Counters {
     pub(crate) manifests_remembered: AtomicU64,
     /// Manifests answered from storage.
     pub(crate) manifests_read: AtomicU64,
+    /// Bytes that came over connections.
+    pub(crate) received_bytes: AtomicU64,
+    /// Bytes that went over connections.
+    pub(crate) sent_bytes: AtomicU64,
+    pub(crate) requests: Requests,
 }
 
 impl Counters {
@@ -31,6 +40,8 @@ impl Counters {
             ("manifests_refused", "Manifests over a bound", &self.manifests_refused),
             ("manifests_remembered", "Manifests answered from memory", &self.manifests_remembered),
             ("manifests_read", "Manifests answered from storage", &self.manifests_read),
+            ("received_bytes", "Bytes from clients, heads included", &self.received_bytes),
+            ("sent_bytes", "Bytes to clients, heads included", &self.sent_bytes),
         ];
         for (name, help, counter) in own.iter().chain(more) {
             let value = counter.load(Ordering::Relaxed);
@@ -41,6 +52,7 @@ impl Counters {
                  anyplace_registry_{name}_total {value}\n"
             );
         }
+        self.requests.render(&mut text);
         text
     }
 }

@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use anyplace_images::{Digest, check_repository};
 use anyplace_registry_core::access::Action;
@@ -13,6 +14,7 @@ use axum::http::{HeaderName, HeaderValue, Method, StatusCode};
 use axum::response::{IntoResponse as _, Response};
 
 use crate::access::Need;
+use crate::counters::Kind;
 use crate::errors::{Answer, Refusal};
 use crate::server::App;
 use crate::{blobs, manifests, referrers, tags, uploads};
@@ -34,7 +36,7 @@ enum Endpoint<'a> {
 
 /// Answers every request.
 pub(crate) async fn dispatch(State(app): State<Arc<App>>, request: Request) -> Response {
-    let (method, uri) = (request.method().clone(), request.uri().clone());
+    let (method, uri, begun) = (request.method().clone(), request.uri().clone(), Instant::now());
     let meant = understood_namespace(&app, &request);
     let mut response = allowed(&app, request).await.unwrap_or_else(Refusal::into_response);
     // Old docker clients take nothing else for a registry.
@@ -42,6 +44,7 @@ pub(crate) async fn dispatch(State(app): State<Arc<App>>, request: Request) -> R
     if let Some(namespace) = meant {
         response.headers_mut().insert(NAMESPACE, namespace);
     }
+    app.counters.requests.count(kind(uri.path()), &method, response.status(), begun.elapsed());
     tracing::debug!(%method, path = uri.path(), status = response.status().as_u16(), "answered");
     response
 }
@@ -68,6 +71,19 @@ async fn allowed(app: &Arc<App>, mut request: Request) -> Answer {
         }
     }
     Ok(response)
+}
+
+/// What a path asks for, as the metrics have it.
+fn kind(path: &str) -> Kind {
+    match parse(path) {
+        Some(Endpoint::Base) => Kind::Base,
+        Some(Endpoint::Manifest { .. }) => Kind::Manifest,
+        Some(Endpoint::Blob { .. }) => Kind::Blob,
+        Some(Endpoint::Uploads { .. } | Endpoint::Upload { .. }) => Kind::Upload,
+        Some(Endpoint::Tags { .. }) => Kind::Tags,
+        Some(Endpoint::Referrers { .. }) => Kind::Referrers,
+        None => Kind::Other,
+    }
 }
 
 /// What a request asks for, in the repository that it means.

@@ -6,12 +6,14 @@ use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use axum::Router;
-use axum::extract::State;
+use axum::extract::{Request, State};
 use axum::http::StatusCode;
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::Response;
 use axum::routing::get;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -19,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::access::{self, Access};
 use crate::cache::counters::CacheCounters;
 use crate::config::Config;
-use crate::counters::Counters;
+use crate::counters::{Counters, Kind};
 use crate::gc::Collector;
 use crate::remembered::Remembered;
 use crate::scrub::{Repair, Scrubber};
@@ -108,11 +110,12 @@ impl Server {
         let (access, storage, uploads) =
             (self.app.access.clone(), self.app.storage.clone(), self.app.uploads.clone());
         let (collector, scrubber) = (self.app.collector.clone(), self.app.scrubber.clone());
+        let counting = from_fn_with_state(self.app.clone(), count);
+        let managing = access::http::routes().merge(admin::routes()).route_layer(counting);
         let router = Router::new()
             .route("/healthz", get(healthz))
             .route("/metrics", get(metrics))
-            .merge(access::http::routes())
-            .merge(admin::routes())
+            .merge(managing)
             .fallback(routes::dispatch)
             .with_state(self.app);
         let serving = connections::serve(self.listener, router, counters, draining.clone(), self.drain);
@@ -179,6 +182,14 @@ async fn healthz(State(app): State<Arc<App>>) -> (StatusCode, &'static str) {
         false => (StatusCode::OK, "ok\n"),
         true => (StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
     }
+}
+
+/// Counts a request that `routes` doesn't see.
+async fn count(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    let (method, begun) = (request.method().clone(), Instant::now());
+    let response = next.run(request).await;
+    app.counters.requests.count(Kind::Manage, &method, response.status(), begun.elapsed());
+    response
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> String {

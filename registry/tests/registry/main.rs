@@ -19,6 +19,7 @@ mod images;
 mod interop;
 mod killable;
 mod metadata;
+mod metrics;
 mod node_loss;
 mod pull_kills;
 mod skopeo;
