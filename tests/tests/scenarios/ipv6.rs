@@ -56,13 +56,13 @@ fn clients_come_by_ipv6() {
         other => Err(format!("{other:?}")),
     });
     assert_eq!(before.intersection(&healed).count(), 3, "{before:?}, then {healed:?}");
-    all_answered(vec![("nrt-client".to_owned(), far)]);
 
     // Amsterdam withdraws: its announcement of this family goes too.
     world.cli_ok(&["location", "withdraw", "ams"]);
     answered_by(&world, "ams-client", vip6, "nrt");
     world.cli_ok(&["location", "announce", "ams"]);
     answered_by(&world, "ams-client", vip6, "ams");
+    all_answered(vec![("nrt-client".to_owned(), far)]);
     assert_eq!(curl(&world, "ams-client", vip6, "numbers").unwrap(), numbers);
     // Gone, the app answers nobody.
     world.cli_ok(&["delete", "deployment", "hello"]);
