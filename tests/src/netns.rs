@@ -13,6 +13,8 @@ use std::process::Command;
 use anyhow::{Context, Result, anyhow, bail};
 use nix::sched::{CloneFlags, setns};
 
+use crate::procs::BED_VARIABLE;
+
 /// Where iproute2 keeps named namespaces.
 pub(crate) const NETNS_DIR: &str = "/run/netns";
 
@@ -73,9 +75,10 @@ pub(crate) fn inside<T: Send>(netns: &str, work: impl FnOnce() -> Result<T> + Se
     })
 }
 
-/// Makes a named namespace.
-pub(crate) fn add(netns: &str) -> Result<()> {
-    run(Command::new("ip").args(["netns", "add", netns])).map(drop)
+/// Makes a named namespace of a testbed. Where this process is killed meanwhile, `ip` goes on: the mark tells whose it
+/// is, so that whoever cleans up ends it first.
+pub(crate) fn add(bed: &str, netns: &str) -> Result<()> {
+    run(Command::new("ip").args(["netns", "add", netns]).env(BED_VARIABLE, bed)).map(drop)
 }
 
 /// Sets a kernel parameter of a namespace; missing ones (IPv6 compiled out) are left alone.

@@ -33,7 +33,7 @@ const NODE_SYSCTLS: &[(&str, &str)] = &[
 pub(crate) fn namespaces(bed: &str, topology: &Topology) -> Result<()> {
     for node in topology.nodes() {
         let namespace = format!("{}{node}", netns::prefix(bed));
-        netns::add(&namespace)?;
+        netns::add(bed, &namespace)?;
         netns::sysctls(&namespace, NODE_SYSCTLS)?;
         let forwards = node.ends_with("-edge") || topology.machine(&node).is_some();
         if forwards {
