@@ -12,5 +12,6 @@ mod scenarios {
     mod refusals;
     mod trace;
     mod traffic;
+    mod udp;
     mod world;
 }

@@ -1,14 +1,13 @@
 //! Clients that come by IPv6: the other virtual IP of the same apps.
 
 use std::collections::BTreeSet;
-use std::net::{Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{Ipv6Addr, SocketAddr};
 use std::process::Command;
-use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::traffic::write_udp_image;
+use super::udp;
 use super::world::{World, all_answered, hello, in_network_of, wait_for};
 
 /// Serves the page of the hello image, and a file of 1.3 MB whose every byte the test knows.
@@ -76,28 +75,16 @@ fn clients_come_by_ipv6() {
 #[test]
 fn datagrams_come_by_ipv6() {
     let Some(world) = World::start("tsudp6", 2) else { return };
-    let rootfs = world.platform.bed().state_dir().join("udp-image");
-    write_udp_image(&rootfs);
-    world.cli_ok(&["push", rootfs.to_str().unwrap(), "udp:v1", "--entrypoint", "/server", "--cmd", "9053"]);
-    world.apply(
-        "udp",
-        "kind: Deployment
-name: udp
-image: udp:v1
-resources: {cpu: 50m, memory: 32Mi}
-ports: [{port: 5353, container_port: 9053, protocol: udp}]
-instances: {min: 4}
-",
-    );
+    udp::apply(&world, 4);
     let vip6: Ipv6Addr =
         world.json(&["get", "deployments", "udp"])["vip6"].as_str().unwrap().parse().unwrap();
     let mut instances = BTreeSet::new();
     for client in world.clients() {
-        wait_for("an answer", 10, || ask(&world, &client, vip6, "first"));
+        wait_for("an answer", 10, || udp::ask(&world, &client, vip6.into(), "first"));
         for number in 0..40 {
             // Up to what an MTU of 1,500 takes in one packet.
             let text = format!("{client} {number} ").repeat(1 + number * 2);
-            let answer = ask(&world, &client, vip6, &text).unwrap();
+            let answer = udp::ask(&world, &client, vip6.into(), &text).unwrap();
             let (instance, echo) = answer.split_once(' ').unwrap();
             assert_eq!(echo, text);
             instances.insert(instance.to_owned());
@@ -141,21 +128,6 @@ fn curl(world: &World, client: &str, vip6: Ipv6Addr, path: &str) -> Result<Strin
     } else {
         Err(format!("{client}: {}", String::from_utf8_lossy(&output.stderr).trim()))
     }
-}
-
-/// One datagram and its answer, which a connected socket takes only from the address it asked.
-fn ask(world: &World, client: &str, vip6: Ipv6Addr, text: &str) -> Result<String, String> {
-    let node = world.platform.bed().node(client).unwrap();
-    let answer = node.inside(|| {
-        let socket = UdpSocket::bind("[::]:0")?;
-        socket.connect((vip6, 5353))?;
-        socket.set_read_timeout(Some(Duration::from_secs(1)))?;
-        socket.send(text.as_bytes())?;
-        let mut buffer = [0; 2048];
-        let length = socket.recv(&mut buffer)?;
-        Ok(String::from_utf8_lossy(&buffer[..length]).into_owned())
-    });
-    answer.map_err(|error| format!("{client}, `{text}`: {error:#}"))
 }
 
 fn run(program: &str, args: &[&str]) -> std::io::Result<String> {

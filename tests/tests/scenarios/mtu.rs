@@ -1,6 +1,6 @@
 //! Packets that are too big for a link on their way: whoever sent them is told, of both families.
 
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr};
 use std::process::Command;
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use anyplace_tests::http_get;
 use anyplace_tests::platform::Role;
 use serde_json::Value;
 
-use super::traffic::write_udp_image;
+use super::udp;
 use super::world::{World, hello, in_network_of, wait_for};
 
 /// Serves a file of 1.3 MB.
@@ -59,19 +59,7 @@ fn a_client_is_told_what_fits_the_fabric() {
                 .map_err(|error| format!("{machine}: {error:#}"))
         });
     }
-    let rootfs = world.platform.bed().state_dir().join("udp-image");
-    write_udp_image(&rootfs);
-    world.cli_ok(&["push", rootfs.to_str().unwrap(), "udp:v1", "--entrypoint", "/server", "--cmd", "9053"]);
-    world.apply(
-        "udp",
-        "kind: Deployment
-name: udp
-image: udp:v1
-resources: {cpu: 50m, memory: 32Mi}
-ports: [{port: 5353, container_port: 9053, protocol: udp}]
-instances: {min: 2}
-",
-    );
+    udp::apply(&world, 2);
     let client = world.platform.bed().node("ams-client").unwrap();
     for vip in vips(&world, "udp") {
         wait_for("an answer", 10, || ask(&world, vip, "small"));
@@ -117,17 +105,7 @@ fn curl(world: &World, vip: IpAddr, path: &str) -> Result<String, String> {
 
 /// Sends a datagram from a new port, and checks what comes back.
 fn ask(world: &World, vip: IpAddr, text: &str) -> Result<(), String> {
-    let answer = world.platform.bed().node("ams-client").unwrap().inside(|| {
-        let any = if vip.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
-        let socket = UdpSocket::bind(any)?;
-        socket.connect((vip, 5353))?;
-        socket.set_read_timeout(Some(Duration::from_secs(1)))?;
-        socket.send(text.as_bytes())?;
-        let mut buffer = [0; 4096];
-        let length = socket.recv(&mut buffer)?;
-        Ok(String::from_utf8_lossy(&buffer[..length]).into_owned())
-    });
-    let answer = answer.map_err(|error| format!("{vip}: {error:#}"))?;
+    let answer = udp::ask(world, "ams-client", vip, text).map_err(|error| format!("{vip}: {error}"))?;
     match answer.split_once(' ') {
         Some((_, echo)) if echo == text => Ok(()),
         _ => Err(format!("{vip} answered `{answer}`")),
