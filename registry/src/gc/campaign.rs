@@ -9,6 +9,7 @@
 //! `ANYPLACE_SEED=n` runs one seed.
 
 mod clients;
+mod meetings;
 mod model;
 mod stepped;
 
@@ -431,91 +432,8 @@ fn no_interleaving_loses_what_was_acknowledged_or_keeps_what_nothing_needs() {
     }
 }
 
-/// Stops a collector's process at this turn, for longer than its markers count, while another process cleans up and a
-/// client pushes what was about to be deleted. Says whether that is lost; none if the collector had ended by then.
-async fn stopped_at(turn: u32) -> Option<bool> {
-    let store = Stepped::new();
-    let (stopped, other) = (process(&store, false).await, process(&store, false).await);
-    let digest = Digest::of(b"late");
-    for content in [&b"late"[..], b"other"] {
-        stopped.storage.put_content(&Digest::of(content), content.into()).await.unwrap();
-        stopped.storage.put_link("a", &Digest::of(content)).await.unwrap();
-    }
-    store.pass(2 * DAY).await;
-    store.set_calm(false);
-    let mut collection = std::pin::pin!(stopped.collector.collect(false));
-    for _ in 0..turn {
-        if futures_util::poll!(collection.as_mut()).is_ready() {
-            return None;
-        }
-    }
-    store.set_calm(true);
-    store.pass(SETTLED).await;
-    super::hold::remove_stale(&other.storage).await.unwrap();
-    if other.storage.put_link("a", &digest).await.unwrap() == Linked::Gone {
-        other.storage.put_content(&digest, Bytes::from_static(b"late")).await.unwrap();
-    }
-    store.set_calm(false);
-    let _ = collection.await;
-    store.set_calm(true);
-    Some(other.storage.blob_size("a", &digest).await.unwrap().is_none())
-}
-
-#[test]
-fn a_collector_that_was_stopped_deletes_nothing_behind_a_marker_that_is_gone() {
-    let lost = |mutant| {
-        mutant::set(mutant);
-        let at = |turn| paused().block_on(stopped_at(turn));
-        let outcomes: Vec<bool> = (1..).map_while(at).collect();
-        mutant::set(None);
-        assert!(outcomes.len() > 50, "{}", outcomes.len());
-        outcomes.into_iter().filter(|lost| *lost).count()
-    };
-    assert_eq!(lost(None), 0);
-    assert!(lost(Some(Mutant::NoDeadline)) > 0, "the test doesn't show what the deadline is for");
-}
-
-/// A push of a manifest that is there, and a delete of it, in an order of this seed: whether a tag leads nowhere.
-async fn push_beside_a_delete(seed: u64) -> bool {
-    let (store, dice) = (Stepped::new(), Dice::new(seed));
-    let storage = process(&store, false).await.storage;
-    let json = r#"{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[]}"#;
-    let (bytes, digest) = (Bytes::from_static(json.as_bytes()), Digest::of(json.as_bytes()));
-    let manifest = NewManifest::of(references::read(None, &bytes).unwrap(), bytes);
-    storage.put_tagged_manifest("a", &digest, manifest.clone(), &["old"]).await.unwrap();
-    let mut runner = Runner::new(store, dice);
-    let (pusher, deleter, which) = (storage.clone(), storage.clone(), digest.clone());
-    let push = async move {
-        assert!(pusher.put_tagged_manifest("a", &which, manifest, &["new"]).await.unwrap().is_empty());
-    };
-    let which = digest.clone();
-    let delete = async move {
-        super::delete_manifest(&deleter, "a", &which, Duration::ZERO).await.unwrap();
-    };
-    runner.add(false, push, || {});
-    runner.add(false, delete, || {});
-    runner.run(false).await;
-    let tags = storage.tags(TagOf::Push, "a").await.unwrap();
-    !tags.is_empty() && !storage.has_manifest("a", &digest).await.unwrap()
-}
-
-#[test]
-fn a_push_beside_a_delete_leaves_no_tag_that_leads_nowhere() {
-    let dangling = |mutant| {
-        mutant::set(mutant);
-        let seeds = (0..1_000_u64).filter(|seed| paused().block_on(push_beside_a_delete(*seed)));
-        let count = seeds.count();
-        mutant::set(None);
-        count
-    };
-    assert_eq!(dangling(None), 0);
-    for mutant in [Mutant::NoLookAfterTags, Mutant::NoSecondTags] {
-        assert!(dangling(Some(mutant)) > 0, "the test doesn't show what {mutant:?} leaves out");
-    }
-}
-
 /// The campaign would notice if a step of the protocol were missing. The collector's deadline, and a push beside a
-/// delete, need so rare a meeting that they have tests of their own, above.
+/// delete, need so rare a meeting that they have tests of their own (`meetings`).
 #[test]
 fn each_step_of_the_protocol_is_missed() {
     // The failures are expected; their messages would only confuse.
