@@ -224,7 +224,9 @@ impl Plan<'_> {
         for (site, target) in target {
             let has = next.get(site).copied().unwrap_or(0.0);
             let used = used.get(site).copied().unwrap_or(0.0);
-            let can = (used.max(has) + free[*site].max(0.0)).min(*target);
+            // Where more may be in use than can be served, what an ingress may be using beyond its grant isn't granted either:
+            // it would keep it, and take its share of all that it lacks on top.
+            let can = (used.max(has) + free[*site]).min(*target);
             if can > has {
                 next.insert(*site, can);
                 free[*site] -= (can - used).max(0.0);
@@ -259,7 +261,8 @@ mod tests {
         from.abs_diff(to) as f64 * 10.0
     }
 
-    /// One ingress or several, which answer after a while or not, and use whatever they were ever told since they answered.
+    /// One ingress or several, which answer after a while or not, and use whatever they were ever told since they answered,
+    /// and say that they use more than that, as those do that lack something.
     #[test]
     fn what_is_granted_is_never_more_than_can_be_served() {
         let mut seed = Seed::from_env();
@@ -278,7 +281,10 @@ mod tests {
                     }
                 }
                 let known: Vec<u64> = told.iter().map(|told| told[0].revision).collect();
-                let away = vec![Vec::new(); SITES];
+                let mut away = vec![Vec::new(); SITES];
+                for (site, away) in away.iter_mut().enumerate() {
+                    away.push(((site + 1 + seed.index(SITES - 1)) % SITES, seed.index(crate::PARTS)));
+                }
                 let view = View {
                     asked: &asked,
                     away: &away,

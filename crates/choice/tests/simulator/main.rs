@@ -281,9 +281,20 @@ impl Judge {
     }
 }
 
+/// Of all fleets.
+#[derive(Default)]
+struct Worst {
+    ratio: f64,
+    load: f64,
+    double_moves: u64,
+}
+
 fn campaign(shape: Shape, usual: usize) {
     let mut seeds = Seed::from_env();
-    for round in 1..=rounds(usual, 1_000) {
+    let fleets = rounds(usual, 1_000);
+    let mut worst = Worst::default();
+    let mut failed = Vec::new();
+    for round in 1..=fleets {
         // The largest takes as long as all others together.
         let sites = if round % 25 == 0 { 330 } else { 12 + seeds.index(40) };
         let seed = seeds.next();
@@ -298,15 +309,23 @@ fn campaign(shape: Shape, usual: usize) {
             judged.moves,
             judged.double_moves
         );
-        assert!(judged.worst_load <= 1.0, "a location got {:.5} of what it can serve", judged.worst_load);
-        assert_eq!(judged.double_moves, 0);
+        worst.load = worst.load.max(judged.worst_load);
+        worst.ratio = worst.ratio.max(judged.ratio);
+        worst.double_moves = worst.double_moves.max(judged.double_moves);
         // What comes back is warmed up on purpose, which the optimum doesn't.
-        assert!(
-            shape == Shape::Losses || judged.ratio <= 1.1,
-            "latency is {:.4} of the optimum",
-            judged.ratio
-        );
+        let far = shape != Shape::Losses && judged.ratio > 1.1;
+        if judged.worst_load > 1.0 || judged.double_moves > 0 || far {
+            failed.push(seed);
+        }
     }
+    eprintln!(
+        "{shape:?}, worst of {fleets} fleets: latency {:.4} of the optimum, load {:.5}, {} parts moved twice",
+        worst.ratio, worst.load, worst.double_moves
+    );
+    assert!(
+        failed.is_empty(),
+        "fleets {failed:?}: too much load or latency, or parts that moved twice (above)"
+    );
 }
 
 #[test]
