@@ -93,6 +93,14 @@ impl Who {
         matches!(self.rights, Rights::Operator)
     }
 
+    /// Whether their token was asked for anything in the repository; true of other proofs, which needn't be.
+    fn asked_for(&self, repository: &str) -> bool {
+        match &self.rights {
+            Rights::Token(scopes) => scopes.iter().any(|scope| scope.repository == repository),
+            Rights::Operator | Rights::Account(_) | Rights::Anyone { .. } => true,
+        }
+    }
+
     /// Whether a token was their proof.
     fn is_by_token(&self) -> bool {
         matches!(self.rights, Rights::Token(_))
@@ -120,6 +128,8 @@ pub(crate) enum Need {
     Identity,
     /// An action on a repository.
     Repository(String, Action),
+    /// To push into one repository and, if it may be, to read in another.
+    Mount { into: String, from: String },
     /// The right to operate the registry.
     Operator,
 }
@@ -238,6 +248,8 @@ impl Access {
         let may = match need {
             Need::Identity => !matches!(who.rights, Rights::Anyone { pull: false }),
             Need::Repository(repository, action) => who.may(repository, *action),
+            // Whoever may not read there uploads, but a token that wasn't asked for it doesn't say whether they may.
+            Need::Mount { into, from } => who.may(into, Action::Push) && who.asked_for(from),
             Need::Operator => who.may_operate(),
         };
         if !may {
@@ -280,11 +292,8 @@ impl Access {
         let claims = Claims {
             account: who.account.clone(),
             team: who.team.clone(),
-            scopes: scopes
-                .iter()
-                .map(|scope| who.granted(scope))
-                .filter(|scope| !scope.actions.is_empty())
-                .collect(),
+            // Also those that allow nothing: see `Who::asked_for`.
+            scopes: scopes.iter().map(|scope| who.granted(scope)).collect(),
             expires_s: now_s() + self.config.token_ttl_s,
         };
         self.signer.sign(&claims).map_err(|error| crate::errors::internal("making a token", error))
@@ -299,13 +308,17 @@ impl Access {
             }
         };
         let mut challenge = format!("Bearer realm=\"{base}/auth/token\",service=\"{SERVICE}\"");
-        if let Need::Repository(repository, action) = need {
-            // Who may push reads too: clients ask what is there before they push.
-            let actions = match action {
-                Action::Push => "pull,push",
-                action => action.word(),
-            };
-            challenge += &format!(",scope=\"repository:{repository}:{actions}\"");
+        // Who may push reads too: clients ask what is there before they push.
+        let scope = match need {
+            Need::Repository(repository, Action::Push) => Some(format!("repository:{repository}:pull,push")),
+            Need::Repository(repository, action) => {
+                Some(format!("repository:{repository}:{}", action.word()))
+            }
+            Need::Mount { into, from } => Some(format!("repository:{into}:pull,push repository:{from}:pull")),
+            Need::Identity | Need::Operator => None,
+        };
+        if let Some(scope) = scope {
+            challenge += &format!(",scope=\"{scope}\"");
         }
         if let Some(error) = error {
             challenge += &format!(",error=\"{error}\"");
@@ -348,16 +361,19 @@ impl Access {
 }
 
 fn denied(who: &Who, need: &Need) -> String {
-    match need {
-        Need::Repository(repository, action) => format!(
-            "account `{}` may not {} in `{repository}`; an operator grants it with `anyplace registry account set`",
-            who.account,
-            action.word()
-        ),
-        _ => {
-            format!("account `{}` may not operate the registry; that needs the grant `**:admin`", who.account)
+    let (repository, action) = match need {
+        Need::Repository(repository, action) => (repository, *action),
+        Need::Mount { into, .. } => (into, Action::Push),
+        Need::Identity | Need::Operator => {
+            let needed = "that needs the grant `**:admin`";
+            return format!("account `{}` may not operate the registry; {needed}", who.account);
         }
-    }
+    };
+    format!(
+        "account `{}` may not {} in `{repository}`; an operator grants it with `anyplace registry account set`",
+        who.account,
+        action.word()
+    )
 }
 
 /// Now, as the audit record has it.

@@ -27,6 +27,7 @@ mod scrub;
 mod server;
 mod storage;
 mod tags;
+mod unread;
 mod uploads;
 mod upstream;
 

@@ -10,14 +10,14 @@ use std::time::Instant;
 use anyplace_images::{Digest, check_repository};
 use anyplace_registry_core::access::Action;
 use axum::extract::{Query, Request, State};
-use axum::http::{HeaderName, HeaderValue, Method, StatusCode};
+use axum::http::{HeaderName, HeaderValue, Method, StatusCode, Uri};
 use axum::response::{IntoResponse as _, Response};
 
 use crate::access::Need;
 use crate::counters::Kind;
 use crate::errors::{Answer, Refusal};
 use crate::server::App;
-use crate::{blobs, manifests, referrers, tags, uploads};
+use crate::{blobs, manifests, referrers, tags, unread, uploads};
 
 const API_VERSION: HeaderName = HeaderName::from_static("docker-distribution-api-version");
 const NAMESPACE: HeaderName = HeaderName::from_static("oci-namespace");
@@ -38,7 +38,14 @@ enum Endpoint<'a> {
 pub(crate) async fn dispatch(State(app): State<Arc<App>>, request: Request) -> Response {
     let (method, uri, begun) = (request.method().clone(), request.uri().clone(), Instant::now());
     let meant = understood_namespace(&app, &request);
-    let mut response = allowed(&app, request).await.unwrap_or_else(Refusal::into_response);
+    let (request, unread) = unread::watch(request);
+    let mut response = match allowed(&app, request).await {
+        Ok(response) => response,
+        Err(refusal) => {
+            unread.discard().await;
+            refusal.into_response()
+        }
+    };
     // Old docker clients take nothing else for a registry.
     response.headers_mut().insert(API_VERSION, HeaderValue::from_static("registry/2.0"));
     if let Some(namespace) = meant {
@@ -54,7 +61,7 @@ async fn allowed(app: &Arc<App>, mut request: Request) -> Answer {
     let path = decode(request.uri().path());
     let method = request.method().clone();
     let endpoint = endpoint(app, &request, &path);
-    let who = app.access.authorize(&request, &need(endpoint.as_ref(), &method))?;
+    let who = app.access.authorize(&request, &need(endpoint.as_ref(), &method, request.uri()))?;
     if method == Method::GET || method == Method::HEAD {
         return answer(app, request).await;
     }
@@ -100,10 +107,17 @@ fn endpoint<'a>(app: &App, request: &Request, path: &'a str) -> Option<Endpoint<
 }
 
 /// What a request needs.
-fn need(endpoint: Option<&Endpoint<'_>>, method: &Method) -> Need {
+fn need(endpoint: Option<&Endpoint<'_>>, method: &Method, uri: &Uri) -> Need {
     let (name, action) = match endpoint {
         None | Some(Endpoint::Base) => return Need::Identity,
-        Some(Endpoint::Uploads { name } | Endpoint::Upload { name, .. }) => (name, Action::Push),
+        Some(Endpoint::Uploads { name }) => {
+            let into = name.clone();
+            return match uploads::mount_source(uri) {
+                Some(from) => Need::Mount { into, from },
+                None => Need::Repository(into, Action::Push),
+            };
+        }
+        Some(Endpoint::Upload { name, .. }) => (name, Action::Push),
         Some(
             Endpoint::Manifest { name, .. }
             | Endpoint::Blob { name, .. }

@@ -60,6 +60,8 @@ use object_store::{GetResultPayload, ObjectStore, ObjectStoreExt as _, PutMode};
 use tokio::time::Instant;
 
 use crate::config::Config;
+#[cfg(test)]
+pub(crate) use bucket::LIST_MAX_BYTES;
 pub(crate) use bucket::Segment;
 pub(crate) use collect::{Marked, Note, Trashed, TrashedItem};
 pub(crate) use content::Content;

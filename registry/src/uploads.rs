@@ -11,14 +11,13 @@ mod turns;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
-use anyplace_images::{Algorithm, Digest};
+use anyplace_images::{Algorithm, Digest, check_repository};
 use anyplace_registry_core::access::Action;
 use axum::body::Body;
 use axum::extract::{Query, Request};
 use axum::http::header::{CONTENT_LENGTH, CONTENT_RANGE, LOCATION, RANGE};
-use axum::http::{HeaderMap, HeaderName, StatusCode};
+use axum::http::{HeaderMap, HeaderName, StatusCode, Uri};
 use axum::response::IntoResponse as _;
 use futures_util::StreamExt as _;
 use serde::Deserialize;
@@ -40,11 +39,7 @@ const CHUNK_MAX: HeaderName = HeaderName::from_static("oci-chunk-max-length");
 const CHUNK_MIN: HeaderName = HeaderName::from_static("oci-chunk-min-length");
 /// The longest part of a chunked upload, as proxies commonly stop there. A request without `Content-Range` is not a
 /// part: docker and podman stream whole layers that way, of any length.
-const CHUNK_MAX_BYTES: u64 = 500_000_000;
-/// How much of a refused body is read, so that the client gets to see the refusal.
-const DISCARD_MAX_BYTES: usize = 4 << 20;
-/// How long that may take.
-const DISCARD_TIMEOUT: Duration = Duration::from_secs(1);
+pub(crate) const CHUNK_MAX_BYTES: u64 = 500_000_000;
 
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -116,17 +111,9 @@ pub(crate) async fn patch(app: &Arc<App>, name: &str, id: &str, request: Request
 
 pub(crate) async fn put(app: &Arc<App>, name: &str, id: &str, request: Request) -> Answer {
     let query = Query::<Finish>::try_from_uri(request.uri());
-    let digest = query.map_err(|e| Refusal::upload_invalid(e.to_string())).and_then(|Query(finish)| {
-        let digest = finish.digest.ok_or_else(|| Refusal::digest_invalid("expected ?digest=sha256:..."))?;
-        parse_digest(&digest)
-    });
-    let digest = match digest {
-        Ok(digest) => digest,
-        Err(refusal) => {
-            discard(request.into_body()).await;
-            return Err(refusal);
-        }
-    };
+    let Query(Finish { digest }) = query.map_err(|e| Refusal::upload_invalid(e.to_string()))?;
+    let digest = digest.ok_or_else(|| Refusal::digest_invalid("expected ?digest=sha256:..."))?;
+    let digest = parse_digest(&digest)?;
     let session = take_part(app, name, id, request).await?;
     finish(app, name, session, &digest).await?;
     Ok(created(name, &digest))
@@ -143,28 +130,18 @@ pub(crate) async fn cancel(app: &Arc<App>, name: &str, id: &str) -> Answer {
 /// Appends a request's body to an upload, if its range says that it belongs there.
 async fn take_part(app: &Arc<App>, name: &str, id: &str, request: Request) -> Answer<Session> {
     let (head, body) = request.into_parts();
-    let opened = app.uploads.resume(name, id).await.and_then(|session| {
-        let declared = check_range(app, name, id, &session, &head.headers)?;
-        Ok((session, declared))
-    });
-    match opened {
-        Ok((session, declared)) => {
-            // Also what comes before the body breaks off.
-            let mut taken = app.access.quota(name);
-            taken.keep();
-            append(app, &mut taken, session, body, declared).await
-        }
-        Err(refusal) => {
-            discard(body).await;
-            Err(refusal)
-        }
-    }
+    let session = app.uploads.resume(name, id).await?;
+    let declared = check_range(app, name, id, &session, &head.headers)?;
+    // Also what comes before the body breaks off.
+    let mut taken = app.access.quota(name);
+    taken.keep();
+    append(app, &mut taken, session, body, declared).await
 }
 
-/// Reads what a client is already sending; else the connection ends under it, and it never sees the refusal.
-async fn discard(body: Body) {
-    let reading = axum::body::to_bytes(body, DISCARD_MAX_BYTES);
-    let _ = tokio::time::timeout(DISCARD_TIMEOUT, reading).await;
+/// The repository that a request to begin an upload would rather mount a blob from.
+pub(crate) fn mount_source(uri: &Uri) -> Option<String> {
+    let Query(start) = Query::<Start>::try_from_uri(uri).ok()?;
+    start.mount.and(start.from).filter(|from| check_repository(from).is_ok())
 }
 
 /// Whether the sender may read where the blob is; otherwise they upload it, as if it weren't there.
@@ -205,13 +182,9 @@ async fn append(
     body: Body,
     declared: Option<u64>,
 ) -> Answer<Session> {
-    if let Err(refusal) = taken.fits(declared.unwrap_or(0)) {
-        discard(body).await;
-        return Err(refusal);
-    }
+    taken.fits(declared.unwrap_or(0))?;
     let mut over = None;
-    let mut chunks = body.into_data_stream();
-    let bounded = chunks.by_ref().map(|chunk| {
+    let bounded = body.into_data_stream().map(|chunk| {
         let chunk = chunk.map_err(|error| error.to_string())?;
         if let Err(refusal) = taken.take(chunk.len() as u64) {
             over = Some(refusal);
@@ -220,9 +193,6 @@ async fn append(
         Ok(chunk)
     });
     let appended = app.uploads.append(session, bounded, declared).await;
-    if appended.is_err() {
-        discard(Body::from_stream(chunks)).await;
-    }
     match over {
         Some(refusal) => Err(refusal),
         None => appended,

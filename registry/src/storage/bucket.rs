@@ -25,8 +25,8 @@ const INLINE: u8 = 0;
 const SEGMENTS: u8 = 1;
 /// Read at once, in the hope that it is all: manifests and most lists of segments are shorter.
 const FIRST_READ_BYTES: u64 = 64 << 10;
-/// A list of segments is never longer: 10,000 of them have 1 MB.
-const LIST_MAX_BYTES: u64 = 8 << 20;
+/// A list of segments is never longer: uploads keep to it (`objects_max` in `uploads/remote.rs`).
+pub(crate) const LIST_MAX_BYTES: u64 = 8 << 20;
 
 /// A piece of content.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -26,6 +26,8 @@ use stores::Store;
 
 /// Parts as small as moto and Amazon take them.
 const PART_BYTES: usize = 5 << 20;
+/// Objects of an upload: more than any case makes.
+const OBJECTS_MAX: usize = 1_000;
 const RENEW_AFTER: Duration = Duration::from_secs(6 * 3600);
 
 /// Opens the same store again and again, as one process after another would, or several at once.
@@ -84,6 +86,11 @@ impl Bed {
     }
 
     pub(super) async fn try_open(&self) -> anyhow::Result<Process> {
+        self.open_for(OBJECTS_MAX).await
+    }
+
+    /// With so many objects in an upload at most.
+    pub(super) async fn open_for(&self, objects_max: usize) -> anyhow::Result<Process> {
         let storage = match &self.opener {
             Opener::Config(config) => Storage::open(config).await?,
             Opener::Memory(store) => {
@@ -97,7 +104,7 @@ impl Bed {
                 .await?
             }
         };
-        let sizes = Sizes { part_bytes: self.part_bytes, parts_max: 3 };
+        let sizes = Sizes { part_bytes: self.part_bytes, parts_max: 3, objects_max };
         let uploads = Uploads::with_sizes(storage.clone(), sizes)?;
         Ok(Process { storage, uploads })
     }
@@ -169,6 +176,7 @@ contract! {
     writers_wait_for_collectors in cases,
     chunks_in_turn_of_two_processes in upload_cases,
     small_uploads in upload_cases,
+    more_objects_than_content_may_have in upload_cases,
     wrong_and_cancelled_uploads in upload_cases,
     one_of_two_writers_wins in upload_cases,
     clients_that_go_away in upload_cases,
@@ -186,6 +194,7 @@ async fn everything_in(store: Store) {
     cases::writers_wait_for_collectors(&bed("collectors")).await;
     upload_cases::chunks_in_turn_of_two_processes(&bed("chunks")).await;
     upload_cases::small_uploads(&bed("small")).await;
+    upload_cases::more_objects_than_content_may_have(&bed("many")).await;
     upload_cases::wrong_and_cancelled_uploads(&bed("wrong")).await;
     upload_cases::one_of_two_writers_wins(&bed("writers")).await;
     upload_cases::clients_that_go_away(&bed("clients")).await;

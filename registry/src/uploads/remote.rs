@@ -26,9 +26,10 @@ use tokio::task::JoinSet;
 
 use crate::storage::{Error, Result, Segment, Storage};
 
-/// Size of a part, and how many make an object (stores take 10,000): objects of up to 144 GiB, and an upload may have
-/// many of them.
-const SIZES: Sizes = Sizes { part_bytes: 16 << 20, parts_max: 9_000 };
+/// Size of a part, and how many make an object (stores take 10,000): objects of up to 140 GiB. An upload may have as many
+/// of them as a list of content's segments has room for: 1 TiB by the shortest parts that clients are told to send,
+/// 32 TB by the longest, more in one request.
+const SIZES: Sizes = Sizes { part_bytes: 16 << 20, parts_max: 9_000, objects_max: 65_536 };
 /// Parts of one upload that are sent at once.
 const SENDING_MAX: usize = 4;
 /// Parts of all uploads that are on their way: together 128 MiB. More wait, and so do their clients.
@@ -44,6 +45,7 @@ const STATE_TRIES: usize = 5;
 pub(crate) struct Sizes {
     pub(crate) part_bytes: usize,
     pub(crate) parts_max: usize,
+    pub(crate) objects_max: usize,
 }
 
 impl Default for Sizes {
@@ -152,6 +154,11 @@ impl RemoteUpload {
             return Ok(Some((upload, state.offset, hasher)));
         }
         Ok(None)
+    }
+
+    /// Whether it has as many objects as content may have; it can be finished, but takes no more requests.
+    pub(super) fn is_full(&self) -> bool {
+        self.segments.len() >= self.shared.sizes.objects_max
     }
 
     /// Stores all that comes, and acknowledges it. After an error, or a conflict, the upload is as it was before.
@@ -478,3 +485,6 @@ impl Drop for Sending {
         });
     }
 }
+
+#[cfg(test)]
+mod tests;

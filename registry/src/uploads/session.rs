@@ -34,8 +34,6 @@ const HELD_MAX: Duration = Duration::from_secs(10);
 const HELD_PAUSES: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(320));
 /// How long a client may send nothing.
 const IDLE_MAX: Duration = Duration::from_secs(60);
-/// How long what follows on a failure is read, so that the client gets to see the answer.
-const REFUSED_READ_MAX: Duration = Duration::from_secs(1);
 /// An upload that nobody went on with for so long is removed.
 pub(crate) const ABANDONED_AFTER: Duration = Duration::from_secs(7 * 24 * 3600);
 
@@ -226,6 +224,7 @@ impl Uploads {
                 };
                 self.blocking("write", &id, append).await?
             }
+            Kept::Objects(upload) if upload.is_full() => return Err(full(&id)),
             Kept::Objects(mut upload) => match upload.append(size, hasher, &mut batches).await? {
                 Appended::To(size, hasher) => (size, hasher, Kept::Objects(upload)),
                 Appended::Conflict => return Err(conflict(&id)),
@@ -350,9 +349,7 @@ async fn feed<E: std::fmt::Display>(
         if batched >= BATCH_BYTES {
             batched = 0;
             if sender.send(std::mem::take(&mut batch)).await.is_err() {
-                // The writer failed, and says why. Without reading on, the client would only see a broken connection.
-                let rest = async { while let Some(Ok(_)) = body.next().await {} };
-                let _ = tokio::time::timeout(REFUSED_READ_MAX, rest).await;
+                // The writer failed, and says why.
                 return (received, Ok(()));
             }
         }
@@ -367,6 +364,12 @@ fn conflict(id: &str) -> Refusal {
     let message =
         format!("another request is writing the upload `{id}`; ask for its offset, and go on from there");
     Refusal::new(StatusCode::RANGE_NOT_SATISFIABLE, "BLOB_UPLOAD_INVALID", message)
+}
+
+fn full(id: &str) -> Refusal {
+    let message =
+        format!("the upload `{id}` has as many parts as it may; begin another, and send longer ones");
+    Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, "SIZE_INVALID", message)
 }
 
 fn wrong_digest(found: &Digest, expected: &Digest) -> Refusal {

@@ -76,6 +76,43 @@ async fn a_challenge_says_where_to_get_which_token() {
     registry.stop().await;
 }
 
+/// Clients keep a token for pushes to a repository, and a mount needs more: they are told once, and nobody who may not
+/// read the source is asked again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mount_by_a_token_needs_one_for_both_repositories() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = Registry::start(dir.path()).await;
+    let blob = registry.put_blob("vision/base", b"base").await;
+    let plans = registry.put_blob("secret/plans", b"plans").await;
+    let secret = account(&registry, "ana", json!({"grants": ["vision/**:pull,push"]})).await;
+    let login = Some(("ana", secret.as_str()));
+    let push = "repository:vision/app:pull,push";
+    let mount = async |token: &str, digest: &anyplace_images::Digest, from: &str| {
+        let path = format!("/v2/vision/app/blobs/uploads/?mount={digest}&from={from}");
+        registry.anonymous(Method::POST, &path).bearer_auth(token).send().await.unwrap()
+    };
+    for (digest, from, status) in [(&blob, "vision/base", 201), (&plans, "secret/plans", 202)] {
+        let narrow = token(&registry, login, &[push]).await;
+        let answer = mount(&narrow, digest, from).await;
+        assert_eq!(answer.status(), 401, "{from}");
+        let challenge = header(&answer, "www-authenticate").to_owned();
+        let scope = format!("{push} repository:{from}:pull");
+        assert!(
+            challenge.ends_with(&format!(",scope=\"{scope}\",error=\"insufficient_scope\"")),
+            "{challenge}"
+        );
+        let both = token(&registry, login, &[&scope]).await;
+        assert_eq!(mount(&both, digest, from).await.status(), status, "{from}");
+    }
+    // Without a proof, the first challenge names both; a source that can't be is none.
+    for (from, more) in [("vision/base", " repository:vision/base:pull"), ("No%22Name", "")] {
+        let path = format!("/v2/vision/app/blobs/uploads/?mount={blob}&from={from}");
+        let answer = registry.anonymous(Method::POST, &path).send().await.unwrap();
+        assert!(header(&answer, "www-authenticate").ends_with(&format!(",scope=\"{push}{more}\"")), "{from}");
+    }
+    registry.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn accounts_do_what_they_were_granted_until_they_end() {
     let dir = tempfile::tempdir().unwrap();

@@ -22,6 +22,7 @@ mod metadata;
 mod metrics;
 mod node_loss;
 mod pull_kills;
+mod refused;
 mod skopeo;
 mod spec;
 mod storage_clients;

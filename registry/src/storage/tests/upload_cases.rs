@@ -71,6 +71,24 @@ pub(super) async fn small_uploads(bed: &Bed) {
     }
 }
 
+pub(super) async fn more_objects_than_content_may_have(bed: &Bed) {
+    if bed.is_folder() {
+        return;
+    }
+    let process = bed.open_for(3).await.unwrap();
+    let bytes = noise(6, bed.part_bytes * 3);
+    let id = process.uploads.start("a/b", Algorithm::Sha256).await.unwrap();
+    for part in bytes.chunks(bed.part_bytes) {
+        process.append(&id, part).await.unwrap();
+    }
+    let refused = process.append(&id, b"more").await.unwrap_err();
+    assert!(format!("{refused:?}").contains("send longer ones"), "{refused:?}");
+    // What was acknowledged is there, and can be finished.
+    let digest = Digest::of(&bytes);
+    process.finish(&id, &digest).await.unwrap();
+    assert_eq!(process.read(&digest, None).await, bytes);
+}
+
 pub(super) async fn wrong_and_cancelled_uploads(bed: &Bed) {
     let process = bed.open().await;
     let (bytes, wrong) = (noise(4, 100_000), Digest::of(b"something else"));
