@@ -51,12 +51,14 @@ pub struct Want<'a> {
 pub struct Shares {
     /// The newest first.
     changes: VecDeque<Away>,
+    /// When the ingress's own instances last served.
+    served_ms: Option<u64>,
 }
 
 impl Shares {
     /// As they were remembered, the newest first.
     pub fn remembered(changes: impl IntoIterator<Item = Away>) -> Self {
-        Self { changes: changes.into_iter().take(REMEMBERED).collect() }
+        Self { changes: changes.into_iter().take(REMEMBERED).collect(), served_ms: None }
     }
 
     /// What was in force, the newest first.
@@ -78,6 +80,9 @@ impl Shares {
 
     /// Decides anew; returns whether anything changes.
     pub fn decide(&mut self, now_ms: u64, want: &Want<'_>) -> bool {
+        if (want.serves)(want.here) {
+            self.served_ms = Some(now_ms);
+        }
         let parts = |quota: f64| match want.asked {
             asked if asked > NOTHING => ((quota / asked * PARTS as f64) + 1e-6) as usize,
             // Nothing comes, so that it could go anywhere.
@@ -132,7 +137,7 @@ impl Shares {
     /// The owners that come nearest to `target` (parts by site) without moving a part that rests, and otherwise move few.
     fn moved(&self, now_ms: u64, want: &Want<'_>, target: &BTreeMap<usize, usize>) -> Vec<Option<usize>> {
         let old = |part: usize| self.owners().get(part).copied().flatten().unwrap_or(want.here);
-        let resting = self.resting(now_ms);
+        let resting = self.resting(now_ms, want);
         let rests = |part: &usize| resting[*part] && (want.serves)(old(*part));
         let mut left = target.clone();
         let mut take = |site: usize| match left.get_mut(&site) {
@@ -175,18 +180,23 @@ impl Shares {
         owners
     }
 
-    /// Which parts moved within the last [`REST_MS`].
-    fn resting(&self, now_ms: u64) -> [bool; PARTS] {
+    /// Which parts moved within the last [`REST_MS`]. Those that had to leave a site which still can't take any may move
+    /// again: they went where there was room at that moment, before grants were made for it.
+    fn resting(&self, now_ms: u64, want: &Want<'_>) -> [bool; PARTS] {
         let mut resting = [false; PARTS];
         let nothing = Away::default();
+        let fled = |from: usize, since_ms: u64| {
+            let served = from != want.here || self.served_ms.is_some_and(|at| at + REST_MS > since_ms);
+            served && !(want.serves)(from)
+        };
         for (index, change) in self.changes.iter().enumerate() {
             if change.since_ms + REST_MS <= now_ms {
                 break;
             }
             let before = self.changes.get(index + 1).unwrap_or(&nothing);
             for (part, resting) in resting.iter_mut().enumerate() {
-                *resting |=
-                    change.owners.get(part).copied().flatten() != before.owners.get(part).copied().flatten();
+                let owner = |away: &Away| away.owners.get(part).copied().flatten().unwrap_or(want.here);
+                *resting |= owner(change) != owner(before) && !fled(owner(before), change.since_ms);
             }
         }
         resting
@@ -276,7 +286,7 @@ mod tests {
                 let before = shares.clone();
                 let want = Want { here: 0, asked: 100.0, quotas: &quotas, serves: &|_| true };
                 let changes = shares.decide(now_ms, &want);
-                assert_eq!(changes, before != shares);
+                assert_eq!(changes, before.changes != shares.changes);
                 for (part, moved) in moved_ms.iter_mut().enumerate() {
                     if owner(&before, part) != owner(&shares, part) {
                         let last = moved.replace(now_ms);
@@ -310,6 +320,11 @@ mod tests {
         // Who is gone has nothing, at once.
         let counts = decide(&mut shares, 11_000, &[(0, 100.0), (1, 50.0), (2, 256.0)], 1);
         assert_eq!(counts, BTreeMap::from([(2, 156)]));
+        // Those that left it needn't rest, but those that left others.
+        let counts = decide(&mut shares, 12_000, &[(0, 100.0), (2, 116.0), (3, 40.0)], 1);
+        assert_eq!(counts, BTreeMap::from([(2, 116), (3, 40)]));
+        let counts = decide(&mut shares, 13_000, &[(0, 100.0), (2, 156.0)], 1);
+        assert_eq!(counts, BTreeMap::from([(2, 116), (3, 40)]));
         // Home again in steps.
         let steps: Vec<usize> =
             (3..7).map(|step| decide(&mut shares, step * 10_000, &[], 9).values().sum()).collect();
