@@ -18,11 +18,16 @@ const SETTLE: Duration = Duration::from_millis(300);
 const PATIENCE: Duration = Duration::from_secs(30);
 const MACHINE: &str = "ams-1";
 
-/// Milliseconds to the first output of jobs, and those of crun by itself.
+/// Milliseconds to the first output of jobs and those of crun by itself, and what came from the registry meanwhile.
 pub(crate) struct Starts {
     pub(crate) median_ms: f64,
     pub(crate) raw_crun_ms: f64,
+    pub(crate) fetched_bytes: u64,
 }
+
+/// Counts in the machine's kernel what comes from the registry's port: refusals too, so that no attempt stays unseen.
+const COUNTER: &str = "table inet bench { counter fetched { }; chain input { type filter hook input priority 0; \
+    tcp sport 5000 counter name fetched; }; }";
 
 pub(crate) fn measure(binary: &Path, work: &Path) -> Result<Starts> {
     // The testbed's own programs.
@@ -45,6 +50,8 @@ fn on(platform: &Platform, work: &Path) -> Result<Starts> {
     platform.cli_output(["prewarm", "set", "hello:v1", "--wait"])?;
     // Without a registry nothing can be fetched: what starts now starts from what is there.
     platform.process(&Role::Registry("ams".to_owned()))?.stop(PATIENCE)?;
+    let machine = platform.bed().node(MACHINE)?;
+    shell::output(machine.command("nft").arg(COUNTER))?;
     let mut millis = Vec::new();
     for number in 0..JOBS {
         let name = format!("start-{number}");
@@ -53,8 +60,17 @@ fn on(platform: &Platform, work: &Path) -> Result<Starts> {
         millis.push(took);
         gone(platform)?;
     }
-    // The first job finds caches of all kinds cold.
-    Ok(Starts { median_ms: median(&millis[1..]), raw_crun_ms: raw_crun(&rootfs, work)? })
+    let mut list = machine.command("nft");
+    let counted = shell::output(list.args(["--json", "list", "counter", "inet", "bench", "fetched"]))?;
+    let counted: serde_json::Value = serde_json::from_str(&counted)?;
+    let counters = counted["nftables"].as_array().context("nftables")?;
+    let bytes = counters.iter().find_map(|entry| entry["counter"]["bytes"].as_u64());
+    Ok(Starts {
+        // The first job finds caches of all kinds cold.
+        median_ms: median(&millis[1..]),
+        raw_crun_ms: raw_crun(&rootfs, work)?,
+        fetched_bytes: bytes.context("a counter")?,
+    })
 }
 
 /// Submits a job; milliseconds from its acceptance to its first line.
