@@ -30,7 +30,7 @@ use crate::bgp::Bgp;
 #[doc(hidden)]
 pub use crate::{
     metrics::render as render_metrics,
-    plane::{Change, Plane},
+    plane::{Change, Names, Plane},
     routes::Routes,
 };
 
@@ -65,9 +65,9 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
             "max_vip_ports takes effect once the pinned maps are gone"
         );
     }
-    let metrics = metrics::serve(config.listen, config.pin_dir.clone(), shutdown.clone());
     tracing::info!(uplink = config.uplink, mode = ?data_plane.xdp_mode(), "data plane loaded");
     let mut plane = Plane::new(data_plane, config.machine.clone());
+    let metrics = metrics::serve(config.listen, config.pin_dir.clone(), plane.names(), shutdown.clone());
     let mut bgp = config.bgp.clone().map(Bgp::new);
     let mut routes = Routes::load(config.data_dir.join("routes.log"));
     let mut watcher = Watcher::<RouteRecord>::new(client, Client::ROUTES_PATH);

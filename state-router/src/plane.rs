@@ -4,10 +4,11 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use anyplace_ebpf::{Bucket, DataPlane, Instance, Port, Protocol, VipKey, VipTable};
-use anyplace_model::{MachineId, Route, host_interface};
+use anyplace_model::{InstanceId, MachineId, Route, host_interface};
 use anyplace_router_core::{Tables, tables};
 
 /// Below this many routes threads cost more than they save.
@@ -31,6 +32,25 @@ impl Change {
     }
 }
 
+/// The instances of this machine by their addresses, as the routes name them; to be read beside the router.
+#[derive(Debug, Clone, Default)]
+pub struct Names(Arc<Mutex<BTreeMap<Ipv4Addr, InstanceId>>>);
+
+impl Names {
+    /// What is known now.
+    pub fn get(&self) -> BTreeMap<Ipv4Addr, InstanceId> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set(&self, address: Ipv4Addr, name: Option<&InstanceId>) {
+        let mut names = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match name {
+            Some(name) => drop(names.insert(address, name.clone())),
+            None => drop(names.remove(&address)),
+        }
+    }
+}
+
 /// The data plane and what was put into it.
 pub struct Plane {
     data_plane: DataPlane,
@@ -40,6 +60,7 @@ pub struct Plane {
     serving: BTreeMap<(IpAddr, Ipv4Addr), Vec<Port>>,
     /// What failed, to be tried again, and why. At most one for each VIP.
     failed: BTreeMap<IpAddr, (Change, String)>,
+    names: Names,
 }
 
 /// An instance of this machine.
@@ -54,7 +75,12 @@ impl Plane {
     /// A router's view of a data plane, which may hold what an earlier process put into it.
     pub fn new(data_plane: DataPlane, machine: MachineId) -> Self {
         let (instances, serving, failed) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-        Self { data_plane, machine, instances, serving, failed }
+        Self { data_plane, machine, instances, serving, failed, names: Names::default() }
+    }
+
+    /// The names of this machine's instances.
+    pub fn names(&self) -> Names {
+        self.names.clone()
     }
 
     /// The data plane, to be read.
@@ -107,6 +133,7 @@ impl Plane {
         let mut leaving = Vec::new();
         for change in &changes {
             let (vip, wanted) = (change.vip(), self.wanted(change));
+            self.name(change, &wanted);
             let gone = self.instances_of(vip).filter(|address| !wanted.contains_key(address));
             leaving.extend(gone.map(|address| (vip, address)));
             for (address, ports) in wanted {
@@ -171,6 +198,13 @@ impl Plane {
             .collect()
     }
 
+    fn name(&self, change: &Change, wanted: &BTreeMap<Ipv4Addr, Vec<Port>>) {
+        let Change::Put(route) = change else { return };
+        for endpoint in route.local.iter().filter(|endpoint| wanted.contains_key(&endpoint.address)) {
+            self.names.set(endpoint.address, Some(&endpoint.instance));
+        }
+    }
+
     /// The instances of this machine that serve a VIP.
     fn instances_of(&self, vip: IpAddr) -> impl Iterator<Item = Ipv4Addr> {
         let all = (vip, Ipv4Addr::UNSPECIFIED)..=(vip, Ipv4Addr::BROADCAST);
@@ -201,6 +235,7 @@ impl Plane {
             result.map_err(|error| format!("instance {address}: {}", chain(&error)))?;
             self.instances.remove(&address);
             self.serving.remove(&(vip, address));
+            self.names.set(address, None);
             return Ok(());
         }
         local.vips.remove(&vip);

@@ -98,8 +98,22 @@ pub struct VipCounters {
     pub connections: u64,
 }
 
+/// Counters of one VIP port at one instance of this machine on one CPU, at the target.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct InstanceCounters {
+    /// Clients' packets handed to the instance.
+    pub packets: u64,
+    /// Their bytes from the IP header on, without the encapsulation.
+    pub bytes: u64,
+    /// Flows established there: more than their first packet was seen.
+    pub new_flows: u64,
+}
+
 // SAFETY: repr(C) of u64 only.
 unsafe impl crate::Layout for Counters {}
+// SAFETY: repr(C) of u64 only.
+unsafe impl crate::Layout for InstanceCounters {}
 // SAFETY: repr(C) of u64 only.
 unsafe impl crate::Layout for VipCounters {}
 

@@ -128,8 +128,8 @@ pub struct PortKey {
 pub struct PortValue {
     /// The container's port.
     pub port: u16,
-    /// Zero.
-    pub reserved: u16,
+    /// Index into the counters by instance, host byte order; 0 is the slot of all that have none.
+    pub counter: u16,
 }
 
 /// The reverse of [`PortKey`]: what a reply's source is.

@@ -14,7 +14,7 @@ mod layout;
 mod layout6;
 mod wire;
 
-pub use counters::{Counter, Counters, VipCounters};
+pub use counters::{Counter, Counters, InstanceCounters, VipCounters};
 pub use hash::{bucket_index, flow_hash, flow_hash6, source_port};
 pub use layout::{
     Bucket, Config, FleetKey, FlowKey, FlowValue, FragmentKey, INTERFACE_NAME_BYTES, InstanceValue, Layout,
@@ -38,6 +38,9 @@ pub const MAX_VIPS: u32 = 16_384;
 pub const MAX_INSTANCES: u32 = 4_096;
 /// Bound on served ports of all instances of one machine.
 pub const MAX_PORTS: u32 = 16_384;
+/// Slots of the counters by VIP port and instance (24 bytes on each CPU). The first is that of ports without a slot of their
+/// own: those beyond the others, and those from a router that had no such counters.
+pub const MAX_INSTANCE_COUNTERS: u32 = 16_384;
 /// Bound on established flows of one machine (88 bytes each); the least recently used is forgotten first.
 pub const MAX_FLOWS: u32 = 131_072;
 /// Bound on flows of which one packet was seen; a flood of those forgets only its like.
@@ -50,6 +53,8 @@ pub const MAX_EXTENSIONS: u8 = 6;
 pub const MAX_FLEET: u32 = 4_096;
 /// ICMP answers of one kind on one CPU that may follow each other at once.
 pub const ICMP_BURST: u32 = 100;
+
+const _: () = assert!(MAX_INSTANCE_COUNTERS <= 1 << 16, "PortValue::counter names each of them");
 
 /// IP protocol number of ICMP.
 pub const ICMP: u8 = 1;

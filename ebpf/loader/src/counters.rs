@@ -1,8 +1,8 @@
 //! Adding up what the programs counted.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, net::Ipv4Addr, path::Path};
 
-use anyplace_ebpf_common::{self as common, Counter, VipCounters};
+use anyplace_ebpf_common::{self as common, Counter, InstanceCounters, VipCounters};
 use aya::{
     maps::{MapData, PerCpuArray, PerCpuValues},
     util::nr_cpus,
@@ -10,7 +10,11 @@ use aya::{
 
 use crate::{
     DataPlane, Error, VipKey,
-    maps::{COUNTERS, Plain, Table, VIP_COUNTERS, VIPS, VIPS6, by_vip, open},
+    maps::{
+        COUNTERS, INSTANCE_COUNTERS, PORTS, PORTS6, Plain, Spec, Table, VIP_COUNTERS, VIPS, VIPS6, by_vip,
+        open,
+    },
+    types::{MapKey as _, ipv4},
 };
 
 /// The global counters, summed over all CPUs. They only grow, also across restarts of the router.
@@ -42,19 +46,28 @@ impl DataPlane {
 
     /// Sets a VIP's counters to zero, before a new VIP gets the slot.
     pub(crate) fn clear_vip_counters(&mut self, index: u32) -> Result<(), Error> {
-        let cpus =
-            nr_cpus().map_err(|(path, source)| Error::File { call: "read", path: path.into(), source })?;
-        let zeroes = vec![Plain(VipCounters::default()); cpus];
-        let zeroes = aya::maps::PerCpuValues::try_from(zeroes).map_err(|source| Error::File {
-            call: "read",
-            path: "/sys/devices/system/cpu/possible".into(),
-            source,
-        })?;
-        self.maps
-            .vip_counters
-            .set(index, zeroes, 0)
-            .map_err(|source| VIP_COUNTERS.error("bpf_map_update_elem", source))
+        clear(&mut self.maps.vip_counters, &VIP_COUNTERS, index)
     }
+
+    /// The same for a port of an instance.
+    pub(crate) fn clear_instance_counters(&mut self, index: u32) -> Result<(), Error> {
+        clear(&mut self.maps.instance_counters, &INSTANCE_COUNTERS, index)
+    }
+}
+
+fn clear<T: common::Layout + Default>(
+    map: &mut PerCpuArray<MapData, Plain<T>>,
+    spec: &Spec,
+    index: u32,
+) -> Result<(), Error> {
+    let cpus = nr_cpus().map_err(|(path, source)| Error::File { call: "read", path: path.into(), source })?;
+    let zeroes = vec![Plain(T::default()); cpus];
+    let zeroes = PerCpuValues::try_from(zeroes).map_err(|source| Error::File {
+        call: "read",
+        path: "/sys/devices/system/cpu/possible".into(),
+        source,
+    })?;
+    map.set(index, zeroes, 0).map_err(|source| spec.error("bpf_map_update_elem", source))
 }
 
 /// Reads the counters beside the router, through the pinned maps.
@@ -63,6 +76,9 @@ pub struct Meters {
     vips: Table<common::VipKey, common::VipValue>,
     vips6: Table<common::VipKey6, common::VipValue>,
     vip_counters: PerCpuArray<MapData, Plain<VipCounters>>,
+    ports: Table<common::PortKey, common::PortValue>,
+    ports6: Table<common::PortKey6, common::PortValue>,
+    instance_counters: PerCpuArray<MapData, Plain<InstanceCounters>>,
 }
 
 impl Meters {
@@ -74,6 +90,9 @@ impl Meters {
             vips: Table::open(&folder, &VIPS)?,
             vips6: Table::open(&folder, &VIPS6)?,
             vip_counters: open(&folder, &VIP_COUNTERS)?,
+            ports: Table::open(&folder, &PORTS)?,
+            ports6: Table::open(&folder, &PORTS6)?,
+            instance_counters: open(&folder, &INSTANCE_COUNTERS)?,
         })
     }
 
@@ -89,6 +108,25 @@ impl Meters {
         for (_, key, value) in entries {
             if let Some(key) = key {
                 found.insert(key, vip_total(&self.vip_counters, value.counter)?);
+            }
+        }
+        Ok(found)
+    }
+
+    /// What the instances of this machine were given, by VIP port and instance; those without counters of their own (see
+    /// [`common::MAX_INSTANCE_COUNTERS`]) are left out.
+    pub fn instances(&self) -> Result<BTreeMap<(VipKey, Ipv4Addr), InstanceCounters>, Error> {
+        let ports = self.ports.entries()?.into_iter().map(|(key, value)| {
+            (common::VipKey::new(key.vip, key.vip_port, key.protocol).vip(), key.instance, value.counter)
+        });
+        let ports6 = self.ports6.entries()?.into_iter().map(|(key, value)| {
+            (common::VipKey6::new(key.vip, key.vip_port, key.protocol).vip(), key.instance, value.counter)
+        });
+        let mut found = BTreeMap::new();
+        for (vip, instance, counter) in ports.chain(ports6) {
+            if let Some(vip) = vip.filter(|_| counter != 0) {
+                let total = instance_total(&self.instance_counters, counter.into())?;
+                found.insert((vip, ipv4(instance)), total);
             }
         }
         Ok(found)
@@ -114,6 +152,20 @@ fn vip_total(map: &PerCpuArray<MapData, Plain<VipCounters>>, index: u32) -> Resu
         total.packets += cpu.packets;
         total.bytes += cpu.bytes;
         total.connections += cpu.connections;
+    }
+    Ok(total)
+}
+
+fn instance_total(
+    map: &PerCpuArray<MapData, Plain<InstanceCounters>>,
+    index: u32,
+) -> Result<InstanceCounters, Error> {
+    let cpus = map.get(&index, 0).map_err(|source| INSTANCE_COUNTERS.error("bpf_map_lookup_elem", source))?;
+    let mut total = InstanceCounters::default();
+    for Plain(cpu) in cpus.iter() {
+        total.packets += cpu.packets;
+        total.bytes += cpu.bytes;
+        total.new_flows += cpu.new_flows;
     }
     Ok(total)
 }

@@ -55,13 +55,7 @@ impl DataPlane {
         }
         self.links.attach_classifier(&mut self.object, REPLY, interface, name)?;
         for port in &instance.ports {
-            let value = PortValue { port: common::port(port.container_port), reserved: 0 };
-            if let Some(port) = port_key(key, port.vip) {
-                self.maps.ports.set(port, value)?;
-            }
-            if let Some(port) = port_key6(key, port.vip) {
-                self.maps.ports6.set(port, value)?;
-            }
+            self.set_port(key, port)?;
         }
         self.maps.instances.set(key, value)?;
         self.remove_ports(key, &instance.ports)?;
@@ -127,19 +121,59 @@ impl DataPlane {
         Ok(())
     }
 
+    /// Says which port an instance serves a VIP's port on; its counters go on, or begin at zero.
+    fn set_port(&mut self, instance: u32, port: &Port) -> Result<(), Error> {
+        let (key, key6) = (port_key(instance, port.vip), port_key6(instance, port.vip));
+        let old = match (key, key6) {
+            (Some(key), _) => self.maps.ports.get(key)?,
+            (_, Some(key)) => self.maps.ports6.get(key)?,
+            _ => None,
+        };
+        let counter = match old.map_or(0, |old| old.counter) {
+            0 => self.new_instance_counter()?,
+            counter => counter,
+        };
+        let value = PortValue { port: common::port(port.container_port), counter };
+        let result = key.map_or(Ok(()), |key| self.maps.ports.set(key, value));
+        let result = result.and_then(|()| key6.map_or(Ok(()), |key| self.maps.ports6.set(key, value)));
+        if result.is_err() && old.is_none_or(|old| old.counter != counter) {
+            self.release_instance_counter(counter);
+        }
+        result
+    }
+
+    /// A slot of the counters by instance; the common one once there are no others.
+    fn new_instance_counter(&mut self) -> Result<u16, Error> {
+        let Ok((index, clean)) = self.instance_counters.take() else { return Ok(0) };
+        let Ok(counter) = u16::try_from(index) else { return Ok(0) };
+        if !clean && let Err(error) = self.clear_instance_counters(index) {
+            self.release_instance_counter(counter);
+            return Err(error);
+        }
+        Ok(counter)
+    }
+
+    fn release_instance_counter(&mut self, counter: u16) {
+        if counter != 0 {
+            self.instance_counters.release(counter.into());
+        }
+    }
+
     /// Removes what the maps say of an instance's ports, but for `keep`.
     fn remove_ports(&mut self, instance: u32, keep: &[Port]) -> Result<(), Error> {
         let ports: BTreeSet<PortKey> = keep.iter().filter_map(|port| port_key(instance, port.vip)).collect();
-        for (key, _) in self.maps.ports.entries()? {
+        for (key, value) in self.maps.ports.entries()? {
             if key.instance == instance && !ports.contains(&key) {
                 self.maps.ports.remove(key)?;
+                self.release_instance_counter(value.counter);
             }
         }
         let ports: BTreeSet<PortKey6> =
             keep.iter().filter_map(|port| port_key6(instance, port.vip)).collect();
-        for (key, _) in self.maps.ports6.entries()? {
+        for (key, value) in self.maps.ports6.entries()? {
             if key.instance == instance && !ports.contains(&key) {
                 self.maps.ports6.remove(key)?;
+                self.release_instance_counter(value.counter);
             }
         }
         let replies = |ipv6| -> HashSet<ReplyKey> {

@@ -6,7 +6,7 @@
 //!
 //! ```text
 //! PIN_DIR/v2/                  one folder for each layout version
-//!   CONFIG BUCKETS INSTANCES FLEET RATES COUNTERS VIP_COUNTERS WALK
+//!   CONFIG BUCKETS INSTANCES FLEET RATES COUNTERS VIP_COUNTERS INSTANCE_COUNTERS WALK
 //!   VIPS PORTS REPLIES FLOWS EMBRYONIC FRAGMENTS, and with a 6 behind the name those for VIPs that are IPv6 addresses
 //!   links/ingress_IFINDEX  links/target_IFINDEX  links/target6_IFINDEX  links/reply_IFINDEX
 //! ```
@@ -17,6 +17,7 @@
 mod allocator;
 mod arena;
 mod attach;
+mod counter_slots;
 mod counters;
 mod error;
 mod fleet;
@@ -26,10 +27,9 @@ mod maps;
 mod plane;
 mod sys;
 mod types;
-mod vip_counters;
 mod vips;
 
-pub use anyplace_ebpf_common::{Counter, VipCounters, bucket_index, flow_hash, flow_hash6};
+pub use anyplace_ebpf_common::{Counter, InstanceCounters, VipCounters, bucket_index, flow_hash, flow_hash6};
 pub use attach::XdpMode;
 pub use counters::{Meters, Totals};
 pub use error::Error;

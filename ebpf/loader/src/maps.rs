@@ -111,6 +111,7 @@ pub(crate) struct Maps {
     pub(crate) replies6: Table<common::ReplyKey, common::ReplyValue6>,
     pub(crate) counters: PerCpuArray<MapData, Plain<common::Counters>>,
     pub(crate) vip_counters: PerCpuArray<MapData, Plain<common::VipCounters>>,
+    pub(crate) instance_counters: PerCpuArray<MapData, Plain<common::InstanceCounters>>,
     pub(crate) config: Array<MapData, Plain<common::Config>>,
     pub(crate) fleet: LpmTrie<MapData, Plain<u32>, Plain<u32>>,
     pub(crate) arena: Arena,
@@ -139,11 +140,19 @@ impl Maps {
             replies6: Table::take(object, &REPLIES6, REPLIES6.entries)?,
             counters: typed(object, &COUNTERS)?,
             vip_counters: typed(object, &VIP_COUNTERS)?,
+            instance_counters: typed(object, &INSTANCE_COUNTERS)?,
             config: typed(object, &CONFIG)?,
             fleet: typed(object, &FLEET)?,
             arena,
         };
         Ok((maps, entries))
+    }
+
+    /// Slots of the counters by instance that ports name.
+    pub(crate) fn port_counters(&self) -> Result<Vec<u32>, Error> {
+        let ports = self.ports.entries()?.into_iter().map(|(_, value)| value);
+        let ports6 = self.ports6.entries()?.into_iter().map(|(_, value)| value);
+        Ok(ports.chain(ports6).map(|value| u32::from(value.counter)).collect())
     }
 }
 
@@ -234,9 +243,9 @@ pub(crate) fn memory(folder: &Path) -> Result<Vec<MapMemory>, Error> {
     Ok(found)
 }
 
-/// Whether the VIPs' counters were made by an earlier process.
-pub(crate) fn has_counters(folder: &Path) -> bool {
-    folder.join(VIP_COUNTERS.name).exists()
+/// Whether a map was made by an earlier process.
+pub(crate) fn is_pinned(folder: &Path, spec: &Spec) -> bool {
+    folder.join(spec.name).exists()
 }
 
 /// A pinned map with its type.
@@ -280,12 +289,12 @@ pub(crate) const CONFIG: Spec = Spec::new::<u32, common::Config>("CONFIG", 1);
 pub(crate) const VIPS: Spec = Spec::new::<common::VipKey, common::VipValue>("VIPS", common::MAX_VIPS);
 const BUCKETS: Spec = Spec::new::<u32, common::Bucket>("BUCKETS", common::ARENA_BUCKETS);
 const INSTANCES: Spec = Spec::new::<u32, common::InstanceValue>("INSTANCES", common::MAX_INSTANCES);
-const PORTS: Spec = Spec::new::<common::PortKey, common::PortValue>("PORTS", common::MAX_PORTS);
+pub(crate) const PORTS: Spec = Spec::new::<common::PortKey, common::PortValue>("PORTS", common::MAX_PORTS);
 const REPLIES: Spec = Spec::new::<common::ReplyKey, common::ReplyValue>("REPLIES", common::MAX_PORTS);
 const FLOWS: Spec = Spec::new::<common::FlowKey, common::FlowValue>("FLOWS", common::MAX_FLOWS);
 const EMBRYONIC: Spec = Spec::new::<common::FlowKey, common::FlowValue>("EMBRYONIC", common::MAX_EMBRYONIC);
 pub(crate) const VIPS6: Spec = Spec::new::<common::VipKey6, common::VipValue>("VIPS6", common::MAX_VIPS);
-const PORTS6: Spec = Spec::new::<common::PortKey6, common::PortValue>("PORTS6", common::MAX_PORTS);
+pub(crate) const PORTS6: Spec = Spec::new::<common::PortKey6, common::PortValue>("PORTS6", common::MAX_PORTS);
 const REPLIES6: Spec = Spec::new::<common::ReplyKey, common::ReplyValue6>("REPLIES6", common::MAX_PORTS);
 const FLOWS6: Spec = Spec::new::<common::FlowKey6, common::FlowValue>("FLOWS6", common::MAX_FLOWS);
 const EMBRYONIC6: Spec =
@@ -299,7 +308,10 @@ const RATES: Spec = Spec::new::<u32, u64>("RATES", 2);
 pub(crate) const COUNTERS: Spec = Spec::new::<u32, common::Counters>("COUNTERS", 1);
 pub(crate) const VIP_COUNTERS: Spec = Spec::new::<u32, common::VipCounters>("VIP_COUNTERS", common::MAX_VIPS);
 
-const ALL: [&Spec; 20] = [
+pub(crate) const INSTANCE_COUNTERS: Spec =
+    Spec::new::<u32, common::InstanceCounters>("INSTANCE_COUNTERS", common::MAX_INSTANCE_COUNTERS);
+
+const ALL: [&Spec; 21] = [
     &CONFIG,
     &VIPS,
     &VIPS6,
@@ -320,6 +332,7 @@ const ALL: [&Spec; 20] = [
     &RATES,
     &COUNTERS,
     &VIP_COUNTERS,
+    &INSTANCE_COUNTERS,
 ];
 
 fn take(object: &mut Ebpf, name: &'static str) -> Result<Map, Error> {

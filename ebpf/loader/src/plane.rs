@@ -13,11 +13,11 @@ use aya::{Ebpf, EbpfLoader, util::KernelVersion};
 use crate::{
     Error, MapMemory, VipKey, XdpMode,
     attach::{self, INGRESS, Links, REPLY, TARGET, TARGET6},
+    counter_slots::CounterSlots,
     fleet,
-    maps::{self, CONFIG, Maps, Plain},
+    maps::{self, CONFIG, INSTANCE_COUNTERS, Maps, Plain, VIP_COUNTERS},
     sys,
     types::address,
-    vip_counters::VipCounterSlots,
 };
 
 /// The object built by `cargo xtask ebpf`; `build.rs` has compared it with the sources.
@@ -77,7 +77,8 @@ pub struct DataPlane {
     pub(crate) maps: Maps,
     /// What stands in the maps of VIPs, address markers left out.
     pub(crate) vips: BTreeMap<VipKey, common::VipValue>,
-    pub(crate) vip_counters: VipCounterSlots,
+    pub(crate) vip_counters: CounterSlots,
+    pub(crate) instance_counters: CounterSlots,
     capacity: Capacity,
     mode: XdpMode,
     folder: PathBuf,
@@ -109,7 +110,7 @@ impl DataPlane {
         };
         let uplink = sys::interface_index(&options.uplink).map_err(interface("if_nametoindex"))?;
         let uplink_mtu = sys::interface_mtu(&options.uplink).map_err(interface("ioctl SIOCGIFMTU"))?;
-        let clean = !maps::has_counters(&folder);
+        let clean = [&VIP_COUNTERS, &INSTANCE_COUNTERS].map(|spec| !maps::is_pinned(&folder, spec));
         let sizes = maps::sizes(&folder, capacity)?;
 
         let mut loader = EbpfLoader::new();
@@ -133,16 +134,27 @@ impl DataPlane {
             reserved: 0,
         };
         maps.config.set(0, Plain(config), 0).map_err(|source| CONFIG.error("bpf_map_update_elem", source))?;
+        let vip_counters = CounterSlots::new(
+            VIP_COUNTERS.name,
+            0,
+            sizes.counters,
+            entries.iter().map(|(_, _, value)| value.counter),
+            clean[0],
+        );
+        let instance_counters = CounterSlots::new(
+            INSTANCE_COUNTERS.name,
+            1,
+            common::MAX_INSTANCE_COUNTERS,
+            maps.port_counters()?.into_iter(),
+            clean[1],
+        );
         let mut plane = Self {
             object,
             links: Links::new(links),
             maps,
             vips: BTreeMap::new(),
-            vip_counters: VipCounterSlots::new(
-                sizes.counters,
-                entries.iter().map(|(_, _, value)| value),
-                clean,
-            ),
+            vip_counters,
+            instance_counters,
             capacity: Capacity { vips: sizes.counters.min(sizes.vips / 2), buckets: sizes.buckets },
             mode: XdpMode::Native,
             folder,

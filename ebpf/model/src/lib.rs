@@ -94,6 +94,17 @@ pub struct VipCount {
     pub connections: u64,
 }
 
+/// What the target counts for one VIP port at one instance.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct InstanceCount {
+    /// Packets.
+    pub packets: u64,
+    /// Bytes from the client's IP header on.
+    pub bytes: u64,
+    /// Flows established.
+    pub new_flows: u64,
+}
+
 /// A machine: its maps, its counters.
 #[derive(Clone, Debug)]
 pub struct Machine {
@@ -121,6 +132,8 @@ pub struct Machine {
     pub counters: Vec<u64>,
     /// By VIP.
     pub vip_counters: BTreeMap<Vip, VipCount>,
+    /// By instance and VIP.
+    pub instance_counters: BTreeMap<(Ipv4Addr, Vip), InstanceCount>,
 }
 
 impl Machine {
@@ -139,6 +152,7 @@ impl Machine {
             fleet: Vec::new(),
             counters: vec![0; Counter::ALL.len()],
             vip_counters: BTreeMap::new(),
+            instance_counters: BTreeMap::new(),
         }
     }
 

@@ -101,8 +101,14 @@ impl Machine {
                 let owner = self.flows.get(&inner.flow).or_else(|| self.embryonic.get(&inner.flow));
                 let owned = owner == Some(&hop);
                 if owned || inner.opens || hops.is_empty() {
+                    let known = self.counters[Counter::NewFlows as usize];
                     self.remember(&inner, hop);
                     self.count(Counter::Delivered);
+                    let new_flows = self.counters[Counter::NewFlows as usize] - known;
+                    let count = self.instance_counters.entry((hop, (vip, vip_port, protocol))).or_default();
+                    count.packets += 1;
+                    count.bytes += (inner.end - INNER) as u64;
+                    count.new_flows += new_flows;
                     let deliver = if six { deliver6 } else { deliver };
                     deliver(frame, &inner, hop, port, mac);
                     return Ok(Verdict::Redirect);

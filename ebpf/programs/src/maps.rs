@@ -2,8 +2,9 @@
 
 use anyplace_ebpf_common::{
     ARENA_BUCKETS, Bucket, Config, Counter, Counters, FlowKey, FlowValue, FragmentKey, ICMP_BURST,
-    InstanceValue, MAX_EMBRYONIC, MAX_FLEET, MAX_FLOWS, MAX_FRAGMENTS, MAX_INSTANCES, MAX_PORTS, MAX_VIPS,
-    PortKey, PortValue, Ports, Range, ReplyKey, ReplyValue, VipCounters, VipKey, VipValue, bucket_index,
+    InstanceCounters, InstanceValue, MAX_EMBRYONIC, MAX_FLEET, MAX_FLOWS, MAX_FRAGMENTS,
+    MAX_INSTANCE_COUNTERS, MAX_INSTANCES, MAX_PORTS, MAX_VIPS, PortKey, PortValue, Ports, Range, ReplyKey,
+    ReplyValue, VipCounters, VipKey, VipValue, bucket_index,
 };
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
@@ -54,6 +55,9 @@ static COUNTERS: PerCpuArray<Counters> = PerCpuArray::pinned(1, 0);
 #[map]
 static VIP_COUNTERS: PerCpuArray<VipCounters> = PerCpuArray::pinned(MAX_VIPS, 0);
 
+#[map]
+static INSTANCE_COUNTERS: PerCpuArray<InstanceCounters> = PerCpuArray::pinned(MAX_INSTANCE_COUNTERS, 0);
+
 #[inline(always)]
 pub(crate) fn config() -> Option<&'static Config> {
     CONFIG.get(0)
@@ -88,9 +92,9 @@ pub(crate) fn instance(address: u32) -> Option<&'static InstanceValue> {
 }
 
 #[inline(always)]
-pub(crate) fn container_port(key: &PortKey) -> Option<u16> {
+pub(crate) fn served_port(key: &PortKey) -> Option<PortValue> {
     // SAFETY: copied at once; an update replaces the element.
-    unsafe { PORTS.get(key) }.map(|value| value.port)
+    unsafe { PORTS.get(key) }.copied()
 }
 
 #[inline(always)]
@@ -113,12 +117,15 @@ pub(crate) fn embryonic_owner(key: &FlowKey) -> u32 {
     unsafe { EMBRYONIC.get(key) }.map_or(0, |value| value.instance)
 }
 
-/// Remembers who owns a flow. The map evicts by itself; a failure costs at most a detour of later packets.
+/// Remembers who owns a flow, and says whether it does. The map evicts by itself; a failure costs at most a detour of
+/// later packets.
 #[inline(always)]
-pub(crate) fn establish_flow(key: &FlowKey, instance: u32) {
-    if FLOWS.insert(key, FlowValue { instance }, 0).is_ok() {
+pub(crate) fn establish_flow(key: &FlowKey, instance: u32) -> bool {
+    let established = FLOWS.insert(key, FlowValue { instance }, 0).is_ok();
+    if established {
         count(Counter::NewFlows);
     }
+    established
 }
 
 /// Remembers who has seen the first packet of a flow.
@@ -131,10 +138,11 @@ pub(crate) fn note_flow(key: &FlowKey, instance: u32) {
 
 /// Moves a flow among the established ones.
 #[inline(always)]
-pub(crate) fn promote_flow(key: &FlowKey, instance: u32) {
-    establish_flow(key, instance);
+pub(crate) fn promote_flow(key: &FlowKey, instance: u32) -> bool {
+    let established = establish_flow(key, instance);
     // Gone already only if the table evicted it meanwhile.
     let _ = EMBRYONIC.remove(key);
+    established
 }
 
 /// The ports of a packet whose first fragment was seen.
@@ -207,6 +215,19 @@ pub(crate) fn count_vip(index: u32, bytes: u64, connection: bool) {
             (*counters).packets += 1;
             (*counters).bytes += bytes;
             (*counters).connections += u64::from(connection);
+        }
+    }
+}
+
+/// Counts a client's packet that an instance gets, and whether it established a flow there.
+#[inline(always)]
+pub(crate) fn count_instance(index: u16, bytes: u32, new_flow: bool) {
+    if let Some(counters) = INSTANCE_COUNTERS.get_ptr_mut(u32::from(index)) {
+        // SAFETY: as in `add`.
+        unsafe {
+            (*counters).packets += 1;
+            (*counters).bytes += u64::from(bytes);
+            (*counters).new_flows += u64::from(new_flow);
         }
     }
 }

@@ -52,9 +52,9 @@ pub(crate) fn is_vip(address: Address6) -> bool {
 }
 
 #[inline(always)]
-pub(crate) fn container_port(key: &PortKey6) -> Option<u16> {
+pub(crate) fn served_port(key: &PortKey6) -> Option<PortValue> {
     // SAFETY: copied at once; an update replaces the element.
-    unsafe { PORTS6.get(key) }.map(|value| value.port)
+    unsafe { PORTS6.get(key) }.copied()
 }
 
 #[inline(always)]
@@ -76,10 +76,12 @@ pub(crate) fn embryonic_owner(key: &FlowKey6) -> u32 {
 }
 
 #[inline(always)]
-pub(crate) fn establish_flow(key: &FlowKey6, instance: u32) {
-    if FLOWS6.insert(key, FlowValue { instance }, 0).is_ok() {
+pub(crate) fn establish_flow(key: &FlowKey6, instance: u32) -> bool {
+    let established = FLOWS6.insert(key, FlowValue { instance }, 0).is_ok();
+    if established {
         count(Counter::NewFlows);
     }
+    established
 }
 
 #[inline(always)]
@@ -90,10 +92,11 @@ pub(crate) fn note_flow(key: &FlowKey6, instance: u32) {
 }
 
 #[inline(always)]
-pub(crate) fn promote_flow(key: &FlowKey6, instance: u32) {
-    establish_flow(key, instance);
+pub(crate) fn promote_flow(key: &FlowKey6, instance: u32) -> bool {
+    let established = establish_flow(key, instance);
     // Gone already only if the table evicted it meanwhile.
     let _ = EMBRYONIC6.remove(key);
+    established
 }
 
 #[inline(always)]

@@ -228,7 +228,7 @@ fn try_target(ctx: &TcContext) -> Result<i32, Counter> {
             }
             return forward(ctx, &outer, config, &route);
         };
-        let port = maps::container_port(&PortKey {
+        let port = maps::served_port(&PortKey {
             instance: route.hop,
             vip: inner.flow.vip,
             vip_port: inner.flow.vip_port,
@@ -238,13 +238,20 @@ fn try_target(ctx: &TcContext) -> Result<i32, Counter> {
         if let Some(port) = port {
             let owned = owner == route.hop;
             if owned || inner.opens || route.left == 0 {
-                remember(&inner, route.hop, owned, established != 0);
-                return deliver(ctx, &inner, instance, route.hop, port);
+                let new_flow = remember(&inner, route.hop, owned, established != 0);
+                maps::count_instance(port.counter, client_bytes(&outer), new_flow);
+                return deliver(ctx, &inner, instance, route.hop, port.port);
             }
         }
         pass_on(&mut route)?;
     }
     Err(Counter::TtlExceeded)
+}
+
+/// Length of the client's packet, which was compared with the outer one's when it was read.
+#[inline(always)]
+pub(crate) fn client_bytes(outer: &Encapsulation) -> u32 {
+    u32::from(u16::from_be(outer.ip.total_length)).wrapping_sub(ENCAPSULATION_BYTES as u32)
 }
 
 #[inline(always)]
@@ -256,21 +263,21 @@ pub(crate) fn pass_on(route: &mut Route) -> Result<(), Counter> {
     Ok(())
 }
 
-/// Keeps in mind that an instance was given a flow's packet.
+/// Keeps in mind that an instance was given a flow's packet; whether this established the flow there.
 #[inline(always)]
-fn remember(inner: &Inner, instance: u32, owned: bool, established: bool) {
+fn remember(inner: &Inner, instance: u32, owned: bool, established: bool) -> bool {
     if owned {
-        if inner.continues && !established {
-            maps::promote_flow(&inner.flow, instance);
-        }
-    } else if inner.opens || inner.continues {
-        // An established flow that comes to another instance keeps its entry: nothing is evicted for it.
-        if established {
-            maps::establish_flow(&inner.flow, instance);
-        } else {
-            maps::note_flow(&inner.flow, instance);
-        }
+        return inner.continues && !established && maps::promote_flow(&inner.flow, instance);
     }
+    if !inner.opens && !inner.continues {
+        return false;
+    }
+    // An established flow that comes to another instance keeps its entry: nothing is evicted for it.
+    if established {
+        return maps::establish_flow(&inner.flow, instance);
+    }
+    maps::note_flow(&inner.flow, instance);
+    false
 }
 
 /// Reads the client's packet; an error if it isn't one that our ingress sends.

@@ -24,7 +24,7 @@ use crate::{
     packet::{self, ETHERNET, ETHERTYPE_IPV4, ICMP_BYTES, TCP_FLAGS},
     packet6::{self, ETHERTYPE_IPV6, IPV6},
     quoted6,
-    target::{INNER, MAX_TRIES, Route, forward, helper, malformed, pass_on},
+    target::{INNER, MAX_TRIES, Route, client_bytes, forward, helper, malformed, pass_on},
 };
 
 #[classifier]
@@ -201,7 +201,7 @@ fn try_route(
             }
             return forward(ctx, outer, config, &route);
         };
-        let port = maps6::container_port(&PortKey6 {
+        let port = maps6::served_port(&PortKey6 {
             instance: route.hop,
             vip: inner.flow.vip,
             vip_port: inner.flow.vip_port,
@@ -211,9 +211,10 @@ fn try_route(
         if let Some(port) = port {
             let owned = owner == route.hop;
             if owned || inner.opens() || route.left == 0 {
-                remember(inner, route.hop, owned, established != 0);
+                let new_flow = remember(inner, route.hop, owned, established != 0);
+                maps::count_instance(port.counter, client_bytes(outer), new_flow);
                 let (interface, mac) = (instance.interface, instance.mac);
-                place.write(Place { address: route.hop, interface, mac, port });
+                place.write(Place { address: route.hop, interface, mac, port: port.port });
                 return Ok(PLACED);
             }
         }
@@ -222,21 +223,21 @@ fn try_route(
     Err(Counter::TtlExceeded)
 }
 
-/// Keeps in mind that an instance was given a flow's packet.
+/// Keeps in mind that an instance was given a flow's packet; whether this established the flow there.
 #[inline(always)]
-fn remember(inner: &Inner, instance: u32, owned: bool, established: bool) {
+fn remember(inner: &Inner, instance: u32, owned: bool, established: bool) -> bool {
     if owned {
-        if inner.continues() && !established {
-            maps6::promote_flow(&inner.flow, instance);
-        }
-    } else if inner.opens() || inner.continues() {
-        // An established flow that comes to another instance keeps its entry: nothing is evicted for it.
-        if established {
-            maps6::establish_flow(&inner.flow, instance);
-        } else {
-            maps6::note_flow(&inner.flow, instance);
-        }
+        return inner.continues() && !established && maps6::promote_flow(&inner.flow, instance);
     }
+    if !inner.opens() && !inner.continues() {
+        return false;
+    }
+    // An established flow that comes to another instance keeps its entry: nothing is evicted for it.
+    if established {
+        return maps6::establish_flow(&inner.flow, instance);
+    }
+    maps6::note_flow(&inner.flow, instance);
+    false
 }
 
 /// How reading the client's packet went.

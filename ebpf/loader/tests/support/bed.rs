@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyplace_ebpf::{
-    Bucket, Counter, DataPlane, Instance, Options, Port, Protocol, VipKey, VipTable, flow_hash,
+    Bucket, Counter, DataPlane, Instance, Meters, Options, Port, Protocol, VipKey, VipTable, flow_hash,
 };
 use anyplace_ebpf_common as common;
 use aya::{
@@ -59,14 +59,7 @@ impl Bed {
              link add apv0a010141 type veth peer name inner1\n\
              link add apv0a010142 type veth peer name inner2\n");
         let bpffs = BpfFs::new();
-        let options = Options {
-            uplink: "eth0".into(),
-            address: MACHINE,
-            pin_dir: bpffs.path.join("anyplace"),
-            object: object(),
-        };
-        let plane =
-            namespace.enter(|| DataPlane::load(options).unwrap_or_else(|error| panic!("{}", chain(&error))));
+        let plane = load(&namespace, &bpffs);
         let mut bed = Self { plane, namespace, bpffs };
         bed.vip(80, bucket(THERE, THERE), bucket(HERE, HERE));
         bed.vip(81, bucket(THERE, THERE_TOO), bucket(THERE, THERE));
@@ -81,11 +74,22 @@ impl Bed {
                 .flat_map(keys)
                 .map(|vip| Port { vip, container_port: CONTAINER_PORT + vip.port - 80 })
                 .collect();
-            let instance = Instance { address, host_interface: name.into(), ports };
-            let Bed { plane, namespace, .. } = &mut bed;
-            namespace.enter(|| plane.set_instance(&instance).unwrap());
+            bed.set_instance(&Instance { address, host_interface: name.into(), ports });
         }
         bed
+    }
+
+    /// The next router on the same maps.
+    pub(crate) fn restart(self) -> Self {
+        let Self { plane, namespace, bpffs } = self;
+        drop(plane);
+        let plane = load(&namespace, &bpffs);
+        Self { plane, namespace, bpffs }
+    }
+
+    pub(crate) fn set_instance(&mut self, instance: &Instance) {
+        let Bed { plane, namespace, .. } = self;
+        namespace.enter(|| plane.set_instance(instance).unwrap());
     }
 
     pub(crate) fn vip(&mut self, port: u16, full: Bucket, local: Bucket) {
@@ -98,6 +102,11 @@ impl Bed {
     /// Runs one frame through a program.
     pub(crate) fn run(&self, program: &str, frame: &[u8]) -> (u32, Vec<u8>) {
         self.namespace.enter(|| test_run(&self.plane, program, frame).unwrap())
+    }
+
+    /// The counters, as one reads them beside the router.
+    pub(crate) fn meters(&self) -> Meters {
+        Meters::open(&self.bpffs.path.join("anyplace")).unwrap()
     }
 
     /// Where the maps are pinned.
@@ -141,6 +150,16 @@ impl Bed {
             assert_eq!(Some(self.count(counter) - 1), before, "{what}: counter {}", counter.name());
         }
     }
+}
+
+fn load(namespace: &Namespace, bpffs: &BpfFs) -> DataPlane {
+    let options = Options {
+        uplink: "eth0".into(),
+        address: MACHINE,
+        pin_dir: bpffs.path.join("anyplace"),
+        object: object(),
+    };
+    namespace.enter(|| DataPlane::load(options).unwrap_or_else(|error| panic!("{}", chain(&error))))
 }
 
 /// Runs one frame through a program: the verdict and the frame that comes out. An error is the kernel's, which takes no

@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyplace_ebpf::{Bucket, Counter, Instance, Port, Protocol, VipKey, VipTable};
-use anyplace_ebpf_model::{Flow, Machine, Program, Tables, Verdict, VipCount, instance6};
+use anyplace_ebpf_model::{Flow, InstanceCount, Machine, Program, Tables, Verdict, VipCount, instance6};
 use anyplace_seed::Seed;
 use aya::{
     Pod,
@@ -116,7 +116,9 @@ impl World {
             let [a, b, c, d] = address.octets();
             model.instances.insert(address, [0x02, 0x61, a, b, c, d]);
             let instance = Instance { address, host_interface: name.into(), ports };
-            bed.namespace.enter(|| bed.plane.set_instance(&instance).unwrap());
+            // Serving nothing first, so that its counters start at zero.
+            bed.set_instance(&Instance { ports: Vec::new(), ..instance.clone() });
+            bed.set_instance(&instance);
         }
         let fleet = match random.index(3) {
             0 => vec![],
@@ -189,7 +191,7 @@ impl World {
         true
     }
 
-    /// Compares what isn't compared for each packet: counters by VIP, and flows.
+    /// Compares what isn't compared for each packet: counters by VIP and by instance, and flows.
     pub(crate) fn check_state(&mut self, what: &str) {
         for key in self.bed.plane.vips() {
             let found = self.bed.plane.vip_counters(key).unwrap().unwrap();
@@ -199,6 +201,15 @@ impl World {
             let expected = self.model.vip_counters.get(&vip).copied().unwrap_or_default();
             assert_eq!(found, expected, "{what}: counters of {key} (program, model)");
         }
+        let found: BTreeMap<_, _> = self.bed.meters().instances().unwrap().into_iter().collect();
+        for ((key, instance), found) in found {
+            let vip = (key.address, key.port, number(key.protocol));
+            let expected = self.model.instance_counters.remove(&(instance, vip)).unwrap_or_default();
+            let found =
+                InstanceCount { packets: found.packets, bytes: found.bytes, new_flows: found.new_flows };
+            assert_eq!(found, expected, "{what}: counters of {key} at {instance} (program, model)");
+        }
+        assert_eq!(self.model.instance_counters, BTreeMap::new(), "{what}: counted by the model alone");
         let expected: BTreeMap<Flow, Ipv4Addr> = self.model.flows.clone().into_iter().collect();
         let mut found = read(&self.flows);
         found.extend(read6(&self.flows6));
