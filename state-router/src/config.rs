@@ -2,11 +2,13 @@
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
+    num::NonZeroU32,
     path::PathBuf,
 };
 
+use anyhow::ensure;
 use anyplace_ebpf::Capacity;
-use anyplace_model::MachineId;
+use anyplace_model::{Bytes, MachineId};
 use ipnet::Ipv4Net;
 use serde::Deserialize;
 
@@ -43,6 +45,47 @@ pub struct Config {
     /// The BGP daemon; without it, something else must bring packets for VIPs to the machine.
     #[serde(default)]
     pub bgp: Option<BgpConfig>,
+    /// What is written of flows; nothing without it.
+    #[serde(default)]
+    pub flow_log: Option<FlowLogConfig>,
+}
+
+/// A log of some of the flows that are established at this machine's instances, and of some of the packets that are refused.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FlowLogConfig {
+    /// One event in so many is written, chosen by chance.
+    #[serde(default = "one_in")]
+    pub one_in: NonZeroU32,
+    /// The file; `flows.jsonl` in `data_dir` unless said. Older ones have a number behind their name, from 1.
+    #[serde(default)]
+    pub path: Option<PathBuf>,
+    /// Largest size of a file.
+    #[serde(default = "file_size")]
+    pub file_size: Bytes,
+    /// How many files are kept, with the one that is written.
+    #[serde(default = "files")]
+    pub files: u32,
+}
+
+impl FlowLogConfig {
+    /// Shortest that a file may be: some events.
+    const MIN_FILE_BYTES: u64 = 4 << 10;
+    /// Most files: each has to be renamed when one is full.
+    const MAX_FILES: u32 = 1_000;
+
+    /// Refuses what makes no log.
+    ///
+    /// # Errors
+    /// A field is out of its range.
+    pub fn check(&self) -> anyhow::Result<()> {
+        let (size, files) = (self.file_size, self.files);
+        let least = Bytes(Self::MIN_FILE_BYTES);
+        ensure!(size >= least, "flow_log.file_size is {size}; set it to {least} or more");
+        let most = Self::MAX_FILES;
+        ensure!((1..=most).contains(&files), "flow_log.files is {files}; set it to 1 to {most}");
+        Ok(())
+    }
 }
 
 /// How to drive bird2.
@@ -65,4 +108,16 @@ fn max_vip_ports() -> u32 {
 
 fn pin_dir() -> PathBuf {
     "/sys/fs/bpf/anyplace".into()
+}
+
+fn one_in() -> NonZeroU32 {
+    NonZeroU32::MIN.saturating_add(999)
+}
+
+fn file_size() -> Bytes {
+    Bytes(16 << 20)
+}
+
+fn files() -> u32 {
+    4
 }

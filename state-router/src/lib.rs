@@ -8,6 +8,7 @@
 
 mod bgp;
 mod config;
+mod flow_log;
 mod metrics;
 mod plane;
 mod routes;
@@ -18,17 +19,18 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use anyplace_api::{Client, WatchEvent, Watcher};
-use anyplace_ebpf::{Capacity, DataPlane, Options};
+use anyplace_ebpf::{Capacity, DataPlane, FlowEvents, Options};
 use anyplace_model::RouteRecord;
 use tokio_util::sync::CancellationToken;
 
-pub use config::{BgpConfig, Config};
+pub use config::{BgpConfig, Config, FlowLogConfig};
 pub use shares::{Backend, BackendState, Owner, Shares, shares};
 pub use trace::{Flow, Hop, Served, Step, Trace, trace};
 
 use crate::bgp::Bgp;
 #[doc(hidden)]
 pub use crate::{
+    flow_log::{Log, run as run_flow_log},
     metrics::render as render_metrics,
     plane::{Change, Names, Plane},
     routes::Routes,
@@ -65,8 +67,11 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
             "max_vip_ports takes effect once the pinned maps are gone"
         );
     }
+    let flow_log = start_flow_log(&config, &mut data_plane)?;
     tracing::info!(uplink = config.uplink, mode = ?data_plane.xdp_mode(), "data plane loaded");
     let mut plane = Plane::new(data_plane, config.machine.clone());
+    let flow_log = flow_log
+        .map(|(events, log)| tokio::spawn(flow_log::run(events, log, plane.names(), shutdown.clone())));
     let metrics = metrics::serve(config.listen, config.pin_dir.clone(), plane.names(), shutdown.clone());
     let mut bgp = config.bgp.clone().map(Bgp::new);
     let mut routes = Routes::load(config.data_dir.join("routes.log"));
@@ -122,7 +127,22 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         }
         announced = announce(bgp.as_mut(), &routes).await;
     }
+    if let Some(flow_log) = flow_log {
+        flow_log.await.context("the flow log panicked")?;
+    }
     metrics.await.context("the metrics' listener panicked")
+}
+
+/// Has the programs tell of flows, if that is configured; the events, and where they go.
+fn start_flow_log(
+    config: &Config,
+    data_plane: &mut DataPlane,
+) -> anyhow::Result<Option<(FlowEvents, flow_log::Log)>> {
+    let Some(flow_log) = &config.flow_log else { return Ok(None) };
+    let log = flow_log::Log::open(flow_log, &config.data_dir)?;
+    let events = FlowEvents::open(&config.pin_dir).context("flow_log")?;
+    data_plane.set_flow_events(Some(flow_log.one_in)).context("flow_log")?;
+    Ok(Some((events, log)))
 }
 
 /// Brings the routes of the last run into the data plane.

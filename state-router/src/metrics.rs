@@ -55,6 +55,9 @@ pub fn render(meters: &Meters, names: &Names) -> anyhow::Result<String> {
         let name = counter.name();
         writeln!(text, "# TYPE anyplace_router_{name}_total counter\nanyplace_router_{name}_total {value}")?;
     }
+    let lost = meters.lost_flow_events()?;
+    let name = "anyplace_router_flow_events_lost_total";
+    writeln!(text, "# TYPE {name} counter\n{name} {lost}")?;
     let vips: BTreeMap<String, VipCounters> =
         meters.vips()?.into_iter().map(|(key, counters)| (labels(&key), counters)).collect();
     let rows: [Row<VipCounters>; 3] = [

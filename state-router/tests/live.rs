@@ -11,16 +11,20 @@
 mod namespaces;
 
 use std::{
+    collections::BTreeMap,
     io::{BufRead as _, BufReader, Write as _},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
-    time::Duration,
+    num::NonZeroU32,
+    sync::atomic::{AtomicU16, Ordering},
+    time::{Duration, Instant},
 };
 
-use anyplace_ebpf::{Capacity, DataPlane, Meters, Options};
+use anyplace_ebpf::{Capacity, DataPlane, FlowEvents, Meters, Options};
 use anyplace_model::{GATEWAY6, Route, container_mac, host_interface, instance_address6};
-use anyplace_state_router::{Change, Plane, render_metrics};
+use anyplace_state_router::{Change, FlowLogConfig, Log, Plane, render_metrics, run_flow_log};
 use namespaces::{BpfFs, Namespace, object, root_or_skip};
-use serde_json::json;
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
 
 const MACHINE: Ipv4Addr = Ipv4Addr::new(10, 1, 1, 1);
 const INSTANCE: Ipv4Addr = Ipv4Addr::new(10, 1, 1, 65);
@@ -32,6 +36,8 @@ const PORT: u16 = 80;
 const CONTAINER_PORT: u16 = 8080;
 /// Generous on a busy machine; a lost packet fails the test after it instead of hanging.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Below those that the kernel chooses.
+static NEXT_PORT: AtomicU16 = AtomicU16::new(20_000);
 /// From linux/ethtool.h.
 const ETHTOOL_STXCSUM: u32 = 0x17;
 
@@ -88,7 +94,8 @@ impl Bed {
             object: object(),
         };
         let capacity = Capacity { vips: 16, buckets: 1 << 16 };
-        let data_plane = machine.enter(|| DataPlane::load_for(options, capacity).unwrap());
+        let mut data_plane = machine.enter(|| DataPlane::load_for(options, capacity).unwrap());
+        data_plane.set_flow_events(NonZeroU32::new(1)).unwrap();
         let mut plane = Plane::new(data_plane, "ams-1".parse().unwrap());
         let routes = [route(VIP.into(), true), route(VIP6.into(), true), route(EMPTY_VIP.into(), false)];
         machine.enter(|| plane.apply(routes.into_iter().map(Change::Put).collect()));
@@ -117,7 +124,8 @@ impl Bed {
         self.client.enter(|| {
             let any: IpAddr =
                 if vip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-            let socket = UdpSocket::bind((any, 0)).unwrap();
+            // A port that no other socket of the test had: its flow is a new one.
+            let socket = UdpSocket::bind((any, NEXT_PORT.fetch_add(1, Ordering::Relaxed))).unwrap();
             socket.connect(vip).unwrap();
             socket.set_read_timeout(Some(PATIENCE)).unwrap();
             for number in 0..count {
@@ -214,4 +222,81 @@ fn metrics_tell_what_each_instance_was_given() {
     assert!(value("packets", VIP.into(), "tcp") >= 9, "{metrics}");
     assert!(!metrics.contains(&format!("vip=\"{EMPTY_VIP}\",port=\"80\",protocol=\"udp\",instance")));
     assert!(metrics.contains("anyplace_router_no_backend_total 1\n"), "{metrics}");
+}
+
+/// Outcome, client, VIP port, protocol, instance.
+type Told = (String, SocketAddr, SocketAddr, String, Option<String>);
+
+/// What a file of the log says, and how often it says it.
+fn read(path: &std::path::Path) -> BTreeMap<Told, usize> {
+    let mut told = BTreeMap::new();
+    for line in std::fs::read_to_string(path).unwrap_or_default().lines() {
+        let line: Value = serde_json::from_str(line).unwrap_or_else(|error| panic!("{line}: {error}"));
+        let text = |field: &str| line[field].as_str().map(str::to_owned);
+        let address = |field: &str| text(field).unwrap().parse::<SocketAddr>().unwrap();
+        let instance = text("instance");
+        assert_eq!(text("address"), instance.as_ref().map(|_| INSTANCE.to_string()), "{line}");
+        let time: jiff::Timestamp = text("time").unwrap().parse().unwrap();
+        let age = jiff::Timestamp::now().duration_since(time).abs();
+        assert!(age < jiff::SignedDuration::from_secs(120), "{line} is {age:?} away");
+        let flow = (
+            text("outcome").unwrap(),
+            address("client"),
+            address("vip"),
+            text("protocol").unwrap(),
+            instance,
+        );
+        *told.entry(flow).or_default() += 1;
+    }
+    told
+}
+
+#[test]
+fn the_flow_log_has_what_clients_did() {
+    if !root_or_skip() {
+        return;
+    }
+    let bed = Bed::new();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("flows.jsonl");
+    let config: FlowLogConfig = serde_json::from_value(json!({ "one_in": 1 })).unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let start = |bed: &Bed| {
+        let events = FlowEvents::open(&bed.bpffs.path.join("anyplace")).unwrap();
+        let (log, shutdown) = (Log::open(&config, folder.path()).unwrap(), CancellationToken::new());
+        (runtime.spawn(run_flow_log(events, log, bed.plane.names(), shutdown.clone())), shutdown)
+    };
+    // What clients do, and what is to be told of it.
+    let mut expected: BTreeMap<Told, usize> = BTreeMap::new();
+    let mut expect = |outcome: &str, client, vip: IpAddr, protocol: &str, times| {
+        let instance = (outcome == "established").then(|| "web-1".to_owned());
+        let flow = (outcome.to_owned(), client, SocketAddr::new(vip, PORT), protocol.to_owned(), instance);
+        assert_eq!(expected.insert(flow, times), None, "a port of a client was used twice");
+    };
+    let mut act = |bed: &Bed| {
+        for vip in [IpAddr::from(VIP), IpAddr::from(VIP6)] {
+            for _ in 0..10 {
+                expect("established", bed.connection(vip), vip, "tcp", 1);
+                expect("established", bed.datagrams(vip, 3, true), vip, "udp", 1);
+                // One datagram establishes nothing.
+                bed.datagrams(vip, 1, true);
+            }
+        }
+        expect("no_backend", bed.datagrams(EMPTY_VIP, 4, false), EMPTY_VIP.into(), "udp", 4);
+    };
+    let (log, shutdown) = start(&bed);
+    act(&bed);
+    shutdown.cancel();
+    runtime.block_on(log).unwrap();
+    // And what is told between two runs waits for the next.
+    act(&bed);
+    let (log, shutdown) = start(&bed);
+    let begun = Instant::now();
+    while read(&path) != expected && begun.elapsed() < PATIENCE {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(read(&path), expected);
+    shutdown.cancel();
+    runtime.block_on(log).unwrap();
+    assert!(bed.metrics().contains("\nanyplace_router_flow_events_lost_total 0\n"), "{}", bed.metrics());
 }

@@ -198,8 +198,8 @@ pub struct Config {
     pub icmp_interval: u32,
     /// 1: packets with an encapsulation must come from a prefix in FLEET.
     pub fleet_only: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// 0: no events of flows. Else an event is told if a random number isn't greater; the largest one tells of all.
+    pub flow_sample: u32,
 }
 
 /// A packet that came in fragments; the first of them carries the ports.

@@ -9,12 +9,14 @@
 #![cfg_attr(not(test), no_std)]
 
 mod counters;
+mod events;
 mod hash;
 mod layout;
 mod layout6;
 mod wire;
 
 pub use counters::{Counter, Counters, InstanceCounters, VipCounters};
+pub use events::{FLOW_EVENTS_BYTES, FlowEvent, Outcome, flow_sample, mapped};
 pub use hash::{bucket_index, flow_hash, flow_hash6, source_port};
 pub use layout::{
     Bucket, Config, FleetKey, FlowKey, FlowValue, FragmentKey, INTERFACE_NAME_BYTES, InstanceValue, Layout,

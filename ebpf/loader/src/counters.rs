@@ -11,8 +11,8 @@ use aya::{
 use crate::{
     DataPlane, Error, VipKey,
     maps::{
-        COUNTERS, INSTANCE_COUNTERS, PORTS, PORTS6, Plain, Spec, Table, VIP_COUNTERS, VIPS, VIPS6, by_vip,
-        open,
+        COUNTERS, FLOW_EVENTS_LOST, INSTANCE_COUNTERS, PORTS, PORTS6, Plain, Spec, Table, VIP_COUNTERS, VIPS,
+        VIPS6, by_vip, open,
     },
     types::{MapKey as _, ipv4},
 };
@@ -79,6 +79,7 @@ pub struct Meters {
     ports: Table<common::PortKey, common::PortValue>,
     ports6: Table<common::PortKey6, common::PortValue>,
     instance_counters: PerCpuArray<MapData, Plain<InstanceCounters>>,
+    flow_events_lost: PerCpuArray<MapData, Plain<u64>>,
 }
 
 impl Meters {
@@ -93,12 +94,20 @@ impl Meters {
             ports: Table::open(&folder, &PORTS)?,
             ports6: Table::open(&folder, &PORTS6)?,
             instance_counters: open(&folder, &INSTANCE_COUNTERS)?,
+            flow_events_lost: open(&folder, &FLOW_EVENTS_LOST)?,
         })
     }
 
     /// The machine's counters.
     pub fn totals(&self) -> Result<Totals, Error> {
         totals(&self.counters)
+    }
+
+    /// Events of flows that nobody read in time.
+    pub fn lost_flow_events(&self) -> Result<u64, Error> {
+        let cpus = self.flow_events_lost.get(&0, 0);
+        let cpus = cpus.map_err(|source| FLOW_EVENTS_LOST.error("bpf_map_lookup_elem", source))?;
+        Ok(cpus.iter().map(|Plain(lost)| lost).sum())
     }
 
     /// What entered at this machine for each VIP port.

@@ -7,7 +7,7 @@ use aya::maps::lpm_trie::Key;
 
 use crate::{
     DataPlane, Error,
-    maps::{CONFIG, FLEET, Maps, Plain},
+    maps::{FLEET, Maps, Plain},
     types::address,
 };
 
@@ -21,20 +21,12 @@ impl DataPlane {
             let result = self.maps.fleet.insert(&trie_key(prefix), Plain(1), 0);
             result.map_err(|source| FLEET.error("bpf_map_update_elem", source))?;
         }
-        self.set_fleet_only(!wanted.is_empty())?;
+        self.change_config(|config| config.fleet_only = u32::from(!wanted.is_empty()))?;
         for old in entries(&self.maps)?.difference(&wanted) {
             let result = self.maps.fleet.remove(&trie_key(old));
             result.map_err(|source| FLEET.error("bpf_map_delete_elem", source))?;
         }
         Ok(())
-    }
-
-    fn set_fleet_only(&mut self, only: bool) -> Result<(), Error> {
-        let config = self.maps.config.get(&0, 0);
-        let Plain(mut config) = config.map_err(|source| CONFIG.error("bpf_map_lookup_elem", source))?;
-        config.fleet_only = u32::from(only);
-        let result = self.maps.config.set(0, Plain(config), 0);
-        result.map_err(|source| CONFIG.error("bpf_map_update_elem", source))
     }
 }
 

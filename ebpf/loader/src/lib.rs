@@ -7,6 +7,7 @@
 //! ```text
 //! PIN_DIR/v2/                  one folder for each layout version
 //!   CONFIG BUCKETS INSTANCES FLEET RATES COUNTERS VIP_COUNTERS INSTANCE_COUNTERS WALK
+//!   FLOW_EVENTS FLOW_EVENTS_LOST
 //!   VIPS PORTS REPLIES FLOWS EMBRYONIC FRAGMENTS, and with a 6 behind the name those for VIPs that are IPv6 addresses
 //!   links/ingress_IFINDEX  links/target_IFINDEX  links/target6_IFINDEX  links/reply_IFINDEX
 //! ```
@@ -22,6 +23,7 @@ mod counters;
 mod error;
 mod fleet;
 mod flow;
+mod flow_events;
 mod instances;
 mod maps;
 mod plane;
@@ -29,10 +31,13 @@ mod sys;
 mod types;
 mod vips;
 
-pub use anyplace_ebpf_common::{Counter, InstanceCounters, VipCounters, bucket_index, flow_hash, flow_hash6};
+pub use anyplace_ebpf_common::{
+    Counter, InstanceCounters, Outcome, VipCounters, bucket_index, flow_hash, flow_hash6,
+};
 pub use attach::XdpMode;
 pub use counters::{Meters, Totals};
 pub use error::Error;
+pub use flow_events::{FlowEvent, FlowEvents};
 pub use maps::MapMemory;
 pub use plane::{Capacity, DataPlane, Options};
 pub use types::{Bucket, Instance, Port, Protocol, VipKey, VipTable};

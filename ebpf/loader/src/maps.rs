@@ -311,7 +311,10 @@ pub(crate) const VIP_COUNTERS: Spec = Spec::new::<u32, common::VipCounters>("VIP
 pub(crate) const INSTANCE_COUNTERS: Spec =
     Spec::new::<u32, common::InstanceCounters>("INSTANCE_COUNTERS", common::MAX_INSTANCE_COUNTERS);
 
-const ALL: [&Spec; 21] = [
+pub(crate) const FLOW_EVENTS: Spec = Spec::new::<(), ()>("FLOW_EVENTS", common::FLOW_EVENTS_BYTES);
+pub(crate) const FLOW_EVENTS_LOST: Spec = Spec::new::<u32, u64>("FLOW_EVENTS_LOST", 1);
+
+const ALL: [&Spec; 23] = [
     &CONFIG,
     &VIPS,
     &VIPS6,
@@ -333,6 +336,8 @@ const ALL: [&Spec; 21] = [
     &COUNTERS,
     &VIP_COUNTERS,
     &INSTANCE_COUNTERS,
+    &FLOW_EVENTS,
+    &FLOW_EVENTS_LOST,
 ];
 
 fn take(object: &mut Ebpf, name: &'static str) -> Result<Map, Error> {

@@ -131,7 +131,7 @@ impl DataPlane {
             uplink_mtu,
             icmp_interval: ICMP_INTERVAL,
             fleet_only: u32::from(fleet::is_set(&maps)?),
-            reserved: 0,
+            flow_sample: 0,
         };
         maps.config.set(0, Plain(config), 0).map_err(|source| CONFIG.error("bpf_map_update_elem", source))?;
         let vip_counters = CounterSlots::new(
@@ -195,6 +195,15 @@ impl DataPlane {
     #[doc(hidden)]
     pub fn object(&self) -> &Ebpf {
         &self.object
+    }
+
+    /// Changes what the programs know of their machine.
+    pub(crate) fn change_config(&mut self, change: impl FnOnce(&mut common::Config)) -> Result<(), Error> {
+        let config = self.maps.config.get(&0, 0);
+        let Plain(mut config) = config.map_err(|source| CONFIG.error("bpf_map_lookup_elem", source))?;
+        change(&mut config);
+        let result = self.maps.config.set(0, Plain(config), 0);
+        result.map_err(|source| CONFIG.error("bpf_map_update_elem", source))
     }
 
     fn attach(&mut self, uplink: u32, uplink_name: &str) -> Result<(), Error> {

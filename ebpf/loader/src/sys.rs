@@ -67,6 +67,20 @@ pub(crate) fn update_batch<K: Layout, V: Layout>(
     if result == 0 { Ok(()) } else { Err((attributes.count as usize, io::Error::last_os_error())) }
 }
 
+/// A structure that the kernel wrote as bytes; `None` if it is of another length.
+pub(crate) fn read_layout<T: Layout>(bytes: &[u8]) -> Option<T> {
+    // SAFETY: as many bytes as `T` has, and any bytes are a value of it (`Layout`).
+    (bytes.len() == size_of::<T>()).then(|| unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
+}
+
+/// Nanoseconds on the clock that programs read by `bpf_ktime_get_ns`.
+pub(crate) fn monotonic_ns() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: room for the answer; this clock is always there.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
 /// Bytes of kernel memory that a map takes.
 pub(crate) fn map_memory(map: BorrowedFd<'_>) -> io::Result<u64> {
     let info = std::fs::read_to_string(format!("/proc/thread-self/fdinfo/{}", map.as_raw_fd()))?;

@@ -77,7 +77,14 @@ impl Machine {
         if !self.admit(vip, ip.total, opening) {
             return self.too_big(frame, &ip);
         }
-        self.encapsulate(frame, Packet { class: ip.tos, total: ip.total, six: false }, &flow)
+        let packet = Packet { class: ip.tos, total: ip.total, six: false };
+        let result = self.encapsulate(frame, packet, &flow);
+        if let Err(reason) = result
+            && plain
+        {
+            self.refuse(reason, flow);
+        }
+        result
     }
 
     /// Counts a packet that is for a VIP's port; false if it is too big.

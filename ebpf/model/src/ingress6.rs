@@ -107,7 +107,13 @@ impl Machine {
         if !self.admit(vip, ip.total, opening) {
             return self.too_big6(frame, &ip, tell);
         }
-        self.encapsulate(frame, Packet { class: ip.class, total: ip.total, six: true }, &flow)
+        let result = self.encapsulate(frame, Packet { class: ip.class, total: ip.total, six: true }, &flow);
+        if let Err(reason) = result
+            && plain
+        {
+            self.refuse(reason, flow);
+        }
+        result
     }
 
     /// Answers an echo request.

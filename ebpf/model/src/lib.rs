@@ -24,7 +24,7 @@ use std::{
     net::{IpAddr, Ipv4Addr},
 };
 
-use anyplace_ebpf_common::Counter;
+use anyplace_ebpf_common::{Counter, Outcome};
 
 pub use bytes6::instance6;
 pub use opening::opening;
@@ -105,6 +105,9 @@ pub struct InstanceCount {
     pub new_flows: u64,
 }
 
+/// What is told of a flow: the outcome, the flow, the instance that got it.
+pub type Event = (Outcome, Flow, Option<Ipv4Addr>);
+
 /// A machine: its maps, its counters.
 #[derive(Clone, Debug)]
 pub struct Machine {
@@ -134,6 +137,8 @@ pub struct Machine {
     pub vip_counters: BTreeMap<Vip, VipCount>,
     /// By instance and VIP.
     pub instance_counters: BTreeMap<(Ipv4Addr, Vip), InstanceCount>,
+    /// What the flow log is told, of every flow.
+    pub events: Vec<Event>,
 }
 
 impl Machine {
@@ -153,6 +158,7 @@ impl Machine {
             counters: vec![0; Counter::ALL.len()],
             vip_counters: BTreeMap::new(),
             instance_counters: BTreeMap::new(),
+            events: Vec::new(),
         }
     }
 
@@ -175,6 +181,15 @@ impl Machine {
 
     fn add(&mut self, counter: Counter, amount: u64) {
         self.counters[counter as usize] += amount;
+    }
+
+    /// Tells the flow log that a packet was dropped, if it was for one of these reasons.
+    fn refuse(&mut self, reason: Counter, flow: Flow) {
+        match reason {
+            Counter::NoBackend => self.events.push((Outcome::NoBackend, flow, None)),
+            Counter::NoInstance => self.events.push((Outcome::NoInstance, flow, None)),
+            _ => {}
+        }
     }
 
     fn is_vip(&self, address: IpAddr) -> bool {

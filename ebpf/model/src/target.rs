@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
-use anyplace_ebpf_common::{Counter, ENCAPSULATION_BYTES, GUE_PORT};
+use anyplace_ebpf_common::{Counter, ENCAPSULATION_BYTES, GUE_PORT, Outcome};
 
 use crate::{
     Flow, Machine, Verdict, bucket,
@@ -72,9 +72,25 @@ impl Machine {
             Err(reason) if ours => return Err(reason),
             Err(_) => return Ok(Verdict::Pass),
         };
+        let result = self.serve(frame, &outer, &inner, (ours, foreign));
+        if let Err(reason) = result {
+            self.refuse(reason, inner.flow);
+        }
+        result
+    }
+
+    /// Tries the hops.
+    fn serve(
+        &mut self,
+        frame: &mut Vec<u8>,
+        outer: &Ip,
+        inner: &Inner,
+        (ours, foreign): (bool, bool),
+    ) -> Result<Verdict, Counter> {
         let list = (0..3).filter_map(|slot| address(frame, 50 + 4 * slot));
         // The hops that are left, next one first.
         let mut hops: Vec<Ipv4Addr> = list.skip(usize::from(frame[48])).collect();
+        let here = outer.destination;
         let mut hop = here;
         if !ours {
             if !self.is_vip(inner.flow.1) {
@@ -87,14 +103,14 @@ impl Machine {
         }
         for _ in 0..5 {
             if hop == self.address {
-                hop = self.relay(&inner, &mut hops)?;
+                hop = self.relay(inner, &mut hops)?;
                 continue;
             }
             let Some(mac) = self.instances.get(&hop).copied() else {
                 if hop == here {
                     return Err(Counter::NoInstance);
                 }
-                return forward(frame, &outer, hop, &hops);
+                return forward(frame, outer, hop, &hops);
             };
             let (_, vip, _, vip_port, protocol) = inner.flow;
             if let Some(port) = self.ports.get(&(hop, (vip, vip_port, protocol))).copied() {
@@ -102,15 +118,18 @@ impl Machine {
                 let owned = owner == Some(&hop);
                 if owned || inner.opens || hops.is_empty() {
                     let known = self.counters[Counter::NewFlows as usize];
-                    self.remember(&inner, hop);
+                    self.remember(inner, hop);
                     self.count(Counter::Delivered);
                     let new_flows = self.counters[Counter::NewFlows as usize] - known;
+                    if new_flows > 0 {
+                        self.events.push((Outcome::Established, inner.flow, Some(hop)));
+                    }
                     let count = self.instance_counters.entry((hop, (vip, vip_port, protocol))).or_default();
                     count.packets += 1;
                     count.bytes += (inner.end - INNER) as u64;
                     count.new_flows += new_flows;
-                    let deliver = if six { deliver6 } else { deliver };
-                    deliver(frame, &inner, hop, port, mac);
+                    let deliver = if vip.is_ipv6() { deliver6 } else { deliver };
+                    deliver(frame, inner, hop, port, mac);
                     return Ok(Verdict::Redirect);
                 }
             }

@@ -21,7 +21,7 @@ use aya_ebpf::{
 };
 
 use crate::{
-    answers, answers6, ingress6, maps,
+    answers, answers6, events, ingress6, maps,
     packet::{self, ETHERNET, ETHERTYPE_IPV4, IPV4, TCP_FLAGS},
     packet6::ETHERTYPE_IPV6,
     unusual,
@@ -100,7 +100,11 @@ fn try_ingress(ctx: &XdpContext) -> Result<u32, Counter> {
         opens = packet::opens_connection(unsafe { *flags });
     }
     let flow = Flow { source: u32::from_ne_bytes(ip.source), ports, protocol: ip.protocol, opens };
-    forward(ctx, &flow.client(ip), &vip)
+    let result = forward(ctx, &flow.client(ip), &vip);
+    if result == Err(Counter::NoBackend) {
+        events::refused_at_ingress(ctx.ctx);
+    }
+    result
 }
 
 /// What a packet for a VIP belongs to: its own flow, or the one that an ICMP error is about.

@@ -17,7 +17,7 @@ use aya_ebpf::{
 };
 
 use crate::{
-    answers6,
+    answers6, events,
     ingress::{self, Client, at},
     maps, maps6,
     packet::{self, ETHERNET, ICMP_BYTES, TCP_FLAGS},
@@ -107,7 +107,11 @@ fn try_ingress6(ctx: &XdpContext) -> Result<u32, Counter> {
         opens = packet::opens_connection(unsafe { *flags });
     }
     let hash = flow_hash6(&ip.source(), &vip_address, ports.source, ports.destination, ip.next);
-    ingress::forward(ctx, &client(ip, hash, opens, true), &vip)
+    let result = ingress::forward(ctx, &client(ip, hash, opens, true), &vip);
+    if result == Err(Counter::NoBackend) {
+        events::refused_at_ingress6(ctx.ctx);
+    }
+    result
 }
 
 /// What ingress makes of a packet.

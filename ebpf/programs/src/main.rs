@@ -14,6 +14,7 @@
 
 mod answers;
 mod answers6;
+mod events;
 mod ingress;
 mod ingress6;
 mod maps;

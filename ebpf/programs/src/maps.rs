@@ -3,8 +3,8 @@
 use anyplace_ebpf_common::{
     ARENA_BUCKETS, Bucket, Config, Counter, Counters, FlowKey, FlowValue, FragmentKey, ICMP_BURST,
     InstanceCounters, InstanceValue, MAX_EMBRYONIC, MAX_FLEET, MAX_FLOWS, MAX_FRAGMENTS,
-    MAX_INSTANCE_COUNTERS, MAX_INSTANCES, MAX_PORTS, MAX_VIPS, PortKey, PortValue, Ports, Range, ReplyKey,
-    ReplyValue, VipCounters, VipKey, VipValue, bucket_index,
+    MAX_INSTANCE_COUNTERS, MAX_INSTANCES, MAX_PORTS, MAX_VIPS, Outcome, PortKey, PortValue, Ports, Range,
+    ReplyKey, ReplyValue, VipCounters, VipKey, VipValue, bucket_index,
 };
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
@@ -12,6 +12,8 @@ use aya_ebpf::{
     macros::map,
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, lpm_trie::Key},
 };
+
+use crate::events;
 
 #[map]
 static CONFIG: Array<Config> = Array::pinned(1, 0);
@@ -124,6 +126,7 @@ pub(crate) fn establish_flow(key: &FlowKey, instance: u32) -> bool {
     let established = FLOWS.insert(key, FlowValue { instance }, 0).is_ok();
     if established {
         count(Counter::NewFlows);
+        events::flow(key, instance, Outcome::Established);
     }
     established
 }

@@ -2,7 +2,7 @@
 
 use anyplace_ebpf_common::{
     Address6, Counter, FlowKey6, FlowValue, FragmentKey6, FragmentValue6, MAX_EMBRYONIC, MAX_FLOWS,
-    MAX_FRAGMENTS, MAX_PORTS, MAX_VIPS, PortKey6, PortValue, ReplyKey, ReplyValue6, VipKey6, VipValue, Walk,
+    MAX_FRAGMENTS, MAX_PORTS, MAX_VIPS, Outcome, PortKey6, PortValue, ReplyKey, ReplyValue6, VipKey6, VipValue, Walk,
 };
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
@@ -10,7 +10,7 @@ use aya_ebpf::{
     maps::{HashMap, LruHashMap, PerCpuArray},
 };
 
-use crate::maps::count;
+use crate::{events, maps::count};
 
 #[map]
 static VIPS6: HashMap<VipKey6, VipValue> = HashMap::pinned(MAX_VIPS, BPF_F_NO_PREALLOC);
@@ -80,6 +80,7 @@ pub(crate) fn establish_flow(key: &FlowKey6, instance: u32) -> bool {
     let established = FLOWS6.insert(key, FlowValue { instance }, 0).is_ok();
     if established {
         count(Counter::NewFlows);
+        events::flow6(key, instance, Outcome::Established);
     }
     established
 }

@@ -25,7 +25,7 @@ use aya_ebpf::{
 };
 
 use crate::{
-    maps,
+    events, maps,
     packet::{self, ETHERNET, ETHERTYPE_IPV4, ICMP_BYTES, IPV4, TCP_FLAGS},
     quoted,
 };
@@ -202,7 +202,24 @@ fn try_target(ctx: &TcContext) -> Result<i32, Counter> {
         Err(reason) if ours => return Err(reason),
         Err(_) => return Ok(TC_ACT_UNSPEC),
     };
-    let mut route = Route::new(received, &outer);
+    let result = try_route(ctx, &inner, &outer, config, (ours, foreign));
+    if let Err(reason) = result {
+        events::refused(&inner.flow, reason);
+    }
+    result
+}
+
+/// Tries the hops.
+#[inline(always)]
+fn try_route(
+    ctx: &TcContext,
+    inner: &Inner,
+    outer: &Encapsulation,
+    config: &Config,
+    (ours, foreign): (bool, bool),
+) -> Result<i32, Counter> {
+    let received = u32::from_ne_bytes(outer.ip.destination);
+    let mut route = Route::new(received, outer);
     if !ours {
         // Routed here, but nobody's: the address of an instance that is gone, if it is about a VIP at all.
         if !maps::is_vip(inner.flow.vip) {
@@ -218,7 +235,7 @@ fn try_target(ctx: &TcContext) -> Result<i32, Counter> {
 
     for _ in 0..MAX_TRIES {
         if route.hop == config.address {
-            relay(&inner, &mut route)?;
+            relay(inner, &mut route)?;
             continue;
         }
         let Some(instance) = maps::instance(route.hop) else {
@@ -226,7 +243,7 @@ fn try_target(ctx: &TcContext) -> Result<i32, Counter> {
                 // Only after the hops came round to where we started: nobody here to try.
                 return Err(Counter::NoInstance);
             }
-            return forward(ctx, &outer, config, &route);
+            return forward(ctx, outer, config, &route);
         };
         let port = maps::served_port(&PortKey {
             instance: route.hop,
@@ -238,9 +255,9 @@ fn try_target(ctx: &TcContext) -> Result<i32, Counter> {
         if let Some(port) = port {
             let owned = owner == route.hop;
             if owned || inner.opens || route.left == 0 {
-                let new_flow = remember(&inner, route.hop, owned, established != 0);
-                maps::count_instance(port.counter, client_bytes(&outer), new_flow);
-                return deliver(ctx, &inner, instance, route.hop, port.port);
+                let new_flow = remember(inner, route.hop, owned, established != 0);
+                maps::count_instance(port.counter, client_bytes(outer), new_flow);
+                return deliver(ctx, inner, instance, route.hop, port.port);
             }
         }
         pass_on(&mut route)?;

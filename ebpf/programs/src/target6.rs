@@ -20,7 +20,7 @@ use aya_ebpf::{
 };
 
 use crate::{
-    maps, maps6,
+    events, maps, maps6,
     packet::{self, ETHERNET, ETHERTYPE_IPV4, ICMP_BYTES, TCP_FLAGS},
     packet6::{self, ETHERTYPE_IPV6, IPV6},
     quoted6,
@@ -160,6 +160,7 @@ fn route(
     match try_route(&TcContext::new(skb), inner, outer, place, whose) {
         Ok(verdict) => verdict,
         Err(reason) => {
+            events::refused6(&inner.flow, reason);
             maps::count(reason);
             TC_ACT_SHOT
         }

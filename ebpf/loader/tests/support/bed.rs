@@ -6,7 +6,8 @@ use std::{
 };
 
 use anyplace_ebpf::{
-    Bucket, Counter, DataPlane, Instance, Meters, Options, Port, Protocol, VipKey, VipTable, flow_hash,
+    Bucket, Counter, DataPlane, FlowEvents, Instance, Meters, Options, Port, Protocol, VipKey, VipTable,
+    flow_hash,
 };
 use anyplace_ebpf_common as common;
 use aya::{
@@ -107,6 +108,11 @@ impl Bed {
     /// The counters, as one reads them beside the router.
     pub(crate) fn meters(&self) -> Meters {
         Meters::open(&self.bpffs.path.join("anyplace")).unwrap()
+    }
+
+    /// What the flow log is told.
+    pub(crate) fn flow_events(&self) -> FlowEvents {
+        FlowEvents::open(&self.bpffs.path.join("anyplace")).unwrap()
     }
 
     /// Where the maps are pinned.

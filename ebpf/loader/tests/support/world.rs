@@ -3,11 +3,14 @@
 use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr},
+    num::NonZeroU32,
     sync::Mutex,
 };
 
-use anyplace_ebpf::{Bucket, Counter, Instance, Port, Protocol, VipKey, VipTable};
-use anyplace_ebpf_model::{Flow, InstanceCount, Machine, Program, Tables, Verdict, VipCount, instance6};
+use anyplace_ebpf::{Bucket, Counter, FlowEvent, FlowEvents, Instance, Port, Protocol, VipKey, VipTable};
+use anyplace_ebpf_model::{
+    Event, Flow, InstanceCount, Machine, Program, Tables, Verdict, VipCount, instance6,
+};
 use anyplace_seed::Seed;
 use aya::{
     Pod,
@@ -39,6 +42,7 @@ pub(crate) struct World {
     flows6: Mutex<FlowMap6>,
     embryonic6: Mutex<FlowMap6>,
     fragments6: Mutex<FragmentMap6>,
+    events: FlowEvents,
     /// What was counted by IPv6 packets.
     six: Vec<u64>,
     /// Counters before the present tables.
@@ -49,8 +53,10 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) fn new() -> Self {
-        let bed = Bed::new();
+        let mut bed = Bed::new();
         bed.set_icmp_interval(0);
+        bed.plane.set_flow_events(NonZeroU32::new(1)).unwrap();
+        let events = bed.flow_events();
         let flows = Mutex::new(bed.map("FLOWS").try_into().unwrap());
         let embryonic = Mutex::new(bed.map("EMBRYONIC").try_into().unwrap());
         let fragments = Mutex::new(bed.map("FRAGMENTS").try_into().unwrap());
@@ -68,6 +74,7 @@ impl World {
             flows6,
             embryonic6,
             fragments6,
+            events,
             six,
             base,
             first,
@@ -185,6 +192,9 @@ impl World {
         // Nobody sees what is left of a dropped packet.
         let same = got == Verdict::Drop || out == expected;
         assert!(same, "packet\n program {}\n   model {}\non {}", hex(&out), hex(&expected), line());
+        let events: Vec<Event> = self.events.by_ref().map(told).collect();
+        let wanted = std::mem::take(&mut self.model.events);
+        assert_eq!(events, wanted, "events (program, model) on {}", line());
         let counted = self.counted();
         let wanted: BTreeMap<_, _> = self.model_counters();
         assert_eq!(counted, wanted, "counters since these tables (program, model) on {}", line());
@@ -245,6 +255,13 @@ impl World {
         let all = Counter::ALL.iter().map(|counter| (counter.name(), self.model.counters[*counter as usize]));
         all.filter(|(_, value)| *value > 0).collect()
     }
+}
+
+/// An event as the model has it.
+fn told(event: FlowEvent) -> Event {
+    let (client, vip) = (event.client, event.vip);
+    let flow = (client.ip(), vip.address, client.port(), vip.port, number(vip.protocol));
+    (event.outcome, flow, event.instance)
 }
 
 /// By its own type, or by that of the encapsulation's inside.
