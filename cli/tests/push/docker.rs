@@ -19,8 +19,8 @@ use crate::{
 /// The package's own client: another one in the path may come without its part of BuildKit.
 const DOCKER: &str = "/usr/bin/docker";
 
-/// A docker daemon; it ends with this value, and everything that it started with it.
-struct Daemon {
+/// A daemon that builds; it ends with this value, and everything that it started with it.
+pub(crate) struct Daemon {
     /// `unshare`, which waits for the daemon.
     child: Child,
     host: String,
@@ -47,25 +47,46 @@ impl Daemon {
         command.args(["--storage-driver=vfs", "--bridge=none", "--iptables=false", "--ip6tables=false"]);
         command.args(["--ip-forward=false", "--ip-masq=false"]);
         command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+        let docker = |host: &str| Self::docker(host, home, &["version"]);
+        Self::of(command, home, "dockerd", host, group, docker)
+    }
+
+    /// Starts one, by a command that writes to a log of its name, and waits until it answers.
+    pub(crate) fn of(
+        mut command: Command,
+        home: &Home,
+        name: &str,
+        host: String,
+        group: String,
+        probe: impl Fn(&str) -> Command,
+    ) -> Self {
         let daemon = Self { child: command.spawn().unwrap(), host, group };
-        let log = || std::fs::read_to_string(home.path().join("dockerd.log")).unwrap();
-        wait_until("dockerd", || {
-            let done = ran(daemon.docker(home, &["version"]).output().unwrap());
+        let log = || std::fs::read_to_string(home.path().join(format!("{name}.log"))).unwrap();
+        wait_until(name, || {
+            let done = ran(probe(&daemon.host).output().unwrap());
             let ended = Path::new(&format!("/proc/{}", daemon.child.id())).join("exe").read_link().is_err();
-            assert!(done.code == 0 || !ended, "dockerd ended: {}", log());
+            assert!(done.code == 0 || !ended, "{name} ended: {}", log());
             done.code == 0
         });
         daemon
     }
 
-    fn docker(&self, home: &Home, args: &[&str]) -> Command {
+    pub(crate) fn host(&self) -> &str {
+        &self.host
+    }
+
+    pub(crate) fn group(&self) -> &str {
+        &self.group
+    }
+
+    fn docker(host: &str, home: &Home, args: &[&str]) -> Command {
         let mut command = Command::new(DOCKER);
-        command.args(args).env("DOCKER_HOST", &self.host).env("HOME", home.path()).stdin(Stdio::null());
+        command.args(args).env("DOCKER_HOST", host).env("HOME", home.path()).stdin(Stdio::null());
         command
     }
 
     fn ok(&self, home: &Home, args: &[&str]) -> String {
-        let done = ran(self.docker(home, args).output().unwrap());
+        let done = ran(Self::docker(&self.host, home, args).output().unwrap());
         assert_eq!(done.code, 0, "docker {args:?}: {done:?}");
         done.out
     }
@@ -95,7 +116,7 @@ impl Drop for Daemon {
 }
 
 /// Where control groups of that name are: with version 1, in each hierarchy.
-fn groups(name: &str) -> Vec<PathBuf> {
+pub(crate) fn groups(name: &str) -> Vec<PathBuf> {
     let root = Path::new("/sys/fs/cgroup");
     let hierarchies = std::fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path());
     hierarchies.chain([root.to_owned()]).map(|at| at.join(&name[1..])).filter(|at| at.is_dir()).collect()
@@ -111,7 +132,7 @@ fn remove_groups(at: &Path) {
 }
 
 /// A context to build from.
-fn context(home: &Home, dockerfile: &str) -> String {
+pub(crate) fn context(home: &Home, dockerfile: &str) -> String {
     let context = home.path().join("context");
     if !context.is_dir() {
         busybox(&context.join("rootfs"));
@@ -121,7 +142,7 @@ fn context(home: &Home, dockerfile: &str) -> String {
 }
 
 /// Media types of an image's layers.
-fn media_types(registry: &Registry, reference: &str) -> Vec<String> {
+pub(crate) fn media_types(registry: &Registry, reference: &str) -> Vec<String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let raw = runtime.block_on(registry.client().get_manifest(&reference.parse().unwrap())).unwrap();
     let manifest: Value = serde_json::from_slice(&raw.bytes).unwrap();
