@@ -23,7 +23,7 @@ mod whole;
 use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use anyplace_images::Reference;
@@ -39,7 +39,7 @@ use flights::Flights;
 pub(crate) use manifests::CachedManifest;
 use manifests::Recent;
 use members::Members;
-use remote::Remote;
+use remote::{Kind, Remote};
 pub(crate) use tags::Resolved;
 use tags::Seen;
 
@@ -152,9 +152,11 @@ impl Cache {
 }
 
 impl Inner {
-    /// Asks the upstreams in turn, and all again where that may help.
+    /// Asks the upstreams in turn, and all again where that may help. Who wants a piece waits for those that are left
+    /// alone: a download that breaks off costs more than a moment.
     async fn ask_any<T, F>(
         &self,
+        kind: Kind,
         remotes: &[Arc<Remote>],
         repository: &str,
         ask: impl Fn(Arc<Remote>, Reference) -> F,
@@ -164,23 +166,28 @@ impl Inner {
     {
         let mut worst = Failure::Absent;
         for round in 0..ROUNDS {
-            if round > 0 {
-                tokio::time::sleep(PAUSE * (1 << (round - 1))).await;
-            }
-            let mut again = false;
+            let (mut again, mut left_alone) = (false, None);
             for remote in remotes {
                 let Some(reference) = remote.reference(repository) else { continue };
                 match ask(remote.clone(), reference).await {
                     Ok(answer) => return Ok(answer),
                     Err(failure) => {
                         again |= failure.may_pass();
+                        if matches!(failure, Failure::LeftAlone(_)) && kind == Kind::Piece {
+                            let until = remote.left_alone_until(kind).unwrap_or_else(Instant::now);
+                            left_alone = left_alone.max(Some(until));
+                        }
                         worst = worst.max(failure);
                     }
                 }
             }
-            if !again {
-                break;
-            }
+            let next = match (again, left_alone) {
+                _ if round + 1 == ROUNDS => break,
+                (true, _) => Instant::now() + PAUSE * (1 << round),
+                (false, Some(until)) => until,
+                (false, None) => break,
+            };
+            tokio::time::sleep_until(next.into()).await;
         }
         Err(worst)
     }

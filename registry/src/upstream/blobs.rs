@@ -8,7 +8,7 @@ use anyplace_images::{Digest, Reference};
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt as _, stream};
 
-use super::remote::Remote;
+use super::remote::{Kind, Remote};
 use super::{Cache, Failure, Inner};
 use crate::cache::counters::CacheCounters;
 use crate::cache::layout::Layout;
@@ -193,7 +193,7 @@ impl Inner {
         let Part { digest, size, range, begin, buffer: mut bytes } = part;
         let len = range.end - range.start;
         let begun = remote.client.get_blob_range(reference, digest, range.clone());
-        let mut blob = remote.ask(begin, begun).await?;
+        let mut blob = remote.ask(Kind::Piece, begin, begun).await?;
         if blob.ignores_range() {
             return Err(remote.without_ranges());
         }
@@ -244,7 +244,7 @@ async fn load(inner: Arc<Inner>, repository: String, blob: Arc<Blob>, index: u32
         }
         None => {
             CacheCounters::one(&inner.counters.misses);
-            let fetched = inner.ask_any(&inner.remotes, &repository, |remote, reference| {
+            let fetched = inner.ask_any(Kind::Piece, &inner.remotes, &repository, |remote, reference| {
                 fetch(inner.clone(), remote, reference, blob.clone(), index, lease.buffer())
             });
             fetched.await?

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyplace_images::{Digest, RawManifest};
 use bytes::Bytes;
 
+use super::remote::Kind;
 use super::{Cache, Failure, Inner, ONLY_ANSWER_TIMEOUT};
 use crate::cache::counters::CacheCounters;
 
@@ -85,9 +86,12 @@ impl Inner {
         }
         let (inner, name, wanted) = (self.clone(), repository.to_owned(), digest.clone());
         let fetching = async move {
-            let fetched = inner.ask_any(&inner.remotes, &name, |remote, reference| {
+            let fetched = inner.ask_any(Kind::Manifest, &inner.remotes, &name, |remote, reference| {
                 let reference = reference.at(&wanted);
-                async move { remote.ask(ONLY_ANSWER_TIMEOUT, remote.client.get_manifest(&reference)).await }
+                async move {
+                    let question = remote.client.get_manifest(&reference);
+                    remote.ask(Kind::Manifest, ONLY_ANSWER_TIMEOUT, question).await
+                }
             });
             let manifest = fetched.await?;
             inner.keep_manifest(&name, &wanted, manifest).await

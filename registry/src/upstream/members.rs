@@ -14,6 +14,7 @@ use futures_util::{StreamExt as _, stream};
 use serde::Deserialize;
 
 use super::manifests::decode;
+use super::remote::Kind;
 use super::{Failure, Inner, ONLY_ANSWER_TIMEOUT};
 use crate::cache::layout::{ANNOTATION, Hash, Layout};
 use crate::references::is_here;
@@ -199,7 +200,7 @@ impl Inner {
         }
         let (inner, name, wanted) = (self.clone(), repository.to_owned(), digest.clone());
         let asking = async move {
-            let found = inner.ask_any(&inner.remotes, &name, |remote, reference| {
+            let found = inner.ask_any(Kind::Blob, &inner.remotes, &name, |remote, reference| {
                 let digest = wanted.clone();
                 async move {
                     let question = async {
@@ -210,7 +211,7 @@ impl Inner {
                             size => Ok(size),
                         }
                     };
-                    let size = remote.ask(ONLY_ANSWER_TIMEOUT, question).await?;
+                    let size = remote.ask(Kind::Blob, ONLY_ANSWER_TIMEOUT, question).await?;
                     size.ok_or(Failure::Absent)
                 }
             });

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use anyplace_images::Digest;
 use serde_json::Value;
 
+use super::remote::Kind;
 use super::{Cache, Failure, Inner, ONLY_ANSWER_TIMEOUT};
 
 /// Descriptors by digest.
@@ -33,10 +34,12 @@ impl Cache {
 async fn ask(inner: Arc<Inner>, repository: String, subject: Digest) -> Result<Asked, Failure> {
     let (mut referrers, mut failure) = (Referrers::new(), None);
     for remote in &inner.remotes {
-        let asked = inner.ask_any(std::slice::from_ref(remote), &repository, |remote, reference| {
+        let one = std::slice::from_ref(remote);
+        let asked = inner.ask_any(Kind::List, one, &repository, |remote, reference| {
             let subject = subject.clone();
             async move {
-                remote.ask(ONLY_ANSWER_TIMEOUT, remote.client.list_referrers(&reference, &subject)).await
+                let question = remote.client.list_referrers(&reference, &subject);
+                remote.ask(Kind::List, ONLY_ANSWER_TIMEOUT, question).await
             }
         });
         match asked.await {

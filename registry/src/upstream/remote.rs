@@ -1,6 +1,7 @@
 //! One upstream: which repositories it answers for, and whether it can be asked at the moment.
 //!
-//! After it was out of reach, it is left alone for a moment, so that not every request waits for it.
+//! After it was out of reach, it is left alone for a moment, so that not every request waits for it. Where nothing
+//! listens, that goes for all questions; where one wasn't answered in time, for those of its kind.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,6 +19,24 @@ const LEFT_ALONE: Duration = Duration::from_secs(3);
 /// How often a request is repeated before the next upstream's turn: about half a second.
 const PATIENCE: Patience = Patience { retries: 2 };
 
+/// What a question is about: that one kind isn't answered in time says nothing about the others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// What a tag means, where there is an earlier answer to fall back on.
+    Tag,
+    /// Tags, or referrers.
+    List,
+    Manifest,
+    /// Whether there is a blob.
+    Blob,
+    /// Bytes of a blob.
+    Piece,
+}
+
+impl Kind {
+    const ALL: [Kind; 5] = [Kind::Tag, Kind::List, Kind::Manifest, Kind::Blob, Kind::Piece];
+}
+
 /// An upstream registry.
 pub(crate) struct Remote {
     pub(crate) client: Client,
@@ -25,7 +44,8 @@ pub(crate) struct Remote {
     namespace: Option<String>,
     /// Put before repositories' names; empty or with a `/` at its end.
     prefix: String,
-    left_alone_until: Mutex<Option<Instant>>,
+    /// By kind of question.
+    left_alone_until: Mutex<[Option<Instant>; Kind::ALL.len()]>,
     /// It was seen to send whole blobs where ranges were asked for.
     no_ranges: AtomicBool,
     counters: Arc<CacheCounters>,
@@ -87,27 +107,34 @@ impl Remote {
     /// Asks, within a time limit, unless the upstream is being left alone.
     pub(crate) async fn ask<T>(
         &self,
+        kind: Kind,
         limit: Duration,
         question: impl Future<Output = Result<T, Error>>,
     ) -> Result<T, Failure> {
         let url = &self.name;
-        if self.left_alone_until().is_some_and(|until| Instant::now() < until) {
+        if self.left_alone_until(kind).is_some() {
             return Err(Failure::LeftAlone(format!("{url} didn't answer a moment ago")));
         }
-        let (failure, silent) = match tokio::time::timeout(limit, question).await {
+        let failure = match tokio::time::timeout(limit, question).await {
             Ok(Ok(answer)) => return Ok(answer),
             Ok(Err(error)) => {
-                let silent = matches!(&error, Error::RegistryUnreachable { source, .. } if source.is_connect() || source.is_timeout());
-                (Failure::of(url, error), silent)
+                match &error {
+                    Error::RegistryUnreachable { source, .. } if source.is_connect() => {
+                        self.leave_alone(&Kind::ALL);
+                    }
+                    Error::RegistryUnreachable { source, .. } if source.is_timeout() => {
+                        self.leave_alone(&[kind]);
+                    }
+                    // One that answers with an error may be well for the next question.
+                    _ => {}
+                }
+                Failure::of(url, error)
             }
             Err(_) => {
-                (Failure::Unreachable(format!("no answer from {url} within {} s", limit.as_secs())), true)
+                self.leave_alone(&[kind]);
+                Failure::Unreachable(format!("no answer from {url} within {} s", limit.as_secs()))
             }
         };
-        // One that answers with an error may be well for the next question.
-        if silent {
-            self.leave_alone();
-        }
         self.note(&failure);
         Err(failure)
     }
@@ -129,13 +156,16 @@ impl Remote {
         tracing::warn!(upstream = self.name, reason = %failure, "an upstream didn't give what was asked for");
     }
 
-    fn leave_alone(&self) {
+    fn leave_alone(&self, kinds: &[Kind]) {
         let until = Instant::now() + LEFT_ALONE;
-        *self.left_alone_until.lock().unwrap_or_else(PoisonError::into_inner) = Some(until);
+        let mut left_alone = self.left_alone_until.lock().unwrap_or_else(PoisonError::into_inner);
+        kinds.iter().for_each(|kind| left_alone[*kind as usize] = Some(until));
     }
 
-    fn left_alone_until(&self) -> Option<Instant> {
-        *self.left_alone_until.lock().unwrap_or_else(PoisonError::into_inner)
+    /// When questions of this kind may be asked again, if they may not now.
+    pub(crate) fn left_alone_until(&self, kind: Kind) -> Option<Instant> {
+        let left_alone = self.left_alone_until.lock().unwrap_or_else(PoisonError::into_inner);
+        left_alone[kind as usize].filter(|until| Instant::now() < *until)
     }
 }
 

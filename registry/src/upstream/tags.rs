@@ -8,7 +8,7 @@ use anyplace_images::{Digest, Reference};
 
 use super::{ASK_TIMEOUT, Cache, Failure, Inner, ONLY_ANSWER_TIMEOUT};
 use crate::cache::counters::CacheCounters;
-use crate::upstream::remote::Remote;
+use crate::upstream::remote::{Kind, Remote};
 
 /// Most tags whose last answer is kept in memory; all are dropped when there are more.
 const SEEN_MAX: usize = 50_000;
@@ -94,8 +94,8 @@ impl Cache {
     pub(crate) async fn tags(&self, repository: &str) -> BTreeSet<String> {
         let (inner, name) = (self.inner.clone(), repository.to_owned());
         let asking = async move {
-            let listed = inner.ask_any(&inner.remotes, &name, |remote, reference| async move {
-                remote.ask(ONLY_ANSWER_TIMEOUT, remote.client.list_tags(&reference)).await
+            let listed = inner.ask_any(Kind::List, &inner.remotes, &name, |remote, reference| async move {
+                remote.ask(Kind::List, ONLY_ANSWER_TIMEOUT, remote.client.list_tags(&reference)).await
             });
             listed.await.map(Arc::new)
         };
@@ -160,13 +160,14 @@ async fn ask_one(
     is_known: bool,
 ) -> Result<Digest, Failure> {
     if is_known {
-        let asked = remote.ask(ASK_TIMEOUT, remote.client.head_manifest(reference)).await?;
+        let asked = remote.ask(Kind::Tag, ASK_TIMEOUT, remote.client.head_manifest(reference)).await?;
         if let Some(digest) = asked.digest {
             inner.manifest(repository, &digest).await?;
             return Ok(digest);
         }
     }
-    let manifest = remote.ask(ONLY_ANSWER_TIMEOUT, remote.client.get_manifest(reference)).await?;
+    let question = remote.client.get_manifest(reference);
+    let manifest = remote.ask(Kind::Manifest, ONLY_ANSWER_TIMEOUT, question).await?;
     let digest = manifest.digest.clone();
     inner.keep_manifest(repository, &digest, manifest).await?;
     Ok(digest)

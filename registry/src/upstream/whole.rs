@@ -9,7 +9,7 @@ use anyplace_images::{Digest, Hasher};
 use futures_util::{StreamExt as _, stream};
 
 use super::blobs::{BEGIN_WHOLE_TIMEOUT, Part};
-use super::remote::Remote;
+use super::remote::{Kind, Remote};
 use super::{Failure, Inner};
 use crate::cache::counters::CacheCounters;
 use crate::cache::layout::{self, Hash};
@@ -174,7 +174,7 @@ async fn side_by_side(
         let (inner, remotes) = (inner.clone(), remotes.to_vec());
         let (repository, digest) = (repository.to_owned(), digest.clone());
         async move {
-            let fetched = inner.ask_any(&remotes, &repository, |remote, reference| {
+            let fetched = inner.ask_any(Kind::Piece, &remotes, &repository, |remote, reference| {
                 let (inner, digest, range, buffer) =
                     (inner.clone(), digest.clone(), range.clone(), lease.buffer());
                 async move {
@@ -203,7 +203,7 @@ async fn one_by_one(
 ) -> Result<Arrived, Failure> {
     let reference = remote.reference(repository).ok_or(Failure::Absent)?;
     let begun = remote.client.get_blob(&reference, digest, Some(arrived.size));
-    let mut blob = remote.ask(BEGIN_WHOLE_TIMEOUT, begun).await?;
+    let mut blob = remote.ask(Kind::Piece, BEGIN_WHOLE_TIMEOUT, begun).await?;
     let mut piece: Vec<u8> = Vec::new();
     for range in arrived.ranges() {
         let lease = inner.memory.reserve(len(&range)).await;

@@ -148,6 +148,68 @@ async fn a_tag_stays_its_own_upstreams_while_that_one_cannot_be_asked() {
 }
 
 #[tokio::test]
+async fn a_tag_that_is_not_answered_keeps_nothing_else_from_coming() {
+    let dir = tempfile::tempdir().unwrap();
+    let fake = Fake::start().await;
+    let cache = Registry::start_with(cache_config(dir.path(), &[(&fake.url, dir.path())])).await;
+    let layer = Bytes::from(noise(85, 12 * MIB));
+    fake.put_image("v1", std::slice::from_ref(&layer), Some(MIB));
+    let slow = fake.put_image("slow", &[Bytes::from_static(b"slow")], None);
+    for tag in ["v1", "slow"] {
+        assert_eq!(get(&cache, &format!("/v2/app/manifests/{tag}")).await.status(), 200);
+    }
+    let path = blob(&Digest::of(&layer));
+    let begun = cache.request(Method::GET, &path).header("range", "bytes=0-9").send().await.unwrap();
+    assert_eq!(begun.bytes().await.unwrap(), layer[..10]);
+    fake.silence_head("slow");
+    let stale = get(&cache, "/v2/app/manifests/slow").await;
+    assert_eq!(header(&stale, "docker-content-digest"), slow.to_string());
+    assert!(header(&stale, "warning").contains("upstream"));
+    // All of what was not here yet, at once.
+    let whole = get(&cache, &path).await;
+    assert_eq!(whole.status(), 200);
+    assert!(whole.bytes().await.unwrap() == layer);
+    let other = fake.put_image("new", &[Bytes::from_static(b"new")], None);
+    let new = get(&cache, "/v2/app/manifests/new").await;
+    assert_eq!(header(&new, "docker-content-digest"), other.to_string());
+    let small = get(&cache, &blob(&Digest::of(b"new"))).await;
+    assert_eq!(small.bytes().await.unwrap(), "new");
+    cache.stop().await;
+}
+
+#[tokio::test]
+async fn a_piece_is_asked_for_again_when_an_upstream_is_back_in_a_moment() {
+    let dir = tempfile::tempdir().unwrap();
+    let fake = Fake::start().await;
+    let cache = Registry::start_with(cache_config(dir.path(), &[(&fake.url, dir.path())])).await;
+    let layer = Bytes::from(noise(86, 12 * MIB));
+    fake.put_image("v1", std::slice::from_ref(&layer), Some(MIB));
+    get(&cache, "/v2/app/manifests/v1").await;
+    let range = |first: usize, last: usize| {
+        let request = cache.request(Method::GET, &blob(&Digest::of(&layer)));
+        request.header("range", format!("bytes={first}-{last}")).send()
+    };
+    assert_eq!(range(0, 9).await.unwrap().bytes().await.unwrap(), layer[..10]);
+    let (address, content) =
+        (fake.url.strip_prefix("http://").unwrap().parse().unwrap(), fake.content.clone());
+    drop(fake);
+    // A task ends when its turn comes.
+    while tokio::net::TcpStream::connect(address).await.is_ok() {
+        tokio::task::yield_now().await;
+    }
+    let asked = tokio::spawn(range(2 * MIB, 2 * MIB + 9));
+    let counters = cache.counters.clone().unwrap();
+    while counters.upstream_failures.load(Ordering::Relaxed) == 0 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let _back = Fake::start_at(address, content).await;
+    let answer = asked.await.unwrap().unwrap();
+    assert_eq!(answer.status(), 206);
+    assert_eq!(answer.bytes().await.unwrap(), layer[2 * MIB..2 * MIB + 10]);
+    cache.stop().await;
+}
+
+#[tokio::test]
 async fn upstreams_that_know_no_ranges_are_read_from_the_start() {
     let dir = tempfile::tempdir().unwrap();
     let fake = Fake::start().await;

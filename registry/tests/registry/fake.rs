@@ -48,6 +48,8 @@ pub(crate) struct Content {
     /// For the first answer of each content that wasn't sent yet.
     next_of_each: Mutex<VecDeque<Fault>>,
     seen: Mutex<HashSet<String>>,
+    /// What is never answered whether it is there.
+    silent_heads: Mutex<HashSet<String>>,
     /// For the next answers with content, one each.
     next: Mutex<VecDeque<Fault>>,
     /// For all answers with content after those.
@@ -163,6 +165,11 @@ impl Fake {
         *self.content.always.lock().unwrap() = Some(fault);
     }
 
+    /// Never answers again whether this tag or digest is there; its content is sent all the same.
+    pub(crate) fn silence_head(&self, key: &str) {
+        self.content.silent_heads.lock().unwrap().insert(key.to_owned());
+    }
+
     pub(crate) fn sent(&self) -> u64 {
         self.content.blob_bytes.load(Ordering::SeqCst)
     }
@@ -200,6 +207,10 @@ async fn answer(State(content): State<Arc<Content>>, request: Request) -> Respon
         response = response.header("content-type", OCI_MANIFEST);
     }
     if request.method() == "HEAD" {
+        let silent = content.silent_heads.lock().unwrap().contains(key);
+        if silent {
+            std::future::pending::<()>().await;
+        }
         content.blob_heads.fetch_add(usize::from(is_blob), Ordering::SeqCst);
         let response = response.header("content-length", bytes.len()).body(Body::empty());
         return response.unwrap();
