@@ -10,10 +10,12 @@
 //! - `lock`: locked by the process that uses the folder
 //! - `records/`: small sealed files, see [`records`]
 //!
-//! From the bottom up: [`records`] and [`pieces`] on disk, [`memory`] above them. `upstream` fills them.
+//! From the bottom up: [`records`] and [`pieces`] on disk, [`memory`] above them, [`outgoing`] towards clients. `upstream`
+//! fills them.
 
 pub(crate) mod counters;
 pub(crate) mod layout;
 pub(crate) mod memory;
+pub(crate) mod outgoing;
 pub(crate) mod pieces;
 pub(crate) mod records;

@@ -15,6 +15,7 @@ mod failure;
 mod flights;
 mod manifests;
 mod members;
+mod reading;
 mod referrers;
 mod remote;
 mod tags;

@@ -6,13 +6,12 @@ use std::time::Duration;
 
 use anyplace_images::{Digest, Reference};
 use bytes::Bytes;
-use futures_util::{Stream, StreamExt as _, stream};
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 
 use super::remote::{Kind, Remote};
 use super::{Cache, Failure, Inner};
 use crate::cache::counters::CacheCounters;
 use crate::cache::layout::Layout;
-use crate::cache::memory::Lease;
 use crate::cache::pieces::Blob;
 use crate::errors::Answer;
 use crate::server::App;
@@ -38,43 +37,15 @@ impl Cache {
         let size = self.blob_size(repository, digest).await?;
         let content = match size {
             0 => stream::empty().left_stream(),
-            _ => self.read(repository, digest, 0..size).await?.right_stream(),
+            // An upload keeps some of what it gets.
+            _ => {
+                let content = self.read(repository, digest, 0..size).await?;
+                content.map_ok(|bytes| Bytes::copy_from_slice(&bytes)).right_stream()
+            }
         };
         let session = app.uploads.start_whole(digest.kind()).await?;
         let session = app.uploads.append(session, content, Some(size)).await?;
         app.uploads.finish(session, repository, digest).await
-    }
-
-    /// The bytes `range` of a blob, verified. The first of them are here when this returns.
-    pub(crate) async fn read(
-        &self,
-        repository: &str,
-        digest: &Digest,
-        range: Range<u64>,
-    ) -> Result<impl Stream<Item = Result<Bytes, Failure>> + Send + 'static, Failure> {
-        let inner = &self.inner;
-        let mut blob = inner.blob(repository, digest).await?;
-        let index = blob.layout.index_of(range.start);
-        let last = blob.layout.index_of(range.end - 1);
-        inner.begin_pieces(repository, &blob, index + 1..=last);
-        let mut first = inner.piece(repository, &blob, index).await;
-        if let Err(Failure::Corrupt(_) | Failure::NoRanges(_)) = &first {
-            // Either the upstream sends nothing right, or the manifest's list is wrong, or there are no ranges: the
-            // blob's own digest tells.
-            blob = inner.whole(repository, digest, blob.layout.size).await?;
-            first = inner.piece(repository, &blob, blob.layout.index_of(range.start)).await;
-        }
-        let reading = Reading {
-            inner: inner.clone(),
-            repository: repository.to_owned(),
-            blob,
-            rest: range,
-            first: Some(first?),
-        };
-        Ok(stream::try_unfold(reading, async |mut reading| {
-            let bytes = reading.next().await?;
-            Ok(bytes.map(|bytes| (bytes, reading)))
-        }))
     }
 }
 
@@ -90,42 +61,13 @@ pub(super) struct Part<'a> {
     pub(super) buffer: Vec<u8>,
 }
 
-/// A blob on its way to a client.
-struct Reading {
-    inner: Arc<Inner>,
-    repository: String,
-    blob: Arc<Blob>,
-    rest: Range<u64>,
-    first: Option<Bytes>,
-}
-
-impl Reading {
-    async fn next(&mut self) -> Result<Option<Bytes>, Failure> {
-        if self.rest.is_empty() {
-            return Ok(None);
-        }
-        let layout = &self.blob.layout;
-        let index = layout.index_of(self.rest.start);
-        let last = layout.index_of(self.rest.end - 1);
-        self.inner.begin_pieces(&self.repository, &self.blob, index + 1..=last);
-        let piece = match self.first.take() {
-            Some(piece) => piece,
-            None => self.inner.piece(&self.repository, &self.blob, index).await.inspect_err(|failure| {
-                tracing::warn!(digest = %self.blob.digest, index, reason = %failure, "a download breaks off");
-            })?,
-        };
-        let lies = layout.range(index);
-        let end = lies.end.min(self.rest.end);
-        let part = |position: u64| usize::try_from(position - lies.start).unwrap_or(usize::MAX);
-        let bytes = piece.slice(part(self.rest.start)..part(end));
-        self.rest.start = end;
-        Ok(Some(bytes))
-    }
-}
-
 impl Inner {
     /// A blob whose pieces are known; where nobody says them, it is fetched whole.
-    async fn blob(self: &Arc<Inner>, repository: &str, digest: &Digest) -> Result<Arc<Blob>, Failure> {
+    pub(super) async fn blob(
+        self: &Arc<Inner>,
+        repository: &str,
+        digest: &Digest,
+    ) -> Result<Arc<Blob>, Failure> {
         let known = self.find(repository, digest).await?;
         let single = Layout::single(known.size, digest);
         let blob = match self.pieces.blob(digest) {
@@ -159,7 +101,7 @@ impl Inner {
     }
 
     /// A verified piece, from memory, disk or upstream.
-    async fn piece(
+    pub(super) async fn piece(
         self: &Arc<Inner>,
         repository: &str,
         blob: &Arc<Blob>,
@@ -174,7 +116,12 @@ impl Inner {
     }
 
     /// Gets the first few of these pieces ready.
-    fn begin_pieces(self: &Arc<Inner>, repository: &str, blob: &Arc<Blob>, indexes: RangeInclusive<u32>) {
+    pub(super) fn begin_pieces(
+        self: &Arc<Inner>,
+        repository: &str,
+        blob: &Arc<Blob>,
+        indexes: RangeInclusive<u32>,
+    ) {
         for index in indexes.take(READ_AHEAD) {
             if !self.memory.has(&blob.key(index)) {
                 let loading = load(self.clone(), repository.to_owned(), blob.clone(), index);
@@ -236,37 +183,35 @@ async fn load(inner: Arc<Inner>, repository: String, blob: Arc<Blob>, index: u32
         CacheCounters::one(&inner.counters.memory_hits);
         return Ok(bytes);
     }
-    let lease = inner.memory.reserve(blob.layout.len(index)).await;
-    let bytes = match read(&inner, &blob, index, &lease).await? {
+    let bytes = match read(&inner, &blob, index).await? {
         Some(bytes) => {
             CacheCounters::one(&inner.counters.disk_hits);
             bytes
         }
         None => {
             CacheCounters::one(&inner.counters.misses);
+            let lease = inner.memory.reserve_to_fetch(blob.layout.len(index)).await;
             let fetched = inner.ask_any(Kind::Piece, &inner.remotes, &repository, |remote, reference| {
                 fetch(inner.clone(), remote, reference, blob.clone(), index, lease.buffer())
             });
-            fetched.await?
+            let bytes = fetched.await?;
+            lease.hold(bytes)
         }
     };
-    let bytes = lease.hold(bytes);
     inner.memory.keep(key, bytes.clone());
     Ok(bytes)
 }
 
-async fn read(
-    inner: &Arc<Inner>,
-    blob: &Arc<Blob>,
-    index: u32,
-    lease: &Lease,
-) -> Result<Option<Vec<u8>>, Failure> {
+/// A piece that is on disk, and right.
+async fn read(inner: &Arc<Inner>, blob: &Arc<Blob>, index: u32) -> Result<Option<Bytes>, Failure> {
     if !blob.has(index) {
         return Ok(None);
     }
+    let lease = inner.memory.reserve(blob.layout.len(index)).await;
     let (inner, blob, buffer) = (inner.clone(), blob.clone(), lease.buffer());
     let reading = tokio::task::spawn_blocking(move || inner.pieces.read(&blob, index, buffer));
-    reading.await.map_err(|e| Failure::here("reading a piece", e))
+    let bytes = reading.await.map_err(|e| Failure::here("reading a piece", e))?;
+    Ok(bytes.map(|bytes| lease.hold(bytes)))
 }
 
 /// Fetches one piece from one upstream, and keeps it if it is right.

@@ -168,7 +168,7 @@ async fn side_by_side(
     // Room is reserved in order, so that a piece never waits for room that later pieces of its blob have.
     let reserved = stream::iter(arrived.ranges()).then(|range| {
         let inner = inner.clone();
-        async move { (inner.memory.reserve(len(&range)).await, range) }
+        async move { (inner.memory.reserve_to_fetch(len(&range)).await, range) }
     });
     let fetched = reserved.map(|(lease, range)| {
         let (inner, remotes) = (inner.clone(), remotes.to_vec());
@@ -206,7 +206,7 @@ async fn one_by_one(
     let mut blob = remote.ask(Kind::Piece, BEGIN_WHOLE_TIMEOUT, begun).await?;
     let mut piece: Vec<u8> = Vec::new();
     for range in arrived.ranges() {
-        let lease = inner.memory.reserve(len(&range)).await;
+        let lease = inner.memory.reserve_to_fetch(len(&range)).await;
         while piece.len() < len(&range) {
             let failed = |failure: Failure| {
                 remote.note(&failure);

@@ -11,6 +11,7 @@ mod cache_faults;
 mod cache_members;
 mod cache_pieces;
 mod cache_referrers;
+mod cache_slow;
 mod connections;
 mod damage;
 mod fake;
