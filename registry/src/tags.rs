@@ -1,10 +1,13 @@
 //! `GET /v2/<name>/tags/list`: sorted, in pages of `n` after `last`.
+//!
+//! A cache adds those of its upstreams. While one can't be asked, the answer says so in a warning; an empty one would
+//! look like a repository without tags, and is a 503 then.
 
 use std::collections::BTreeSet;
 
 use axum::Json;
 use axum::extract::Query;
-use axum::http::header::LINK;
+use axum::http::header::{LINK, WARNING};
 use axum::http::{StatusCode, Uri};
 use axum::response::{AppendHeaders, IntoResponse as _};
 use serde::Deserialize;
@@ -14,6 +17,8 @@ use crate::errors::{Answer, Refusal};
 use crate::server::App;
 use crate::storage::TagOf;
 
+/// What a client should know where the list may lack something.
+const OUT_OF_REACH: &str = "an upstream registry can't be asked; there may be more tags than these";
 /// Most tags in one answer: at most 128 bytes each, so the answer stays around 1 MiB.
 const TAGS_MAX: usize = 10_000;
 
@@ -31,10 +36,17 @@ pub(crate) async fn list(app: &App, name: &str, uri: &Uri) -> Answer {
     for of in [TagOf::Push, TagOf::Upstream] {
         tags.extend(app.storage.tags(of, name).await?);
     }
+    let (mut is_known, mut warning) = (!tags.is_empty(), None);
     if let Some(cache) = &app.cache {
-        tags.extend(cache.tags(name).await);
+        let listed = cache.tags(name).await?;
+        tags.extend(listed.tags.iter().cloned());
+        is_known |= listed.is_known;
+        match listed.failure {
+            Some(failure) if tags.is_empty() => return Err(failure.into()),
+            failure => warning = failure.map(|_| (WARNING, format!("299 - \"{OUT_OF_REACH}\""))),
+        }
     }
-    if tags.is_empty() && !app.storage.has_repository(name).await? {
+    if !is_known && !app.storage.has_repository(name).await? {
         return Err(Refusal::name_unknown(name));
     }
     let after = page.last.unwrap_or_default();
@@ -47,5 +59,6 @@ pub(crate) async fn list(app: &App, name: &str, uri: &Uri) -> Answer {
         }
         _ => None,
     };
-    Ok((AppendHeaders(next), Json(json!({ "name": name, "tags": listed }))).into_response())
+    Ok((AppendHeaders(next), AppendHeaders(warning), Json(json!({ "name": name, "tags": listed })))
+        .into_response())
 }

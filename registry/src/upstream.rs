@@ -77,7 +77,7 @@ struct Inner {
     whole_flights: Flights<Arc<Blob>>,
     manifest_flights: Flights<CachedManifest>,
     tag_flights: Flights<Option<tags::Kept>>,
-    list_flights: Flights<Arc<Vec<String>>>,
+    list_flights: Flights<tags::Listed>,
     referrer_flights: Flights<referrers::Asked>,
     size_flights: Flights<u64>,
 }

@@ -1,10 +1,14 @@
 //! Tags from upstream: the upstream's answer counts for a moment, and for as long as the upstream can't be asked.
+//!
+//! A list has the tags of all upstreams, as any of them may be the one that a tag is pulled from. For one that can't be
+//! asked, its tags stand in that were pulled.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyplace_images::{Digest, Reference};
+use futures_util::future::join_all;
 
 use super::{ASK_TIMEOUT, Cache, Failure, Inner, ONLY_ANSWER_TIMEOUT};
 use crate::cache::counters::CacheCounters;
@@ -23,6 +27,16 @@ pub(crate) enum Resolved {
     Absent,
     /// The upstream can't be asked, and there is nothing to stand in.
     Unreachable(Failure),
+}
+
+/// What came of asking for all tags.
+#[derive(Clone)]
+pub(crate) struct Listed {
+    pub(crate) tags: Arc<BTreeSet<String>>,
+    /// An upstream has the repository.
+    pub(crate) is_known: bool,
+    /// Why there may be more than those.
+    pub(crate) failure: Option<Failure>,
 }
 
 /// What a tag was when it last could be asked for.
@@ -90,25 +104,42 @@ impl Cache {
         }
     }
 
-    /// The tags that the upstream has, or that were seen there when it can't be asked.
-    pub(crate) async fn tags(&self, repository: &str) -> BTreeSet<String> {
-        let (inner, name) = (self.inner.clone(), repository.to_owned());
-        let asking = async move {
-            let listed = inner.ask_any(Kind::List, &inner.remotes, &name, |remote, reference| async move {
-                remote.ask(Kind::List, ONLY_ANSWER_TIMEOUT, remote.client.list_tags(&reference)).await
-            });
-            listed.await.map(Arc::new)
-        };
-        match self.inner.list_flights.join(repository.to_owned(), asking).await {
-            Ok(tags) => tags.iter().cloned().collect(),
-            Err(Failure::Absent) => BTreeSet::new(),
-            Err(_) => {
-                let prefix = tag_key(repository, "");
-                let keys = self.inner.pieces.records.keys(&prefix);
-                keys.iter().filter_map(|key| key.strip_prefix(&prefix)).map(str::to_owned).collect()
+    /// The tags that the upstreams have.
+    pub(crate) async fn tags(&self, repository: &str) -> Result<Listed, Failure> {
+        let asking = list(self.inner.clone(), repository.to_owned());
+        self.inner.list_flights.join(repository.to_owned(), asking).await
+    }
+}
+
+/// Asks all upstreams for their tags.
+async fn list(inner: Arc<Inner>, repository: String) -> Result<Listed, Failure> {
+    let asked = inner.remotes.iter().map(async |remote| {
+        let one = std::slice::from_ref(remote);
+        let asked = inner.ask_any(Kind::List, one, &repository, |remote, reference| async move {
+            let question = remote.client.list_tags(&reference);
+            remote.ask(Kind::List, ONLY_ANSWER_TIMEOUT, question).await
+        });
+        (remote.client.registry().to_string(), asked.await)
+    });
+    let (mut tags, mut is_known, mut away, mut failure) = (BTreeSet::new(), false, Vec::new(), None);
+    for (from, asked) in join_all(asked).await {
+        match asked {
+            Ok(listed) => {
+                is_known = true;
+                tags.extend(listed);
+            }
+            Err(Failure::Absent) => {}
+            Err(worse) => {
+                failure = failure.max(Some(worse));
+                away.push(from);
             }
         }
     }
+    if !away.is_empty() {
+        let seen = tokio::task::spawn_blocking(move || inner.seen_at(&away, &repository)).await;
+        tags.extend(seen.map_err(|e| Failure::here("reading tags", e))?);
+    }
+    Ok(Listed { tags: Arc::new(tags), is_known, failure })
 }
 
 /// Asks the upstreams what a tag means, and makes sure of its manifest.
@@ -182,6 +213,17 @@ impl Inner {
         let (inner, key) = (self.clone(), key.to_owned());
         let content = tokio::task::spawn_blocking(move || inner.pieces.records.get(&key)).await.ok()??;
         Kept::from_record(&content)
+    }
+
+    /// Blocking: the tags that were pulled from these registries.
+    fn seen_at(&self, registries: &[String], repository: &str) -> Vec<String> {
+        let (records, prefix) = (&self.pieces.records, tag_key(repository, ""));
+        let is_theirs = |key: &String| {
+            let kept = records.get(key).and_then(|content| Kept::from_record(&content));
+            kept.is_some_and(|kept| kept.from.is_empty() || registries.contains(&kept.from))
+        };
+        let keys = records.keys(&prefix).into_iter().filter(is_theirs);
+        keys.filter_map(|key| Some(key.strip_prefix(&prefix)?.to_owned())).collect()
     }
 
     async fn keep_tag(self: &Arc<Inner>, key: String, kept: &Kept) -> Result<(), Failure> {

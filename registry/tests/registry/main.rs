@@ -12,6 +12,7 @@ mod cache_members;
 mod cache_pieces;
 mod cache_referrers;
 mod cache_slow;
+mod cache_tags;
 mod connections;
 mod damage;
 mod fake;
