@@ -31,6 +31,9 @@ use crate::upstream::{Cache, Failure, Resolved};
 const SUBJECT: HeaderName = HeaderName::from_static("oci-subject");
 /// Names each tag that a push by digest gave, besides the one in the path.
 pub(crate) const TAG: HeaderName = HeaderName::from_static("oci-tag");
+/// What a client should know whose tag may have changed.
+const OUT_OF_REACH: &str =
+    "the upstream registry can't be asked; this is what the tag meant when it last answered";
 /// Most tags that one push may give. The specification asks for 10 at least.
 const TAGS_MAX: usize = 100;
 
@@ -148,7 +151,7 @@ fn tags_of(uri: &axum::http::Uri) -> Answer<Vec<String>> {
 }
 
 /// What a tag or digest names, and what the client should know besides.
-async fn find(app: &App, name: &str, key: &str) -> Answer<(Arc<Described>, Option<String>)> {
+async fn find(app: &App, name: &str, key: &str) -> Answer<(Arc<Described>, Option<&'static str>)> {
     let digest = match key.contains(':') {
         true => Some(crate::routes::parse_digest(key)?),
         false => {
@@ -158,18 +161,16 @@ async fn find(app: &App, name: &str, key: &str) -> Answer<(Arc<Described>, Optio
     };
     // Taken before anything is read: what is read may be newer than the stamp, and never older.
     let stamp = match &digest {
-        Some(digest) => Some(app.storage.manifest_stamp(name, digest)),
-        // With an upstream, a tag is the upstream's to say.
-        None if app.cache.is_none() => Some(app.storage.tag_stamp(name, key)),
-        None => None,
+        Some(digest) => app.storage.manifest_stamp(name, digest),
+        None => app.storage.tag_stamp(name, key),
     };
-    if let Some(manifest) = stamp.and_then(|stamp| app.remembered.get(name, key, stamp)) {
+    if let Some(manifest) = app.remembered.get(name, key, stamp) {
         app.counters.manifests_remembered.fetch_add(1, Ordering::Relaxed);
         return Ok((manifest, None));
     }
     app.counters.manifests_read.fetch_add(1, Ordering::Relaxed);
-    let (digest, warning) = match digest {
-        Some(digest) => (digest, None),
+    let Meant { digest, by_upstream, warning } = match digest {
+        Some(digest) => Meant { digest, by_upstream: false, warning: None },
         None => resolve(app, name, key).await?,
     };
     let stored = match app.storage.manifest(name, &digest).await {
@@ -191,33 +192,33 @@ async fn find(app: &App, name: &str, key: &str) -> Answer<(Arc<Described>, Optio
     let (media_type, bytes) = manifest.ok_or_else(|| Refusal::manifest_unknown(name, key))?;
     let described = Described::new(digest, &media_type, bytes);
     let described = Arc::new(described.map_err(|e| internal("reading a manifest", e))?);
-    if let Some(stamp) = stamp {
+    if !by_upstream {
         app.remembered.put(name, key, stamp, described.clone());
     }
     Ok((described, warning))
 }
 
-/// The digest that a tag means: the upstream's answer first, then what was pushed here.
-///
-/// While the upstream is out of reach, its last answer stands in for it, with a warning.
-async fn resolve(app: &App, name: &str, tag: &str) -> Answer<(Digest, Option<String>)> {
-    let unknown = || Refusal::manifest_unknown(name, tag);
-    let seen = async |of| app.storage.tag(of, name, tag).await;
-    let Some(cache) = &app.cache else {
-        return Ok((seen(TagOf::Push).await?.ok_or_else(unknown)?, None));
-    };
-    match cache.resolve_tag(name, tag).await {
-        Resolved::Found(digest) => Ok((digest, None)),
-        Resolved::Stale(digest) => Ok((digest, Some(out_of_reach()))),
-        Resolved::Absent => Ok((seen(TagOf::Push).await?.ok_or_else(unknown)?, None)),
-        Resolved::Unreachable(failure) => {
-            Ok((seen(TagOf::Push).await?.ok_or_else(|| Refusal::from(failure))?, None))
-        }
-    }
+/// What a tag means.
+struct Meant {
+    digest: Digest,
+    by_upstream: bool,
+    warning: Option<&'static str>,
 }
 
-fn out_of_reach() -> String {
-    "the upstream registry can't be asked; this is what the tag meant when it last answered".to_owned()
+/// The digest that a tag means: what was pushed here, and else the upstream's answer.
+///
+/// While the upstream is out of reach, its last answer stands in for it, with a warning.
+async fn resolve(app: &App, name: &str, tag: &str) -> Answer<Meant> {
+    if let Some(digest) = app.storage.tag(TagOf::Push, name, tag).await? {
+        return Ok(Meant { digest, by_upstream: false, warning: None });
+    }
+    let Some(cache) = &app.cache else { return Err(Refusal::manifest_unknown(name, tag)) };
+    match cache.resolve_tag(name, tag).await {
+        Resolved::Found(digest) => Ok(Meant { digest, by_upstream: true, warning: None }),
+        Resolved::Stale(digest) => Ok(Meant { digest, by_upstream: true, warning: Some(OUT_OF_REACH) }),
+        Resolved::Absent => Err(Refusal::manifest_unknown(name, tag)),
+        Resolved::Unreachable(failure) => Err(failure.into()),
+    }
 }
 
 /// Makes sure of the blobs that only the upstream has; what it doesn't have either shows when the manifest is put.
