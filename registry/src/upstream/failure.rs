@@ -4,7 +4,6 @@ use std::fmt;
 
 use anyplace_images::Error;
 use axum::http::StatusCode;
-use axum::http::header::RETRY_AFTER;
 
 use crate::errors::Refusal;
 
@@ -19,6 +18,9 @@ pub(crate) enum Failure {
     Refused(String),
     /// It wasn't asked, because it didn't answer a moment ago.
     LeftAlone(String),
+    /// What it stands on doesn't answer. It was asked again as it wished; more of that would take too long in a chain
+    /// of caches.
+    Unavailable(String),
     /// It didn't answer, or not what was asked for.
     Unreachable(String),
     /// It sends whole blobs only.
@@ -45,6 +47,7 @@ impl Failure {
             error if error.is_not_found() => Failure::Absent,
             Error::DigestMismatch { .. } | Error::SizeMismatch { .. } => Failure::Corrupt(text),
             Error::Unauthorized { .. } => Failure::Refused(text),
+            Error::Registry { code, .. } if code == "UNAVAILABLE" => Failure::Unavailable(text),
             _ => Failure::Unreachable(text),
         }
     }
@@ -66,6 +69,7 @@ impl fmt::Display for Failure {
             Failure::Absent => f.write_str("it is not there"),
             Failure::Refused(reason)
             | Failure::LeftAlone(reason)
+            | Failure::Unavailable(reason)
             | Failure::Unreachable(reason)
             | Failure::NoRanges(reason)
             | Failure::Corrupt(reason)
@@ -84,10 +88,11 @@ impl From<Failure> for Refusal {
             }
             Failure::Refused(reason)
             | Failure::LeftAlone(reason)
+            | Failure::Unavailable(reason)
             | Failure::Unreachable(reason)
             | Failure::NoRanges(reason) => {
                 let message = format!("it is not here, and the upstream can't be asked: {reason}");
-                Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "UNKNOWN", message)
+                Refusal::unavailable(message)
             }
             Failure::Corrupt(reason) => {
                 let message = format!("what the upstream sent was refused: {reason}");
@@ -95,7 +100,7 @@ impl From<Failure> for Refusal {
             }
             Failure::Here(reason) => {
                 let message = format!("it is not here, and the cache can't take it now: {reason}");
-                Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "UNKNOWN", message).header(RETRY_AFTER, "1")
+                Refusal::unavailable(message)
             }
         }
     }

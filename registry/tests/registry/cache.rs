@@ -130,7 +130,7 @@ async fn corrupt_content_from_upstream_is_refused_and_not_kept() {
     let damaged = String::from_utf8(text).unwrap().replace("size", "sise");
     std::fs::write(origin.blob_file(&manifest), damaged).unwrap();
     let answer = cache.request(Method::GET, &format!("/v2/app/manifests/{manifest}")).send().await.unwrap();
-    assert_eq!(code(answer).await, (503, "UNKNOWN".into()));
+    assert_eq!(code(answer).await, (503, "UNAVAILABLE".into()));
     assert!(!cache.blob_file(&manifest).exists());
     // A manifest, the origin verifies itself, and doesn't serve it.
     let reference = format!("app@{manifest}").parse().unwrap();

@@ -251,10 +251,18 @@ async fn what_is_here_is_served_without_the_upstream_and_the_rest_is_a_clear_503
         range(MIB + 5, 2 * MIB - 7).await.unwrap().bytes().await.unwrap(),
         layer[MIB + 5..2 * MIB - 6]
     );
-    for answer in [range(0, 10).await.unwrap(), get(&cache, "/v2/app/manifests/v2").await] {
-        assert_eq!(answer.status(), 503);
+    let never = Digest::of(b"never");
+    for answer in [
+        range(0, 10).await.unwrap(),
+        get(&cache, "/v2/app/manifests/v2").await,
+        get(&cache, &format!("/v2/app/manifests/{never}")).await,
+        get(&cache, &blob(&never)).await,
+        get(&cache, &format!("/v2/app/referrers/{never}")).await,
+    ] {
+        assert_eq!((answer.status().as_u16(), header(&answer, "retry-after").as_str()), (503, "1"));
         let text = answer.text().await.unwrap();
         assert!(text.contains("can't be asked") && text.contains(&url), "{text}");
+        assert!(text.contains("\"UNAVAILABLE\""), "{text}");
     }
     // Pushes go on, and what is pushed is pulled.
     let (own, _) = cache.put_image("app", "own", "seed").await;

@@ -1,10 +1,12 @@
-//! Tags through a cache: lists that have all or say what is missing, and what was pushed over an upstream's tag.
+//! Tags through a cache: lists that have all or say what is missing, what was pushed over an upstream's tag, and what a
+//! chain of caches does while its end is away.
 
 use anyplace_registry::TagView;
 use reqwest::Method;
 use serde_json::{Value, json};
 
 use crate::gc::get;
+use crate::metrics::samples;
 use crate::support::{Registry, cache_config, code, header};
 
 async fn digest_of(registry: &Registry, path: &str) -> (u16, String) {
@@ -85,4 +87,24 @@ async fn what_was_pushed_over_an_upstreams_tag_is_what_is_served() {
     origin.stop().await;
     assert_eq!(digest_of(&cache, path).await, (200, again.to_string()));
     cache.stop().await;
+}
+
+#[tokio::test]
+async fn a_tier_whose_upstream_is_away_is_asked_a_few_times_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let region =
+        Registry::start_with(cache_config(&dir.path().join("region"), &[("http://127.0.0.1:9", dir.path())]))
+            .await;
+    let location = Registry::cache(&dir.path().join("location"), &region.url(), &region.dir).await;
+    let answer = location.request(Method::GET, "/v2/app/manifests/v1").send().await.unwrap();
+    assert_eq!(header(&answer, "retry-after"), "1");
+    assert_eq!(code(answer).await, (503, "UNAVAILABLE".into()));
+    let never = anyplace_images::Digest::of(b"never");
+    let path = format!("/v2/app/manifests/{never}");
+    assert_eq!(location.request(Method::GET, &path).send().await.unwrap().status(), 503);
+    // Each asked once, and twice again as the region wished.
+    let asked = "anyplace_registry_requests_total{kind=\"manifest\",method=\"GET\",status=\"503\"}";
+    assert_eq!(samples(&region).await.get(asked), Some(&6.0));
+    location.stop().await;
+    region.stop().await;
 }

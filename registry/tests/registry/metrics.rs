@@ -7,7 +7,7 @@ use reqwest::Method;
 use crate::support::{Registry, noise};
 
 /// The samples, by name with labels.
-async fn samples(registry: &Registry) -> BTreeMap<String, f64> {
+pub(crate) async fn samples(registry: &Registry) -> BTreeMap<String, f64> {
     let text = registry.anonymous(Method::GET, "/metrics").send().await.unwrap().text().await.unwrap();
     let lines = text.lines().filter(|line| !line.starts_with('#'));
     let samples = lines.map(|line| line.rsplit_once(' ').unwrap());
