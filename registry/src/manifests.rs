@@ -24,7 +24,7 @@ use crate::gc;
 use crate::references::{self, Manifest};
 use crate::remembered::Described;
 use crate::server::App;
-use crate::storage::{Error, NewManifest, TagOf};
+use crate::storage::{Error, NewManifest};
 use crate::upstream::{Cache, Failure, Resolved};
 
 /// Names the subject that the registry understood, so that the client needn't keep a list of referrers itself.
@@ -209,7 +209,7 @@ struct Meant {
 ///
 /// While the upstream is out of reach, its last answer stands in for it, with a warning.
 async fn resolve(app: &App, name: &str, tag: &str) -> Answer<Meant> {
-    if let Some(digest) = app.storage.tag(TagOf::Push, name, tag).await? {
+    if let Some(digest) = app.storage.tag(name, tag).await? {
         return Ok(Meant { digest, by_upstream: false, warning: None });
     }
     let Some(cache) = &app.cache else { return Err(Refusal::manifest_unknown(name, tag)) };

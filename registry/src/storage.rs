@@ -10,7 +10,6 @@
 //! - `repositories/<name>/_pending/<algorithm>/<digest>/<random>`: a manifest whose put is not over
 //! - `repositories/<name>/_referrers/<algorithm>/<subject>/<algorithm>/<digest>`: a manifest that has this subject
 //! - `repositories/<name>/_tags/<tag>`: the digest that a push gave the tag
-//! - `repositories/<name>/_upstream/<tag>`: the digest that the upstream gave the tag, as last seen
 //! - `repositories/<name>/_trash/<when>-<random>`: deleted, and can be brought back
 //! - `gc/deleting/<algorithm>/<digest>/<run>`: a collector is about to delete this content, or links to it
 //! - `quarantine/<algorithm>/<digest>-<random>`: content that turned out wrong
@@ -74,7 +73,6 @@ use settings::Remote;
 pub use settings::{Bucket, Container, StorageConfig};
 pub(crate) use stamps::Stamp;
 pub(crate) use tags::TagInfo;
-pub(crate) use tags::TagOf;
 
 /// The layout that this version reads and writes. Layout 1 had no `format` object.
 const FORMAT: u32 = 2;

@@ -15,7 +15,6 @@ use serde_json::json;
 
 use crate::errors::{Answer, Refusal};
 use crate::server::App;
-use crate::storage::TagOf;
 
 /// What a client should know where the list may lack something.
 const OUT_OF_REACH: &str = "an upstream registry can't be asked; there may be more tags than these";
@@ -32,10 +31,7 @@ pub(crate) async fn list(app: &App, name: &str, uri: &Uri) -> Answer {
     let Query(page) = Query::<Page>::try_from_uri(uri).map_err(|e| {
         Refusal::new(StatusCode::BAD_REQUEST, "UNSUPPORTED", format!("{e}; expected ?n=NUMBER&last=TAG"))
     })?;
-    let mut tags = BTreeSet::new();
-    for of in [TagOf::Push, TagOf::Upstream] {
-        tags.extend(app.storage.tags(of, name).await?);
-    }
+    let mut tags: BTreeSet<String> = app.storage.tags(name).await?.into_iter().collect();
     let (mut is_known, mut warning) = (!tags.is_empty(), None);
     if let Some(cache) = &app.cache {
         let listed = cache.tags(name).await?;

@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use serde::Deserialize;
 
 use super::views::{RepositoryPage, RepositoryView, TagView, TrashView};
-use crate::storage::{Error, Result, Storage, TagInfo, TagOf, Trashed, TrashedItem};
+use crate::storage::{Error, Result, Storage, TagInfo, Trashed, TrashedItem};
 
 /// Most repositories in one answer.
 const PAGE_MAX: usize = 1_000;
@@ -51,7 +51,7 @@ pub(super) async fn page(storage: &Storage, n: Option<usize>, last: Option<&str>
 }
 
 async fn view(storage: &Storage, name: String) -> Result<RepositoryView> {
-    let tags = storage.tag_infos(TagOf::Push, &name).await?;
+    let tags = storage.tag_infos(&name).await?;
     let manifests = storage.manifests(&name).await?;
     let times = tags.iter().map(|tag| tag.put).chain(manifests.iter().map(|manifest| manifest.put));
     Ok(RepositoryView {
@@ -63,7 +63,7 @@ async fn view(storage: &Storage, name: String) -> Result<RepositoryView> {
 }
 
 pub(super) async fn tags(storage: &Storage, repository: &str) -> Result<Vec<TagView>> {
-    let infos = storage.tag_infos(TagOf::Push, repository).await?;
+    let infos = storage.tag_infos(repository).await?;
     let views = stream::iter(infos).map(|info| tag(storage, repository, info)).buffered(AT_ONCE);
     let mut views: Vec<TagView> = views.try_filter_map(|view| async move { Ok(view) }).try_collect().await?;
     views.sort_by(|a, b| a.tag.cmp(&b.tag));
@@ -72,7 +72,7 @@ pub(super) async fn tags(storage: &Storage, repository: &str) -> Result<Vec<TagV
 
 /// None if it was deleted a moment ago.
 async fn tag(storage: &Storage, repository: &str, info: TagInfo) -> Result<Option<TagView>> {
-    let Some(digest) = storage.whole_tag(TagOf::Push, repository, &info.tag).await? else { return Ok(None) };
+    let Some(digest) = storage.whole_tag(repository, &info.tag).await? else { return Ok(None) };
     let (media_type, size_bytes) = size(storage, repository, &digest).await?;
     let pushed_at = moment(info.put);
     Ok(Some(TagView { tag: info.tag, digest, media_type, size_bytes, pushed_at }))

@@ -35,7 +35,7 @@ use crate::access::Audit;
 use crate::config::Config;
 use crate::references;
 use crate::storage::mutant::{self, Mutant};
-use crate::storage::{Linked, NewManifest, Note, Place, Storage, TagOf};
+use crate::storage::{Linked, NewManifest, Note, Place, Storage};
 
 /// Interleavings.
 const SEEDS: u64 = 10_000;
@@ -239,7 +239,7 @@ impl Check<'_> {
                 }
                 let index = self.images.iter().position(|image| image.digest == put.value).unwrap();
                 let Some(manifest) = certain(repository, &self.images[index]) else { continue };
-                let found = storage.tag(TagOf::Push, repository, tag).await.unwrap();
+                let found = storage.tag(repository, tag).await.unwrap();
                 assert_eq!(found.as_ref(), Some(&put.value), "the tag {tag} of {repository}");
                 required.insert(index, manifest.span.begin);
                 for child in &self.images[index].children {
@@ -275,7 +275,7 @@ impl Check<'_> {
     /// No tag leads nowhere.
     async fn tags(&self, storage: &Storage) {
         for (repository, tag) in REPOSITORIES.iter().flat_map(|it| TAGS.map(|tag| (it, tag))) {
-            if let Some(digest) = storage.tag(TagOf::Push, repository, tag).await.unwrap() {
+            if let Some(digest) = storage.tag(repository, tag).await.unwrap() {
                 let there = storage.has_manifest(repository, &digest).await.unwrap();
                 assert!(there, "the tag {tag} of {repository} leads nowhere");
             }

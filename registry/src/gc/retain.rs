@@ -16,7 +16,7 @@ use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use super::hold::{AT_ONCE, Hold, MARKED_MAX};
 use super::run::Context;
 use super::sweep::names;
-use crate::storage::{Error, Marked, TagOf, Trashed};
+use crate::storage::{Error, Marked, Trashed};
 
 /// Deepest nesting of indexes that is put in order; deeper ones go in any order.
 const DEPTH_MAX: usize = 32;
@@ -79,8 +79,8 @@ async fn expel_tags(
     let mark = |tag: &String| Marked::Tag { repository: repository.to_owned(), tag: tag.clone() };
     let hold = Hold::open(cx, batch.iter().map(|(tag, _)| mark(tag)).collect()).await?;
     let expel = async |(tag, reason): (String, String)| -> anyhow::Result<bool> {
-        let put = cx.storage.tag_put(TagOf::Push, repository, &tag).await?;
-        let digest = cx.storage.whole_tag(TagOf::Push, repository, &tag).await?;
+        let put = cx.storage.tag_put(repository, &tag).await?;
+        let digest = cx.storage.whole_tag(repository, &tag).await?;
         let same = digest.clone().zip(put) == basis.tags.get(&tag).cloned();
         #[cfg(test)]
         let same = same || crate::storage::mutant::is(crate::storage::mutant::Mutant::NoSecondDecision);
@@ -89,7 +89,7 @@ async fn expel_tags(
             let what = Trashed::Tag { tag: tag.clone(), digest: digest.clone() };
             cx.storage.put_trash(repository, &what).await?;
         }
-        hold.delete(&mark(&tag), cx.storage.delete_tag(TagOf::Push, repository, &tag)).await?;
+        hold.delete(&mark(&tag), cx.storage.delete_tag(repository, &tag)).await?;
         cx.record(repository, &tag, &digest);
         cx.report(|report| report.plan.tags.push(named(repository, &tag, &reason)));
         Ok(true)

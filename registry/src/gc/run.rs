@@ -21,7 +21,7 @@ use super::report::{GcPhase, GcReport};
 use super::retain::{self, Basis};
 use super::sweep;
 use crate::access::{self, Audit};
-use crate::storage::{Link, Storage, TagOf, Trashed};
+use crate::storage::{Link, Storage, Trashed};
 
 /// Candidates that are kept at once; about 10 MiB.
 const CANDIDATES_MAX: usize = 1 << 16;
@@ -207,33 +207,25 @@ async fn retain(
             pinned.insert(digest);
         }
     }
-    for of in [TagOf::Upstream, TagOf::Push] {
-        let infos = cx.storage.tag_infos(of, repository).await?;
-        let read = async |info: crate::storage::TagInfo| {
-            Ok::<_, crate::storage::Error>((cx.storage.tag(of, repository, &info.tag).await?, info))
-        };
-        let tags = stream::iter(infos).map(read).buffered(AT_ONCE).try_collect::<Vec<_>>().await;
-        let tags = match tags {
-            Err(error @ crate::storage::Error::Damaged { .. }) => {
-                cx.report(|report| {
-                    report.problem(format!(
-                        "no rule lets anything go in {repository}: {error}; push the tag again, or delete it"
-                    ));
-                });
-                return Ok(());
-            }
-            tags => tags?,
-        };
-        for (digest, info) in tags {
-            let Some(digest) = digest else { continue };
-            match of {
-                TagOf::Push => {
-                    basis.tags.insert(info.tag, (digest, info.put));
-                }
-                TagOf::Upstream => {
-                    pinned.insert(digest);
-                }
-            }
+    let infos = cx.storage.tag_infos(repository).await?;
+    let read = async |info: crate::storage::TagInfo| {
+        Ok::<_, crate::storage::Error>((cx.storage.tag(repository, &info.tag).await?, info))
+    };
+    let tags = stream::iter(infos).map(read).buffered(AT_ONCE).try_collect::<Vec<_>>().await;
+    let tags = match tags {
+        Err(error @ crate::storage::Error::Damaged { .. }) => {
+            cx.report(|report| {
+                report.problem(format!(
+                    "no rule lets anything go in {repository}: {error}; push the tag again, or delete it"
+                ));
+            });
+            return Ok(());
+        }
+        tags => tags?,
+    };
+    for (digest, info) in tags {
+        if let Some(digest) = digest {
+            basis.tags.insert(info.tag, (digest, info.put));
         }
     }
     let age = |put| cx.age_ms(put).unwrap_or_default();

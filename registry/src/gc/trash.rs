@@ -11,7 +11,7 @@ use anyplace_images::Digest;
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 
 use crate::references;
-use crate::storage::{Error, Linked, NewManifest, Result, Storage, TagOf, Trashed, TrashedItem};
+use crate::storage::{Error, Linked, NewManifest, Result, Storage, Trashed, TrashedItem};
 
 /// Tags that are read, and deleted, at once: in a bucket each read is a round trip, and repositories have thousands.
 const TAGS_AT_ONCE: usize = 16;
@@ -44,7 +44,7 @@ pub(crate) enum Missing {
     Storage(#[from] crate::storage::Error),
 }
 
-/// Deletes a tag, pushed or cached, and says whether there was one.
+/// Deletes a tag, and says whether there was one.
 pub(crate) async fn delete_tag(
     storage: &Storage,
     repository: &str,
@@ -52,12 +52,11 @@ pub(crate) async fn delete_tag(
     window: Duration,
 ) -> Result<bool> {
     if !window.is_zero()
-        && let Some(digest) = storage.whole_tag(TagOf::Push, repository, tag).await?
+        && let Some(digest) = storage.whole_tag(repository, tag).await?
     {
         storage.put_trash(repository, &Trashed::Tag { tag: tag.to_owned(), digest }).await?;
     }
-    let pushed = storage.delete_tag(TagOf::Push, repository, tag).await?;
-    Ok(storage.delete_tag(TagOf::Upstream, repository, tag).await? || pushed)
+    storage.delete_tag(repository, tag).await
 }
 
 /// Deletes a manifest and the tags that lead to it, which are given back; none if there was no such manifest.
@@ -103,26 +102,20 @@ async fn delete_tags_of(
     digest: &Digest,
     window: Duration,
 ) -> Result<Vec<String>> {
-    let mut removed = Vec::new();
-    for of in [TagOf::Push, TagOf::Upstream] {
-        let delete = async |tag: String| -> Result<Option<String>> {
-            if storage.whole_tag(of, repository, &tag).await?.as_ref() != Some(digest) {
-                return Ok(None);
-            }
-            if of == TagOf::Push && !window.is_zero() {
-                let what = Trashed::Tag { tag: tag.clone(), digest: digest.clone() };
-                storage.put_trash(repository, &what).await?;
-            }
-            storage.delete_tag(of, repository, &tag).await?;
-            Ok(Some(tag))
-        };
-        let tags = storage.tags(of, repository).await?;
-        let mut deleted = stream::iter(tags).map(delete).buffer_unordered(TAGS_AT_ONCE);
-        while let Some(tag) = deleted.try_next().await? {
-            removed.extend(tag);
+    let delete = async |tag: String| -> Result<Option<String>> {
+        if storage.whole_tag(repository, &tag).await?.as_ref() != Some(digest) {
+            return Ok(None);
         }
-    }
-    Ok(removed)
+        if !window.is_zero() {
+            let what = Trashed::Tag { tag: tag.clone(), digest: digest.clone() };
+            storage.put_trash(repository, &what).await?;
+        }
+        storage.delete_tag(repository, &tag).await?;
+        Ok(Some(tag))
+    };
+    let tags = storage.tags(repository).await?;
+    let deleted = stream::iter(tags).map(delete).buffer_unordered(TAGS_AT_ONCE);
+    deleted.try_filter_map(|tag| std::future::ready(Ok(tag))).try_collect().await
 }
 
 /// Brings back a tag and its manifest, or a manifest, with the manifests that it names; gives the digest.
@@ -149,7 +142,7 @@ pub(crate) async fn undelete(
         _ => None,
     });
     let (item, digest) = found.ok_or_else(|| not_in_trash(format!("tag {tag}")))?;
-    if let Some(taken) = storage.tag(TagOf::Push, repository, tag).await?
+    if let Some(taken) = storage.tag(repository, tag).await?
         && taken != *digest
     {
         let (repository, tag) = (repository.to_owned(), tag.to_owned());
@@ -160,10 +153,10 @@ pub(crate) async fn undelete(
     {
         return Err(not_in_trash(format!("manifest {digest}, which the tag {tag} had")));
     }
-    storage.put_tag(TagOf::Push, repository, tag, digest).await?;
+    storage.put_tag(repository, tag, digest).await?;
     if !storage.has_manifest(repository, digest).await? {
         // It was deleted beside this; a tag must not lead nowhere.
-        storage.delete_tag(TagOf::Push, repository, tag).await?;
+        storage.delete_tag(repository, tag).await?;
         return Err(not_in_trash(format!("manifest {digest}, which the tag {tag} had")));
     }
     storage.remove_trash(repository, &item.id).await?;

@@ -6,7 +6,7 @@ use futures_util::{StreamExt as _, stream};
 use tokio_util::sync::CancellationToken;
 
 use crate::access::accounts;
-use crate::storage::{Result, Storage, TagOf};
+use crate::storage::{Result, Storage};
 
 /// Questions to the store at once.
 const AT_ONCE: usize = 16;
@@ -29,13 +29,11 @@ pub(super) async fn check(
         while let Some(problem) = read.next().await {
             problem.map(|error| error.to_string()).into_iter().for_each(&mut tell);
         }
-        for of in [TagOf::Push, TagOf::Upstream] {
-            let tags = storage.tags(of, &repository).await?;
-            let read = async |tag: String| storage.tag(of, &repository, &tag).await.err();
-            let mut read = stream::iter(tags).map(read).buffer_unordered(AT_ONCE);
-            while let Some(problem) = read.next().await {
-                problem.map(|error| error.to_string()).into_iter().for_each(&mut tell);
-            }
+        let tags = storage.tags(&repository).await?;
+        let read = async |tag: String| storage.tag(&repository, &tag).await.err();
+        let mut read = stream::iter(tags).map(read).buffer_unordered(AT_ONCE);
+        while let Some(problem) = read.next().await {
+            problem.map(|error| error.to_string()).into_iter().for_each(&mut tell);
         }
         for item in storage.trash_and_damaged(&repository).await?.1 {
             tell(format!("`repositories/{repository}/_trash/{}` is damaged: {}", item.id, item.reason));

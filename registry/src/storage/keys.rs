@@ -3,8 +3,6 @@
 use anyplace_images::Digest;
 use object_store::path::Path;
 
-use super::TagOf;
-
 /// Ends the repository's name in a link's key.
 const LINK_END: &str = "_link";
 
@@ -59,16 +57,12 @@ pub(super) fn referrer(repository: &str, subject: &Digest, digest: &Digest) -> P
     of_digest(&referrers(repository, subject), digest)
 }
 
-pub(super) fn tags(of: TagOf, repository: &str) -> Path {
-    let folder = match of {
-        TagOf::Push => "_tags",
-        TagOf::Upstream => "_upstream",
-    };
-    Path::from(format!("repositories/{repository}/{folder}"))
+pub(super) fn tags(repository: &str) -> Path {
+    Path::from(format!("repositories/{repository}/_tags"))
 }
 
-pub(super) fn tag(of: TagOf, repository: &str, tag: &str) -> Path {
-    tags(of, repository).join(tag)
+pub(super) fn tag(repository: &str, tag: &str) -> Path {
+    tags(repository).join(tag)
 }
 
 pub(super) fn markers_of(digest: &Digest) -> Path {

@@ -10,7 +10,7 @@ use object_store::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::links::LINK_TRIES;
-use super::{Error, Linked, Marked, Result, Storage, TagOf, keys};
+use super::{Error, Linked, Marked, Result, Storage, keys};
 use crate::references::Manifest;
 
 /// Blobs that are looked for at once.
@@ -121,7 +121,7 @@ impl Storage {
                 return Ok(missing);
             }
             for tag in tags {
-                self.put_tag(TagOf::Push, repository, tag, digest).await?;
+                self.put_tag(repository, tag, digest).await?;
             }
             #[cfg(test)]
             if super::mutant::is(super::mutant::Mutant::NoLookAfterTags) {

@@ -8,7 +8,7 @@ use std::os::unix::fs::MetadataExt as _;
 use anyplace_images::Digest;
 use object_store::path::Path;
 
-use super::{Place, Storage, TagOf, keys};
+use super::{Place, Storage, keys};
 
 /// What is known of an object without reading it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,7 +24,7 @@ pub(crate) enum Stamp {
 impl Storage {
     /// The stamp of a tag that a push gave.
     pub(crate) fn tag_stamp(&self, repository: &str, tag: &str) -> Stamp {
-        self.stamp(&keys::tag(TagOf::Push, repository, tag))
+        self.stamp(&keys::tag(repository, tag))
     }
 
     /// The stamp of a manifest's entry.

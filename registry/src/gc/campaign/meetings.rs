@@ -66,7 +66,7 @@ async fn push_beside_a_delete(seed: u64) -> bool {
     runner.add(false, push, || {});
     runner.add(false, delete, || {});
     runner.run(false).await;
-    let tags = storage.tags(TagOf::Push, "a").await.unwrap();
+    let tags = storage.tags("a").await.unwrap();
     !tags.is_empty() && !storage.has_manifest("a", &digest).await.unwrap()
 }
 

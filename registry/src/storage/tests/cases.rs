@@ -6,7 +6,7 @@ use anyplace_images::{Algorithm, Digest};
 use bytes::Bytes;
 use futures_util::TryStreamExt as _;
 
-use super::super::{Error, Linked, ManifestEntry, Marked, NewManifest, TagOf, Trashed};
+use super::super::{Error, Linked, ManifestEntry, Marked, NewManifest, Trashed};
 use super::{Bed, noise};
 
 fn manifest(bytes: &[u8], blobs: &[&Digest], subject: Option<&Digest>) -> (Digest, NewManifest) {
@@ -130,20 +130,19 @@ pub(super) async fn tags_trash_and_ages(bed: &Bed) {
     let (digest, new) = manifest(b"m", &[], None);
     storage.put_manifest("a/b", &digest, new.clone()).await.unwrap();
     for tag in ["v1", "v2", "V1"] {
-        storage.put_tag(TagOf::Push, "a/b", tag, &digest).await.unwrap();
+        storage.put_tag("a/b", tag, &digest).await.unwrap();
     }
-    storage.put_tag(TagOf::Upstream, "a/b", "v3", &digest).await.unwrap();
-    assert_eq!(storage.tag(TagOf::Push, "a/b", "v1").await.unwrap(), Some(digest.clone()));
-    assert_eq!(storage.tag(TagOf::Push, "a/b", "v3").await.unwrap(), None);
-    let mut tags = storage.tags(TagOf::Push, "a/b").await.unwrap();
+    assert_eq!(storage.tag("a/b", "v1").await.unwrap(), Some(digest.clone()));
+    assert_eq!(storage.tag("a/b", "v3").await.unwrap(), None);
+    let mut tags = storage.tags("a/b").await.unwrap();
     tags.sort();
     assert_eq!(tags, ["V1", "v1", "v2"]);
-    for info in storage.tag_infos(TagOf::Push, "a/b").await.unwrap() {
+    for info in storage.tag_infos("a/b").await.unwrap() {
         // Some stores count in seconds.
         assert!(info.put + Duration::from_secs(1) >= before);
     }
-    assert!(storage.delete_tag(TagOf::Push, "a/b", "v1").await.unwrap());
-    assert!(!storage.delete_tag(TagOf::Push, "a/b", "v1").await.unwrap());
+    assert!(storage.delete_tag("a/b", "v1").await.unwrap());
+    assert!(!storage.delete_tag("a/b", "v1").await.unwrap());
 
     let entry = storage.manifest_entry("a/b", &digest).await.unwrap().unwrap();
     let trashed = [

@@ -14,7 +14,7 @@ use super::{Bed, Opener, Process, noise};
 use crate::config::Config;
 use crate::gc;
 use crate::scrub::{Repair, ScrubOutcome, Scrubber};
-use crate::storage::{TagOf, Trashed};
+use crate::storage::Trashed;
 
 /// Uploads in all; each has some tens of operations on the store.
 const UPLOADS: u64 = 120;
@@ -152,16 +152,16 @@ async fn tags_of_a_manifest_that_goes_are_read_several_at_once() {
     let stays = put_manifest(&process, b"stays", &blob).await;
     for number in 0..100 {
         let digest = if number % 2 == 0 { &goes } else { &stays };
-        process.storage.put_tag(TagOf::Push, "a/b", &format!("v{number}"), digest).await.unwrap();
+        process.storage.put_tag("a/b", &format!("v{number}"), digest).await.unwrap();
     }
     store.slow.store(true, Ordering::SeqCst);
     let removed = gc::delete_manifest(&process.storage, "a/b", &goes, Duration::from_secs(60)).await;
     assert_eq!(removed.unwrap().unwrap().len(), 50);
     assert_eq!(store.reading_max.load(Ordering::SeqCst), 16);
-    let left = process.storage.tags(TagOf::Push, "a/b").await.unwrap();
+    let left = process.storage.tags("a/b").await.unwrap();
     assert_eq!(left.len(), 50);
     for tag in left {
-        assert_eq!(process.storage.tag(TagOf::Push, "a/b", &tag).await.unwrap().as_ref(), Some(&stays));
+        assert_eq!(process.storage.tag("a/b", &tag).await.unwrap().as_ref(), Some(&stays));
     }
     let trash = process.storage.trash("a/b").await.unwrap();
     let tags = trash.iter().filter(|item| matches!(item.what, Trashed::Tag { .. })).count();
