@@ -164,7 +164,7 @@ impl Access {
             accounts: Accounts::load(storage.clone()).await?,
             signer: Signer::new(&bytes),
             limits: Limits::new(),
-            audit: Arc::new(Audit::open(data_dir)?),
+            audit: Arc::new(Audit::open(data_dir)?.with_room(storage.room().clone())),
         })
     }
 

@@ -177,6 +177,7 @@ impl Collector {
         if stale > 0 {
             tracing::info!(stale, "removed markers of collections that didn't come to their end");
         }
+        self.take_back_room().await;
         let every = self.gc.every.to_std();
         if every.is_zero() {
             return Ok(None);
@@ -222,6 +223,13 @@ impl Collector {
         let _one = self.one.lock().await;
     }
 
+    /// Where a full disk has room again, for the next time.
+    async fn take_back_room(&self) {
+        if let Err(error) = self.storage.check_room().await {
+            tracing::warn!(%error, "pushes are refused until there is room");
+        }
+    }
+
     async fn begin(&self, dry_run: bool) -> Result<Begun, NotBegun> {
         let one = self.one.clone().try_lock_owned();
         let one = one.map_err(|_| NotBegun::Busy("in this registry".to_owned()))?;
@@ -233,7 +241,13 @@ impl Collector {
             {
                 return Err(NotBegun::Busy(lease.run));
             }
-            self.storage.put_note(Note::Lease, &Lease { run: run.clone() }).await?;
+            match self.storage.put_note(Note::Lease, &Lease { run: run.clone() }).await {
+                // A collection may be what helps.
+                Err(error @ crate::storage::Error::Full { .. }) => {
+                    tracing::warn!(%error, "a collection begins without a lease");
+                }
+                put => put?,
+            }
         }
         let started = Timestamp::try_from(now).context("the store's time is no time")?;
         let report = GcReport::new(run, dry_run, started);
@@ -288,6 +302,7 @@ impl Collector {
         if let Err(error) = noted.await {
             tracing::warn!(%error, "the collector's report can't be kept");
         }
+        self.take_back_room().await;
         finished
     }
 

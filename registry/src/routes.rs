@@ -163,6 +163,9 @@ async fn answer(app: &Arc<App>, request: Request) -> Answer {
         return Err(Refusal::busy("this registry is shutting down; ask another, or again soon"));
     }
     let method = request.method().clone();
+    if matches!(method, Method::POST | Method::PUT | Method::PATCH) {
+        app.storage.check_room().await?;
+    }
     let unsupported = |allowed| Err(Refusal::unsupported(&method, &path, allowed));
     match endpoint {
         Endpoint::Base => match method {

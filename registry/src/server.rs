@@ -3,7 +3,7 @@
 use std::fs::Permissions;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -69,6 +69,9 @@ impl Server {
                 .await?;
         let uploads = Arc::new(Uploads::open(storage.clone())?);
         let cache = Cache::open(&config).await?;
+        if let Some(cache) = cache.clone().filter(|_| on_one_disk(&config.data_dir)) {
+            storage.ask_for_room(Box::new(move |bytes| cache.evict(bytes)));
+        }
         let listener = TcpListener::bind(config.listen).await.with_context(|| {
             format!("can't listen on {}; check `listen`, and that nothing else listens there", config.listen)
         })?;
@@ -175,6 +178,12 @@ fn make_private(folder: &Path) -> anyhow::Result<()> {
         );
     }
     Ok(())
+}
+
+/// Whether what the cache keeps takes room of what is pushed.
+fn on_one_disk(data_dir: &Path) -> bool {
+    let disk = |path: &Path| std::fs::metadata(path).map(|found| found.dev()).ok();
+    disk(data_dir) == disk(&data_dir.join("cache"))
 }
 
 async fn healthz(State(app): State<Arc<App>>) -> (StatusCode, &'static str) {

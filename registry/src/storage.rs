@@ -14,6 +14,7 @@
 //! - `gc/deleting/<algorithm>/<digest>/<run>`: a collector is about to delete this content, or links to it
 //! - `quarantine/<algorithm>/<digest>-<random>`: content that turned out wrong
 //! - `gc/clock`: written to read the store's own time
+//! - `reserve`: blocks that deletions get where a disk is full (see `room`); only in a folder
 //! - `access/...`: accounts, teams, the key of tokens
 //! - `uploads/<id>...`, `data/<upload>/...`: uploads in progress, and what became of them (see `uploads`)
 //!
@@ -37,6 +38,7 @@ mod links;
 mod manifests;
 #[cfg(test)]
 pub(crate) mod mutant;
+mod room;
 mod settings;
 mod stamps;
 mod sweep;
@@ -64,11 +66,12 @@ pub(crate) use bucket::LIST_MAX_BYTES;
 pub(crate) use bucket::Segment;
 pub(crate) use collect::{Marked, Note, Trashed, TrashedItem};
 pub(crate) use content::Content;
-pub(crate) use error::{Error, Result};
+pub(crate) use error::{Error, Result, is_full};
 use folder::Folder;
 pub(crate) use links::Link;
 pub(crate) use links::Linked;
 pub(crate) use manifests::{ManifestEntry, NewManifest};
+pub(crate) use room::{Evict, Room};
 use settings::Remote;
 pub use settings::{Bucket, Container, StorageConfig};
 pub(crate) use stamps::Stamp;
@@ -103,6 +106,7 @@ struct Inner {
     /// How the store is called in messages.
     name: String,
     place: Place,
+    room: Arc<Room>,
     /// Whether the store can put an object only if there is none, so that one of several writers wins.
     conditional: bool,
     /// The store's time, and when it was read.
@@ -147,8 +151,13 @@ impl Storage {
         renew_after: Duration,
     ) -> anyhow::Result<Storage> {
         let clock = OnceLock::new();
-        let conditional = probe(&*objects, &name).await?;
-        let inner = Inner { objects, bulk, name, place, conditional, clock, renew_after };
+        let (room, conditional) = match &place {
+            // A file can be made only where there is none. Nothing else is written, for the disk may be full.
+            Place::Folder(folder) => (Room::in_folder(folder), true),
+            Place::Bucket(_) => (Room::elsewhere(), probe(&*objects, &name).await?),
+        };
+        let room = Arc::new(room);
+        let inner = Inner { objects, bulk, name, place, room, conditional, clock, renew_after };
         let storage = Storage { inner: Arc::new(inner) };
         storage.check_format().await?;
         storage.now().await?;
@@ -158,6 +167,30 @@ impl Storage {
     /// Where content is.
     pub(crate) fn place(&self) -> &Place {
         &self.inner.place
+    }
+
+    /// What helps where the disk is full.
+    pub(crate) fn room(&self) -> &Arc<Room> {
+        &self.inner.room
+    }
+
+    /// From now on, a cache on the same disk gives room where it is full.
+    pub(crate) fn ask_for_room(&self, cache: Evict) {
+        self.inner.room.ask(cache);
+    }
+
+    /// Lets in what fills a disk, unless deletions need what is left of it.
+    ///
+    /// # Errors
+    /// [`Error::Full`]: what is reserved for them was given up, and can't be taken back yet.
+    pub(crate) async fn check_room(&self) -> Result<()> {
+        if self.inner.room.is_whole() {
+            return Ok(());
+        }
+        let room = self.inner.room.clone();
+        let refilled = tokio::task::spawn_blocking(move || room.refill()).await;
+        let refilled = refilled.unwrap_or_else(|e| Err(std::io::Error::other(e)));
+        refilled.map_err(|e| self.failed_io("write", "reserve", e))
     }
 
     async fn check_format(&self) -> anyhow::Result<()> {
@@ -207,13 +240,44 @@ impl Storage {
     }
 
     async fn put(&self, key: &Path, value: Bytes) -> Result<()> {
-        let put = self.inner.objects.put(key, value.into()).await;
-        put.map(drop).map_err(|e| self.failed("write", key, e))
+        self.put_in(&*self.inner.objects, key, value.into()).await
     }
 
     /// Puts an object that may be as large as a part.
     pub(crate) async fn put_payload(&self, key: &Path, payload: object_store::PutPayload) -> Result<()> {
-        self.inner.bulk.put(key, payload).await.map(drop).map_err(|e| self.failed("write", key, e))
+        self.put_in(&*self.inner.bulk, key, payload).await
+    }
+
+    async fn put_in(
+        &self,
+        objects: &dyn ObjectStore,
+        key: &Path,
+        payload: object_store::PutPayload,
+    ) -> Result<()> {
+        let put = async || {
+            let put = objects.put(key, payload.clone()).await;
+            put.map(drop).map_err(|e| self.failed("write", key, e))
+        };
+        match put().await {
+            Err(Error::Full { .. }) if self.with_room(|room| room.evict()).await => put().await,
+            done => done,
+        }
+    }
+
+    /// Puts what frees room, or is needed for that: where the disk is full, from the reserve.
+    pub(super) async fn put_reserved(&self, key: &Path, value: Bytes) -> Result<()> {
+        loop {
+            match self.put(key, value.clone()).await {
+                Err(Error::Full { .. }) if self.with_room(|room| room.give()).await => {}
+                done => return done,
+            }
+        }
+    }
+
+    /// Asks for room; false if there is none.
+    async fn with_room(&self, ask: impl FnOnce(&Room) -> bool + Send + 'static) -> bool {
+        let room = self.inner.room.clone();
+        tokio::task::spawn_blocking(move || ask(&room)).await.unwrap_or(false)
     }
 
     /// All of an object, as it comes.

@@ -144,6 +144,12 @@ impl Cache {
         &self.inner.counters
     }
 
+    /// Blocking: evicts so many bytes for others on its disk if it can, and says how many it did.
+    pub(crate) fn evict(&self, bytes: u64) -> u64 {
+        CacheCounters::one(&self.inner.counters.disk_full);
+        self.inner.pieces.evict(bytes)
+    }
+
     /// The repository that a client means who asks for `name` of another registry, `namespace`. One that no upstream
     /// stands for means nothing here.
     pub(crate) fn name_in(&self, namespace: &str, name: &str) -> String {

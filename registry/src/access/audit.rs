@@ -9,11 +9,13 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context as _;
 use anyplace_registry_core::pattern::Pattern;
 use serde::{Deserialize, Serialize};
+
+use crate::storage::{Room, is_full};
 
 /// A file of this size is closed: some 250,000 events.
 const FILE_MAX_BYTES: u64 = 64 << 20;
@@ -83,6 +85,7 @@ pub(crate) struct Audit {
     open: Mutex<Open>,
     /// Events that couldn't be written.
     pub(crate) lost: AtomicU64,
+    room: Arc<Room>,
 }
 
 struct Open {
@@ -96,7 +99,13 @@ impl Audit {
     pub(crate) fn open(folder: &Path) -> anyhow::Result<Audit> {
         let path = folder.join("audit.log");
         let open = reopen(&path).with_context(|| format!("can't open {}", path.display()))?;
-        Ok(Audit { path, open: Mutex::new(open), lost: AtomicU64::new(0) })
+        let room = Arc::new(Room::elsewhere());
+        Ok(Audit { path, open: Mutex::new(open), lost: AtomicU64::new(0), room })
+    }
+
+    /// The same, which writes down on a full disk too what frees room there.
+    pub(crate) fn with_room(self, room: Arc<Room>) -> Audit {
+        Audit { room, ..self }
     }
 
     /// Writes an event.
@@ -122,7 +131,12 @@ impl Audit {
             *open = reopen(&self.path)?;
         }
         // One write for each line, so that a reader sees whole lines.
-        let written = open.file.write_all(&line);
+        let mut written = open.file.write_all(&line);
+        if written.as_ref().is_err_and(is_full) && self.room.give() {
+            // After what of it was written.
+            line.insert(0, b'\n');
+            written = open.file.write_all(&line);
+        }
         open.torn = written.is_err();
         written?;
         open.size += line.len() as u64;

@@ -309,13 +309,17 @@ impl Pieces {
         true
     }
 
-    /// Evicts until the budget holds and `more` bytes were freed; false if there is nothing left to evict.
+    /// Evicts until the budget holds and `more` bytes were freed; false if the budget can't hold.
     fn make_room(&self, more: u64) -> bool {
+        self.evict(more);
+        self.used.load(Ordering::SeqCst) <= self.budget
+    }
+
+    /// The same, and says how many bytes it evicted.
+    pub(crate) fn evict(&self, more: u64) -> u64 {
         let mut freed = 0;
         while freed < more || self.used.load(Ordering::SeqCst) > self.budget {
-            let Some((blob, index)) = self.queue().pop_front() else {
-                return self.used.load(Ordering::SeqCst) <= self.budget;
-            };
+            let Some((blob, index)) = self.queue().pop_front() else { break };
             let flags = &blob.flags[index as usize];
             if flags.load(Ordering::Acquire) & (HERE | USED) == HERE | USED {
                 flags.fetch_and(!USED, Ordering::AcqRel);
@@ -328,7 +332,7 @@ impl Pieces {
                 freed += blob.layout.len(index) as u64;
             }
         }
-        true
+        freed
     }
 
     /// Forgets a blob and its pieces.

@@ -88,7 +88,7 @@ impl Storage {
     /// times, so this machine's clock doesn't matter.
     pub(crate) async fn now(&self) -> Result<SystemTime> {
         let key = Path::from("gc/clock");
-        self.put(&key, Bytes::new()).await?;
+        self.put_reserved(&key, Bytes::new()).await?;
         let meta =
             self.head(&key).await?.ok_or_else(|| Error::damaged(&key, "gone right after it was written"))?;
         let now = meta.last_modified.into();
@@ -103,7 +103,7 @@ impl Storage {
 
     /// Puts a marker; writers wait until it is removed.
     pub(crate) async fn put_marker(&self, marked: &Marked, run: &str) -> Result<()> {
-        self.put(&marker_key(marked, run), Bytes::new()).await
+        self.put_reserved(&marker_key(marked, run), Bytes::new()).await
     }
 
     /// Removes a marker, if it is there.
@@ -154,7 +154,7 @@ impl Storage {
     pub(crate) async fn put_note(&self, note: Note, value: &impl Serialize) -> Result<()> {
         let key = note.key();
         let json = serde_json::to_vec(value).map_err(|e| Error::damaged(&key, e))?;
-        self.put(&key, json.into()).await
+        self.put_reserved(&key, json.into()).await
     }
 
     /// Forgets a note, if it is there.
@@ -190,7 +190,7 @@ impl Storage {
         let id = format!("{seconds:012}-{}", hex::encode(rand::random::<[u8; 8]>()));
         let key = trash_key(repository).join(id.as_str());
         let json = serde_json::to_vec(what).map_err(|e| Error::damaged(&key, e))?;
-        self.put(&key, json.into()).await?;
+        self.put_reserved(&key, json.into()).await?;
         Ok(id)
     }
 

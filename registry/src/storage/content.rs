@@ -96,8 +96,9 @@ impl Storage {
         let Place::Folder(folder) = &self.inner.place else {
             return Err(Error::damaged(&key, "content is no file here"));
         };
-        let to = folder.join(key.as_ref());
-        let moved = tokio::task::spawn_blocking(move || folder::rename_durably(&file, &to)).await;
+        let (to, room) = (folder.join(key.as_ref()), self.inner.room.clone());
+        let moving = move || room.have(|| folder::rename_durably(&file, &to));
+        let moved = tokio::task::spawn_blocking(moving).await;
         moved
             .map_err(object_store::Error::from)
             .and_then(|moved| moved.map_err(folder::generic))

@@ -15,7 +15,8 @@ pub(crate) type Result<T> = std::result::Result<T, Error>;
 pub(crate) enum Error {
     /// There is no room; nothing was changed.
     #[error(
-        "can't {operation} `{key}`: {store} is full; free space, or collect garbage with `anyplace registry gc`"
+        "can't {operation} `{key}`: {store} is full; make it larger, or free room: `anyplace registry gc` takes what \
+         nothing needs and is older than gc.grace, and what was deleted once gc.undelete_window is over"
     )]
     Full {
         /// Such as "write".
@@ -44,7 +45,7 @@ pub(crate) enum Error {
 impl Error {
     pub(super) fn of(operation: &'static str, key: &str, store: &str, cause: object_store::Error) -> Error {
         let (key, store) = (key.to_owned(), store.to_owned());
-        if is_full(&cause) {
+        if any_io(&cause, is_full) {
             return Error::Full { operation, key, store };
         }
         Error::Store { operation, key, store, cause }
@@ -67,7 +68,8 @@ impl From<Error> for Refusal {
         tracing::error!(%error, "the storage failed");
         match error {
             Error::Full { .. } => {
-                let message = "the registry's storage is full; free space or collect garbage, and try again";
+                let message = "the registry's storage is full; an operator makes it larger, or deletes images: \
+                               `anyplace registry gc` takes them once gc.undelete_window and gc.grace are over";
                 Refusal::new(StatusCode::INSUFFICIENT_STORAGE, "DENIED", message)
             }
             Error::Collecting { .. } => Refusal::unavailable(error.to_string()),
@@ -84,10 +86,8 @@ impl From<Error> for Refusal {
 }
 
 /// Whether the disk, or the user's share of it, is full.
-fn is_full(error: &(dyn std::error::Error + 'static)) -> bool {
-    any_io(error, |io| {
-        matches!(io.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
-    })
+pub(crate) fn is_full(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
 }
 
 /// Whether the error, or one behind it, is such an error of the system.

@@ -9,17 +9,19 @@
 //! checks that the file still is the upload. Waiting is the caller's, which needs no thread for it.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
+use std::io::{self, Read as _, Seek as _};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc as threads;
+use std::sync::{Arc, mpsc as threads};
 use std::time::{Duration, SystemTime};
 
 use anyplace_images::{Algorithm, Digest, Hasher};
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
+
+use crate::storage::Room;
 
 /// After so many bytes, the kernel is told to begin writing them, so that little is left to do when they are synced.
 const WRITE_BACK_BYTES: u64 = 2 << 20;
@@ -41,6 +43,7 @@ pub(super) struct LocalUpload {
     path: PathBuf,
     repository: String,
     revision: u64,
+    room: Arc<Room>,
 }
 
 /// What a record says.
@@ -67,24 +70,28 @@ impl LocalUpload {
         path: PathBuf,
         algorithm: Algorithm,
         repository: Option<String>,
+        room: Arc<Room>,
     ) -> io::Result<LocalUpload> {
-        let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
+        let file = make(&room, &path)?;
         if !try_lock(&file)? {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         let resumable = repository.is_some();
         let repository = repository.unwrap_or_default();
-        let mut upload = LocalUpload { file, state: None, path, repository, revision: 0 };
+        let mut upload = LocalUpload { file, state: None, path, repository, revision: 0, room };
         if resumable {
-            let state = OpenOptions::new().write(true).create_new(true).open(state_path(&upload.path))?;
-            upload.state = Some(state);
-            upload.write_record(0, &algorithm.hasher())?;
+            upload.state = Some(make(&upload.room, &state_path(&upload.path))?);
+            if let Err(error) = upload.write_record(0, &algorithm.hasher()) {
+                // Nobody has its id. What can't be removed either is left to a sweep.
+                let _ = upload.remove();
+                return Err(error);
+            }
         }
         Ok(upload)
     }
 
     /// Blocking: opens an upload of this repository, unless another request has it.
-    pub(super) fn open(path: PathBuf, repository: String) -> io::Result<Opened> {
+    pub(super) fn open(path: PathBuf, repository: String, room: Arc<Room>) -> io::Result<Opened> {
         let file = match OpenOptions::new().read(true).write(true).open(&path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Opened::Absent),
             other => other?,
@@ -115,7 +122,7 @@ impl LocalUpload {
         if let Some(folder) = path.parent() {
             File::open(folder)?.sync_all()?;
         }
-        let upload = LocalUpload { file, state: Some(state), path, repository, revision };
+        let upload = LocalUpload { file, state: Some(state), path, repository, revision, room };
         Ok(Opened::Upload(upload, offset, hasher))
     }
 
@@ -153,10 +160,9 @@ impl LocalUpload {
     ) -> io::Result<(u64, Hasher)> {
         let mut hashing = Hashing::start(hasher, declared.is_none_or(|size| size > HASH_INLINE_BYTES));
         let (mut offset, mut written_back) = (at, at);
-        self.file.seek(SeekFrom::Start(at))?;
         while let Some(batch) = batches.blocking_recv() {
             for chunk in &batch {
-                self.file.write_all(chunk)?;
+                self.room.have(|| self.file.write_all_at(chunk, offset))?;
                 offset += chunk.len() as u64;
             }
             hashing.update(batch);
@@ -216,7 +222,7 @@ impl LocalUpload {
         let revision = self.revision + 1;
         let (hasher, repository) = (hasher.clone(), self.repository.clone());
         let record = encode(&Record { revision, offset, hasher, repository })?;
-        state.write_all_at(&record, (revision % 2) * RECORD_BYTES as u64)?;
+        self.room.have(|| state.write_all_at(&record, (revision % 2) * RECORD_BYTES as u64))?;
         self.revision = revision;
         Ok(())
     }
@@ -284,6 +290,10 @@ pub(super) fn unfinished(folder: &Path) -> io::Result<Vec<(String, u64)>> {
 }
 
 const STATE_SUFFIX: &str = ".state";
+
+fn make(room: &Room, path: &Path) -> io::Result<File> {
+    room.have(|| OpenOptions::new().read(true).write(true).create_new(true).open(path))
+}
 
 fn state_path(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
@@ -416,6 +426,8 @@ impl Hashing {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+
     use super::*;
 
     #[test]
@@ -439,13 +451,15 @@ mod tests {
     fn a_crash_between_acknowledgements_goes_back_to_the_last() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("upload");
+        let room = || Arc::new(Room::elsewhere());
         let append = |upload: &mut LocalUpload, at, hasher, bytes: &'static [u8]| {
             let (sender, mut receiver) = mpsc::channel(1);
             sender.blocking_send(vec![Bytes::from_static(bytes)]).unwrap();
             drop(sender);
             upload.append(at, hasher, None, &mut receiver).unwrap()
         };
-        let mut upload = LocalUpload::create(path.clone(), Algorithm::Sha256, Some("a/b".into())).unwrap();
+        let mut upload =
+            LocalUpload::create(path.clone(), Algorithm::Sha256, Some("a/b".into()), room()).unwrap();
         assert!(matches!(sweep(dir.path(), Duration::ZERO), Ok(0)), "it is in use");
         append(&mut upload, 0, Hasher::sha256(), b"first");
         drop(upload);
@@ -453,7 +467,7 @@ mod tests {
         OpenOptions::new().append(true).open(&path).unwrap().write_all(b"torn").unwrap();
         OpenOptions::new().write(true).open(state_path(&path)).unwrap().write_all_at(&[1; 100], 512).unwrap();
         assert_eq!(unfinished(dir.path()).unwrap(), [("a/b".to_owned(), 5)]);
-        let open = || LocalUpload::open(path.clone(), "a/b".into()).unwrap();
+        let open = || LocalUpload::open(path.clone(), "a/b".into(), room()).unwrap();
         let Opened::Upload(mut upload, offset, hasher) = open() else { panic!("the upload is gone") };
         assert_eq!(offset, 5);
         let (offset, hasher) = append(&mut upload, offset, hasher, b" second");

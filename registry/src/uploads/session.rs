@@ -137,7 +137,8 @@ impl Uploads {
         let kept = match &*self.kept {
             KeptIn::Folder(dir) => {
                 let (path, repository) = (dir.join(&id), repository.map(str::to_owned));
-                let create = move || LocalUpload::create(path, algorithm, repository);
+                let room = self.storage.room().clone();
+                let create = move || LocalUpload::create(path, algorithm, repository, room);
                 Kept::File(self.blocking("start", &id, create).await?)
             }
             KeptIn::Bucket(shared) => {
@@ -163,7 +164,9 @@ impl Uploads {
                 let (begun, (mut pause, longest)) = (Instant::now(), HELD_PAUSES);
                 loop {
                     let (path, repository) = (dir.join(id), repository.to_owned());
-                    match self.blocking("open", id, move || LocalUpload::open(path, repository)).await? {
+                    let room = self.storage.room().clone();
+                    let open = move || LocalUpload::open(path, repository, room);
+                    match self.blocking("open", id, open).await? {
                         Opened::Upload(upload, size, hasher) => {
                             return Ok(session(size, hasher, Kept::File(upload)));
                         }

@@ -15,10 +15,10 @@ use serde_json::{Value, json};
 
 use crate::support::{LOOPBACK, Registry, cache_config, noise};
 
-const HOUR: Duration = Duration::from_secs(3600);
+pub(crate) const HOUR: Duration = Duration::from_secs(3600);
 
 /// Makes everything in the registry older.
-fn age(dir: &Path, time: Duration) {
+pub(crate) fn age(dir: &Path, time: Duration) {
     for entry in std::fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
         if path.is_dir() {
