@@ -28,6 +28,7 @@ use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
 
 use crate::errors::{Answer, Refusal};
+use crate::gc::GcConfig;
 use crate::storage::Storage;
 use crate::uploads::Uploads;
 use accounts::Accounts;
@@ -149,6 +150,7 @@ impl Access {
         config: Config,
         credentials: &std::path::Path,
         data_dir: &std::path::Path,
+        gc: &GcConfig,
         storage: &Storage,
     ) -> anyhow::Result<Access> {
         let users = Users::load_or_create(credentials)?;
@@ -163,7 +165,7 @@ impl Access {
             users,
             accounts: Accounts::load(storage.clone()).await?,
             signer: Signer::new(&bytes),
-            limits: Limits::new(),
+            limits: Limits::new(gc.undelete_window, gc.grace),
             audit: Arc::new(Audit::open(data_dir)?.with_room(storage.room().clone())),
         })
     }
@@ -178,9 +180,7 @@ impl Access {
         // Apart: a count may take minutes, and an account that was removed is good no longer than a refresh.
         let counting = async {
             loop {
-                if let Err(error) = self.limits.count(&storage, &uploads, &self.accounts.known()).await {
-                    tracing::warn!(%error, "can't count what teams use; quotas go by the last count");
-                }
+                self.count(&storage, &uploads).await;
                 tokio::time::sleep(limits::COUNT_EVERY).await;
             }
         };
@@ -196,6 +196,13 @@ impl Access {
             () = counting => {}
             () = refreshing => {}
             () = shutdown.cancelled() => {}
+        }
+    }
+
+    /// Counts what teams use.
+    pub(crate) async fn count(&self, storage: &Storage, uploads: &Uploads) {
+        if let Err(error) = self.limits.count(storage, uploads, &self.accounts.known()).await {
+            tracing::warn!(%error, "can't count what teams use; quotas go by the last count");
         }
     }
 

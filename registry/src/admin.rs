@@ -10,6 +10,9 @@
 //! | `GET /v1/tags?repository=` | [`TagView`]s; who may pull from it may ask |
 //! | `GET /v1/du?repository=` | [`UsageView`] |
 //! | `GET /v1/trash?repository=` | [`TrashView`]s |
+//! | `DELETE /v1/trash?repository=` | [`Emptied`]: none of these deletions can be undone any more |
+//! | `GET /v1/uploads?repository=` | [`UploadView`]s |
+//! | `DELETE /v1/uploads?repository=&idle_s=` | the [`UploadView`]s of those that were dropped |
 //! | `POST /v1/undelete` [`Undelete`] | [`Undeleted`] |
 //!
 //! [`GcReport`]: crate::GcReport
@@ -18,10 +21,12 @@
 //! [`ScrubStatus`]: crate::ScrubStatus
 
 mod repositories;
+mod uploads;
 mod usage;
 mod views;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyplace_images::{check_repository, check_tag};
 use anyplace_registry_core::access::Action;
@@ -38,8 +43,8 @@ use crate::errors::{Answer, Refusal, internal};
 use crate::gc::{self, Missing, Named, NotBegun};
 use crate::server::App;
 pub use views::{
-    GcRequest, RepositoryPage, RepositoryUsage, RepositoryView, TagView, TrashView, Undelete, Undeleted,
-    UsageView,
+    Emptied, GcRequest, RepositoryPage, RepositoryUsage, RepositoryView, TagView, TrashView, Undelete,
+    Undeleted, UploadView, UsageView,
 };
 
 /// Longest request.
@@ -49,6 +54,13 @@ const BODY_MAX_BYTES: usize = 64 << 10;
 #[derive(Deserialize)]
 struct About {
     repository: Option<String>,
+}
+
+/// Which uploads are to be dropped.
+#[derive(Deserialize)]
+struct Idle {
+    repository: Option<String>,
+    idle_s: u64,
 }
 
 /// A part of a list.
@@ -66,7 +78,8 @@ pub(crate) fn routes() -> Router<Arc<App>> {
         .route("/v1/repositories", get(repositories))
         .route("/v1/tags", get(tags))
         .route("/v1/du", get(du))
-        .route("/v1/trash", get(trash))
+        .route("/v1/trash", get(trash).delete(empty_trash))
+        .route("/v1/uploads", get(uploads).delete(drop_uploads))
         .route("/v1/undelete", post(undelete))
 }
 
@@ -158,6 +171,58 @@ async fn trash(State(app): State<Arc<App>>, request: Request) -> Response {
         drop(request);
         let trash = repositories::trash(&app.storage, repository.as_deref(), app.collector.window()).await?;
         Ok(Json(trash).into_response())
+    };
+    give(answer.await)
+}
+
+async fn empty_trash(State(app): State<Arc<App>>, request: Request) -> Response {
+    let answer = async move {
+        let who = operator(&app, &request)?;
+        let About { repository } = query(request.uri())?;
+        drop(request);
+        let names = match repository {
+            Some(name) => vec![name],
+            None => app.storage.repositories().await?,
+        };
+        let mut deletions = 0;
+        for name in names {
+            check(&name)?;
+            let emptied = gc::empty(&app.storage, &name).await?;
+            if emptied > 0 {
+                app.access.record(&who, "empty-trash", &name, None, None);
+            }
+            deletions += emptied;
+        }
+        Ok(Json(Emptied { deletions }).into_response())
+    };
+    give(answer.await)
+}
+
+async fn uploads(State(app): State<Arc<App>>, request: Request) -> Response {
+    let answer = async move {
+        operator(&app, &request)?;
+        let About { repository } = query(request.uri())?;
+        drop(request);
+        let mut found = app.uploads.unfinished().await?;
+        found.retain(|upload| repository.as_ref().is_none_or(|wanted| *wanted == upload.repository));
+        Ok(Json(uploads::views(found)).into_response())
+    };
+    give(answer.await)
+}
+
+async fn drop_uploads(State(app): State<Arc<App>>, request: Request) -> Response {
+    let answer = async move {
+        let who = operator(&app, &request)?;
+        let Idle { repository, idle_s } = query(request.uri())?;
+        drop(request);
+        let dropped = app.uploads.drop_idle(repository.as_deref(), Duration::from_secs(idle_s)).await?;
+        for upload in &dropped {
+            app.access.record(&who, "drop-upload", &upload.repository, Some(&upload.id), None);
+        }
+        if !dropped.is_empty() {
+            app.access.count(&app.storage, &app.uploads).await;
+        }
+        Ok(Json(uploads::views(dropped)).into_response())
     };
     give(answer.await)
 }

@@ -23,11 +23,12 @@ mod trash;
 mod campaign;
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use anyhow::Context as _;
 use anyplace_registry_core::retention::Rule;
+use futures_util::future::BoxFuture;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::sync::OwnedMutexGuard;
@@ -39,7 +40,7 @@ use crate::storage::{Note, Storage};
 pub use report::{GcPhase, GcReport, GcSeen, GcSpared, GcStatus};
 use run::Context;
 pub use settings::{GcConfig, RetentionConfig, RuleConfig};
-pub(crate) use trash::{Missing, Named, delete_manifest, delete_tag, undelete};
+pub(crate) use trash::{Missing, Named, delete_manifest, delete_tag, empty, undelete};
 
 /// How long a lease is good for without being renewed.
 const LEASE: Duration = Duration::from_secs(120);
@@ -49,6 +50,9 @@ const LEASE_RENEWAL: Duration = Duration::from_secs(30);
 const CHECK_EVERY: Duration = Duration::from_secs(300);
 /// When a failed collection is tried again, if not before.
 const RETRY_AFTER: Duration = Duration::from_secs(3600);
+
+/// What is to be done before a collection that took links away ends.
+pub(crate) type Afterwards = Box<dyn Fn() -> BoxFuture<'static, ()> + Send + Sync>;
 
 /// The collection that runs.
 #[derive(Serialize, Deserialize)]
@@ -78,6 +82,7 @@ pub(crate) struct Collector {
     last_dry_run: Mutex<Option<GcReport>>,
     totals: Totals,
     audit: Arc<Audit>,
+    afterwards: OnceLock<Afterwards>,
     stop: CancellationToken,
 }
 
@@ -137,8 +142,14 @@ impl Collector {
             last_dry_run: Mutex::default(),
             totals: Totals::default(),
             audit,
+            afterwards: OnceLock::new(),
             stop,
         })
+    }
+
+    /// Sets what is to be done before a collection that took links away ends.
+    pub(crate) fn do_afterwards(&self, afterwards: Afterwards) {
+        let _ = self.afterwards.set(afterwards);
     }
 
     /// For `/metrics`.
@@ -292,6 +303,11 @@ impl Collector {
                 *last = Some(finished.clone());
             }
             return finished;
+        }
+        if (finished.plan.links.count > 0 || finished.uploads_abandoned > 0)
+            && let Some(afterwards) = self.afterwards.get()
+        {
+            afterwards().await;
         }
         let noted = async {
             self.storage.remove_note(Note::Lease).await?;

@@ -36,8 +36,8 @@ pub use access::{
     TeamView, check_account_name,
 };
 pub use admin::{
-    GcRequest, RepositoryPage, RepositoryUsage, RepositoryView, TagView, TrashView, Undelete, Undeleted,
-    UsageView,
+    Emptied, GcRequest, RepositoryPage, RepositoryUsage, RepositoryView, TagView, TrashView, Undelete,
+    Undeleted, UploadView, UsageView,
 };
 pub use anyplace_registry_core::access::Grant;
 pub use anyplace_registry_core::pattern::Pattern;

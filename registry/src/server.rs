@@ -22,7 +22,7 @@ use crate::access::{self, Access};
 use crate::cache::counters::CacheCounters;
 use crate::config::Config;
 use crate::counters::{Counters, Kind};
-use crate::gc::Collector;
+use crate::gc::{Afterwards, Collector};
 use crate::remembered::Remembered;
 use crate::scrub::{Repair, Scrubber};
 use crate::storage::Storage;
@@ -64,9 +64,14 @@ impl Server {
     pub async fn bind(config: Config) -> anyhow::Result<Server> {
         make_private(&config.data_dir)?;
         let storage = Storage::open(&config).await?;
-        let access =
-            Access::open(config.access.clone(), &config.credentials_path(), &config.data_dir, &storage)
-                .await?;
+        let access = Access::open(
+            config.access.clone(),
+            &config.credentials_path(),
+            &config.data_dir,
+            &config.gc,
+            &storage,
+        )
+        .await?;
         let uploads = Arc::new(Uploads::open(storage.clone())?);
         let cache = Cache::open(&config).await?;
         if let Some(cache) = cache.clone().filter(|_| on_one_disk(&config.data_dir)) {
@@ -84,6 +89,7 @@ impl Server {
             let repair = cache.is_some().then(|| repair(app.clone()));
             let scrubber = Scrubber::new(storage.clone(), &config, repair, draining.clone());
             let (access, scrubber) = (Arc::new(access), Arc::new(scrubber));
+            collector.do_afterwards(recount(access.clone(), storage.clone(), uploads.clone()));
             App { access, storage, uploads, cache, remembered, counters, collector, scrubber, draining }
         });
         Ok(Server { listener, app, drain: Duration::from_secs(config.drain_s) })
@@ -227,6 +233,14 @@ fn repair(app: Weak<App>) -> Repair {
                 _ => false,
             }
         })
+    })
+}
+
+/// Counts what teams use.
+fn recount(access: Arc<Access>, storage: Storage, uploads: Arc<Uploads>) -> Afterwards {
+    Box::new(move || {
+        let (access, storage, uploads) = (access.clone(), storage.clone(), uploads.clone());
+        Box::pin(async move { access.count(&storage, &uploads).await })
     })
 }
 

@@ -32,7 +32,7 @@ use crate::storage::Linked;
 pub(crate) use local::sweep as sweep_folder;
 #[cfg(test)]
 pub(crate) use remote::Sizes;
-pub(crate) use session::{Session, Uploads};
+pub(crate) use session::{Session, Unfinished, Uploads};
 
 const UPLOAD_ID: HeaderName = HeaderName::from_static("docker-upload-uuid");
 const CHUNK_MAX: HeaderName = HeaderName::from_static("oci-chunk-max-length");

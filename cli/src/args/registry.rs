@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use anyplace_images::Reference;
+use anyplace_model::DurationMs;
 use clap::{Args, Subcommand, ValueHint};
 
 use super::{AccountCommand, AuditArgs, OutputArg, TeamCommand};
@@ -66,6 +67,25 @@ pub(crate) enum RegistryCommand {
     Trash {
         /// Only of this repository
         repository: Option<String>,
+        /// Forget them: none can be undone any more, and the next collection takes what only they kept
+        #[arg(long)]
+        empty: bool,
+        /// With --empty: really
+        #[arg(long, requires = "empty")]
+        yes: bool,
+        #[command(flatten)]
+        output: OutputArg,
+    },
+    /// List uploads that were begun and not finished
+    Uploads {
+        /// Only into this repository
+        repository: Option<String>,
+        /// Drop those that nobody went on with lately: whoever sends them begins again
+        #[arg(long)]
+        drop: bool,
+        /// With --drop: how long nobody may have gone on with them
+        #[arg(long, value_name = "DURATION", default_value = "1h", requires = "drop")]
+        idle: DurationMs,
         #[command(flatten)]
         output: OutputArg,
     },

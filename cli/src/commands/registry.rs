@@ -11,8 +11,8 @@ use std::{
 
 use anyhow::bail;
 use anyplace_registry::{
-    GcPhase, GcReport, GcRequest, GcStatus, RepositoryPage, ScrubPhase, ScrubReport, ScrubStatus, TagView,
-    TrashView, Undelete, Undeleted, UsageView,
+    Emptied, GcPhase, GcReport, GcRequest, GcStatus, RepositoryPage, ScrubPhase, ScrubReport, ScrubStatus,
+    TagView, TrashView, Undelete, Undeleted, UploadView, UsageView,
 };
 
 use self::admin::Admin;
@@ -58,9 +58,28 @@ pub(super) async fn run(session: &Session, command: RegistryCommand) -> anyhow::
                 format!("{}{tag}@{}", undeleted.repository, undeleted.digest)
             })?;
         }
-        RegistryCommand::Trash { repository, output } => {
+        RegistryCommand::Trash { repository, empty: true, yes, output } => {
+            let about = about(repository);
+            if !yes {
+                let trash: Vec<TrashView> = admin.get("/v1/trash", &about).await?;
+                bail!("{} deletions could not be undone any more; add --yes to empty the trash", trash.len());
+            }
+            let emptied: Emptied = admin.delete_and_tell("/v1/trash", &about).await?;
+            output::data(output.format, &emptied, || print::emptied(emptied))?;
+        }
+        RegistryCommand::Trash { repository, output, .. } => {
             let trash: Vec<TrashView> = admin.get("/v1/trash", &about(repository)).await?;
             output::data(output.format, &trash, || print::trash(&trash))?;
+        }
+        RegistryCommand::Uploads { repository, drop, idle, output } => {
+            let mut query = about(repository);
+            let uploads: Vec<UploadView> = if drop {
+                query.push(("idle_s", idle.0.div_ceil(1_000).to_string()));
+                admin.delete_and_tell("/v1/uploads", &query).await?
+            } else {
+                admin.get("/v1/uploads", &query).await?
+            };
+            output::data(output.format, &uploads, || print::uploads(&uploads, drop))?;
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -21,6 +21,15 @@ fn operators_list_measure_and_bring_back() {
     assert!(home.run(&["registry", "du", "team/hello"]).ok().contains("ITS OWN"));
 
     assert_eq!(home.json(&["registry", "trash"]), Value::Array(Vec::new()));
+    let ran = home.run(&["registry", "trash", "--empty"]);
+    assert!(
+        ran.code == 1 && ran.err.contains("0 deletions could not be undone any more; add --yes"),
+        "{ran:?}"
+    );
+    assert_eq!(home.json(&["registry", "trash", "--empty", "--yes"])["deletions"], 0);
+    assert_eq!(home.json(&["registry", "uploads"]), Value::Array(Vec::new()));
+    let ran = home.run(&["registry", "uploads", "--drop", "--idle", "10m"]);
+    assert!(ran.code == 0 && ran.err.contains("none is as old"), "{ran:?}");
     let ran = home.run(&["registry", "undelete", "team/hello:v1"]);
     assert!(ran.code == 1 && ran.err.contains("has no tag v1; `anyplace registry trash"), "{ran:?}");
     let ran = home.run(&["registry", "tags", "nobody/nothing"]);

@@ -2,7 +2,7 @@
 //!
 //! Used bytes are counted now and then over all links (content that several repositories of a team share counts once)
 //! and unfinished uploads. What comes in between is taken from the quota byte by byte ([`Taken`]), so that many pushes at
-//! once don't each have the whole rest; deletions show at the next count.
+//! once don't each have the whole rest; what is deleted shows at the count after the collection that takes it.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,6 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyplace_images::Digest;
+use anyplace_model::DurationMs;
 use anyplace_registry_core::access::Bucket;
 use axum::http::StatusCode;
 use axum::http::header::RETRY_AFTER;
@@ -38,6 +39,10 @@ pub(crate) struct Limits {
     started: Instant,
     buckets: Mutex<HashMap<String, Bucket>>,
     used: Mutex<BTreeMap<String, Used>>,
+    /// Held by who counts: two at once would each take away what was counted before.
+    counting: tokio::sync::Mutex<()>,
+    /// What helps a team that is over its quota.
+    advice: String,
     /// Requests refused for their rate.
     pub(crate) rate_refused: AtomicU64,
     /// Pushes refused for the quota.
@@ -45,8 +50,17 @@ pub(crate) struct Limits {
 }
 
 impl Limits {
-    pub(crate) fn new() -> Limits {
+    /// With how long deletions can be undone, and how old has to be what a collection takes.
+    pub(crate) fn new(window: DurationMs, grace: DurationMs) -> Limits {
+        let advice = format!(
+            "delete manifests by digest (a tag that is deleted leaves its manifest): the first collection after \
+             {window} frees them. An operator frees them now, if they are older than {grace}, with `anyplace registry \
+             trash --empty` and `anyplace registry gc`; drops unfinished uploads with `anyplace registry uploads \
+             --drop`; or raises the quota with `anyplace registry team set`"
+        );
         Limits {
+            advice,
+            counting: tokio::sync::Mutex::default(),
             started: Instant::now(),
             buckets: Mutex::default(),
             used: Mutex::default(),
@@ -92,6 +106,7 @@ impl Limits {
 
     /// Counts what is stored.
     pub(crate) async fn count(&self, storage: &Storage, uploads: &Uploads, known: &Known) -> Result<()> {
+        let _counting = self.counting.lock().await;
         let before = self.lock().clone();
         let with_quota = |repository: &str| known.owner(repository).filter(|team| team.quota_bytes.is_some());
         if known.teams.values().all(|team| team.quota_bytes.is_none()) {
@@ -106,9 +121,9 @@ impl Limits {
             }
         }
         let mut held: BTreeMap<String, u64> = BTreeMap::new();
-        for (repository, bytes) in uploads.unfinished().await? {
-            if let Some(team) = with_quota(&repository) {
-                *held.entry(team.name.clone()).or_default() += bytes;
+        for upload in uploads.unfinished().await? {
+            if let Some(team) = with_quota(&upload.repository) {
+                *held.entry(team.name.clone()).or_default() += upload.bytes;
             }
         }
         for (team, digests) in contents {
@@ -194,10 +209,10 @@ impl Quota<'_> {
         }
         drop(all);
         self.limits.quota_refused.fetch_add(1, Ordering::Relaxed);
-        let (team, quota) = (&self.team, self.quota);
+        let (team, quota, advice) = (&self.team, self.quota, &self.limits.advice);
         let message = format!(
-            "the repositories of team `{team}` hold {sum} bytes with unfinished uploads, and may hold {quota}; delete \
-             tags, or have an operator raise it with `anyplace registry team set`"
+            "the repositories of team `{team}` hold {sum} bytes, with unfinished uploads and what the trash keeps, and \
+             may hold {quota}; {advice}"
         );
         Err(Refusal::new(StatusCode::FORBIDDEN, "DENIED", message)
             .detail(json!({ "used_bytes": sum, "quota_bytes": quota })))

@@ -92,6 +92,26 @@ pub struct TrashView {
     pub until: Timestamp,
 }
 
+/// What became of the trash.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Emptied {
+    /// Deletions that can't be undone any more.
+    pub deletions: u64,
+}
+
+/// An upload that can be gone on with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UploadView {
+    /// Where.
+    pub repository: String,
+    /// Its id, the end of its location.
+    pub id: String,
+    /// Bytes that were acknowledged.
+    pub bytes: u64,
+    /// When anything was last written of it.
+    pub touched_at: Timestamp,
+}
+
 /// Asks for a deletion to be undone: of a tag, or of a manifest.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

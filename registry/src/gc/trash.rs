@@ -118,6 +118,17 @@ async fn delete_tags_of(
     deleted.try_filter_map(|tag| std::future::ready(Ok(tag))).try_collect().await
 }
 
+/// Forgets all deletions of a repository, those that are damaged too, and says how many there were: none of them can be
+/// undone any more.
+pub(crate) async fn empty(storage: &Storage, repository: &str) -> Result<u64> {
+    let (items, damaged) = storage.trash_and_damaged(repository).await?;
+    let ids = items.into_iter().map(|item| item.id).chain(damaged.into_iter().map(|item| item.id));
+    let remove = async |id: String| storage.remove_trash(repository, &id).await;
+    let removed: Vec<bool> =
+        stream::iter(ids).map(remove).buffer_unordered(TAGS_AT_ONCE).try_collect().await?;
+    Ok(removed.into_iter().filter(|removed| *removed).count() as u64)
+}
+
 /// Brings back a tag and its manifest, or a manifest, with the manifests that it names; gives the digest.
 pub(crate) async fn undelete(
     storage: &Storage,

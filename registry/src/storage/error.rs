@@ -16,7 +16,8 @@ pub(crate) enum Error {
     /// There is no room; nothing was changed.
     #[error(
         "can't {operation} `{key}`: {store} is full; make it larger, or free room: `anyplace registry gc` takes what \
-         nothing needs and is older than gc.grace, and what was deleted once gc.undelete_window is over"
+         nothing needs and is older than gc.grace; what was deleted it takes when gc.undelete_window is over, or after \
+         `anyplace registry trash --empty`"
     )]
     Full {
         /// Such as "write".
@@ -69,7 +70,8 @@ impl From<Error> for Refusal {
         match error {
             Error::Full { .. } => {
                 let message = "the registry's storage is full; an operator makes it larger, or deletes images: \
-                               `anyplace registry gc` takes them once gc.undelete_window and gc.grace are over";
+                               `anyplace registry gc` takes them once gc.undelete_window (or `anyplace registry \
+                               trash --empty`) and gc.grace are over";
                 Refusal::new(StatusCode::INSUFFICIENT_STORAGE, "DENIED", message)
             }
             Error::Collecting { .. } => Refusal::unavailable(error.to_string()),

@@ -21,6 +21,7 @@ use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
+use super::session::Unfinished;
 use crate::storage::Room;
 
 /// After so many bytes, the kernel is told to begin writing them, so that little is left to do when they are synced.
@@ -270,21 +271,27 @@ pub(crate) fn sweep(folder: &Path, abandoned_after: Duration) -> io::Result<u64>
     Ok(swept)
 }
 
-/// Blocking: the uploads that can be gone on with: their repositories, and acknowledged bytes.
-pub(super) fn unfinished(folder: &Path) -> io::Result<Vec<(String, u64)>> {
+/// Blocking: the uploads that can be gone on with.
+pub(super) fn unfinished(folder: &Path) -> io::Result<Vec<Unfinished>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder)? {
-        let path = entry?.path();
-        if path.extension().is_none_or(|extension| extension != "state") {
-            continue;
-        }
-        let record = match File::open(&path) {
-            Ok(state) => newest(&state)?,
-            // It ended a moment ago.
-            Err(e) if e.kind() == io::ErrorKind::NotFound => None,
-            Err(e) => return Err(e),
+        let name = entry?.file_name();
+        let Some(id) = name.to_str().and_then(|name| name.strip_suffix(STATE_SUFFIX)) else { continue };
+        let path = folder.join(id);
+        let read = || -> io::Result<_> {
+            let record = newest(&File::open(state_path(&path))?)?;
+            // A part that is on its way is in the bytes only.
+            Ok((record, fs::metadata(&path)?.modified()?))
         };
-        found.extend(record.map(|record| (record.repository, record.offset)));
+        match read() {
+            Ok((Some(Record { repository, offset: bytes, .. }), touched)) => {
+                found.push(Unfinished { repository, id: id.to_owned(), bytes, touched });
+            }
+            Ok((None, _)) => {}
+            // It ended a moment ago.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(e),
+        }
     }
     Ok(found)
 }
@@ -466,7 +473,9 @@ mod tests {
         // Bytes that were written and not acknowledged, and a record that was torn.
         OpenOptions::new().append(true).open(&path).unwrap().write_all(b"torn").unwrap();
         OpenOptions::new().write(true).open(state_path(&path)).unwrap().write_all_at(&[1; 100], 512).unwrap();
-        assert_eq!(unfinished(dir.path()).unwrap(), [("a/b".to_owned(), 5)]);
+        let found: Vec<_> =
+            unfinished(dir.path()).unwrap().into_iter().map(|it| (it.repository, it.id, it.bytes)).collect();
+        assert_eq!(found, [("a/b".to_owned(), "upload".to_owned(), 5)]);
         let open = || LocalUpload::open(path.clone(), "a/b".into(), room()).unwrap();
         let Opened::Upload(mut upload, offset, hasher) = open() else { panic!("the upload is gone") };
         assert_eq!(offset, 5);

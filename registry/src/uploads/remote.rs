@@ -17,13 +17,14 @@ use std::sync::Arc;
 use anyplace_images::{Algorithm, Digest, Hasher};
 use bytes::Bytes;
 use futures_util::TryStreamExt as _;
-use object_store::PutPayload;
 use object_store::multipart::{MultipartStore, PartId};
 use object_store::path::Path;
+use object_store::{ObjectMeta, PutPayload};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 
+use super::session::Unfinished;
 use crate::storage::{Error, Result, Segment, Storage};
 
 /// Size of a part, and how many make an object (stores take 10,000): objects of up to 140 GiB. An upload may have as many
@@ -313,21 +314,23 @@ impl Drop for RemoteUpload {
     }
 }
 
-/// The uploads that can be gone on with: their repositories, and acknowledged bytes.
-pub(super) async fn unfinished(shared: &Shared) -> Result<Vec<(String, u64)>> {
-    let mut newest: BTreeMap<String, Path> = BTreeMap::new();
+/// The uploads that can be gone on with.
+pub(super) async fn unfinished(shared: &Shared) -> Result<Vec<Unfinished>> {
+    let mut newest: BTreeMap<String, ObjectMeta> = BTreeMap::new();
     for meta in shared.storage.listed("uploads").await? {
-        let upload = meta.location.as_ref().rsplit_once('/').map_or("", |(upload, _)| upload).to_owned();
-        let at = newest.entry(upload).or_insert_with(|| meta.location.clone());
+        let id = meta.location.as_ref().split('/').nth(1).unwrap_or_default().to_owned();
+        let at = newest.entry(id).or_insert_with(|| meta.clone());
         // Revisions are written in eight digits, so the later text is the later state.
-        *at = at.clone().max(meta.location);
+        if at.location < meta.location {
+            *at = meta;
+        }
     }
     let mut found = Vec::new();
-    for key in newest.into_values() {
+    for (id, meta) in newest {
         // Gone already: it went on or ended, which the next look sees.
-        let Some(bytes) = shared.storage.read(&key).await? else { continue };
-        if let Ok(State { repository, offset, .. }) = serde_json::from_slice(&bytes) {
-            found.push((repository, offset));
+        let Some(bytes) = shared.storage.read(&meta.location).await? else { continue };
+        if let Ok(State { repository, offset: bytes, .. }) = serde_json::from_slice(&bytes) {
+            found.push(Unfinished { repository, id, bytes, touched: meta.last_modified.into() });
         }
     }
     Ok(found)

@@ -6,7 +6,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
 use anyplace_images::{Algorithm, Digest, Hasher};
@@ -43,6 +43,17 @@ pub(crate) struct Session {
     size: u64,
     hasher: Hasher,
     kept: Kept,
+}
+
+/// An upload that can be gone on with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Unfinished {
+    pub(crate) repository: String,
+    pub(crate) id: String,
+    /// Acknowledged.
+    pub(crate) bytes: u64,
+    /// When anything was last written of it, by the store's clock; compare with [`Storage::now`].
+    pub(crate) touched: SystemTime,
 }
 
 enum Kept {
@@ -100,8 +111,8 @@ impl Uploads {
         self.turns.counters()
     }
 
-    /// The uploads that can be gone on with: their repositories, and acknowledged bytes.
-    pub(crate) async fn unfinished(&self) -> storage::Result<Vec<(String, u64)>> {
+    /// The uploads that can be gone on with.
+    pub(crate) async fn unfinished(&self) -> storage::Result<Vec<Unfinished>> {
         match &*self.kept {
             KeptIn::Folder(dir) => {
                 let dir = dir.clone();
@@ -111,6 +122,31 @@ impl Uploads {
             }
             KeptIn::Bucket(shared) => remote::unfinished(shared).await,
         }
+    }
+
+    /// Drops uploads that nobody went on with for so long, and says which: whoever sends them begins again.
+    pub(crate) async fn drop_idle(
+        &self,
+        repository: Option<&str>,
+        idle: Duration,
+    ) -> storage::Result<Vec<Unfinished>> {
+        let (now, mut dropped) = (self.storage.now().await?, Vec::new());
+        for upload in self.unfinished().await? {
+            if repository.is_some_and(|wanted| wanted != upload.repository)
+                || now.duration_since(upload.touched).unwrap_or_default() < idle
+            {
+                continue;
+            }
+            match self.resume(&upload.repository, &upload.id).await {
+                Ok(session) => {
+                    self.discard(session).await;
+                    dropped.push(upload);
+                }
+                // A request goes on with it, or ended it.
+                Err(refusal) => tracing::debug!(?refusal, id = upload.id, "an upload is not dropped"),
+            }
+        }
+        Ok(dropped)
     }
 
     /// The shortest part that makes sense here, except for the last.

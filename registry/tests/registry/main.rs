@@ -24,6 +24,7 @@ mod metadata;
 mod metrics;
 mod node_loss;
 mod pull_kills;
+mod quota;
 mod refused;
 mod skopeo;
 mod spec;

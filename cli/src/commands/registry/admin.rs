@@ -15,7 +15,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 /// The same for what a large registry has to read a lot for.
 const SLOW_TIMEOUT: Duration = Duration::from_secs(300);
-const SLOW: [&str; 2] = ["/v1/du", "/v1/tags"];
+const SLOW: [&str; 4] = ["/v1/du", "/v1/tags", "/v1/trash", "/v1/uploads"];
 
 /// A registry, and who asks it.
 pub(super) struct Admin {
@@ -84,6 +84,15 @@ impl Admin {
     /// The answer has no content.
     pub(super) async fn delete(&self, path: &str) -> anyhow::Result<()> {
         self.bytes(self.request(Method::DELETE, path)?).await.map(drop)
+    }
+
+    /// Of some, for which the answer says what became of them.
+    pub(super) async fn delete_and_tell<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        query: &[(&str, String)],
+    ) -> anyhow::Result<T> {
+        self.send(self.request(Method::DELETE, path)?.query(query)).await
     }
 
     fn request(&self, method: Method, path: &str) -> anyhow::Result<RequestBuilder> {

@@ -2,7 +2,8 @@
 
 use anyplace_model::Bytes;
 use anyplace_registry::{
-    GcReport, GcStatus, RepositoryView, ScrubReport, ScrubStatus, TagView, TrashView, UsageView,
+    Emptied, GcReport, GcStatus, RepositoryView, ScrubReport, ScrubStatus, TagView, TrashView, UploadView,
+    UsageView,
 };
 
 use crate::output::{self, Table, age, moment, size, until};
@@ -51,6 +52,28 @@ pub(super) fn trash(trash: &[TrashView]) -> String {
     }
     if table.is_empty() {
         output::note("nothing was deleted lately");
+    }
+    table.to_string()
+}
+
+pub(super) fn emptied(emptied: Emptied) -> String {
+    format!(
+        "{} deletions can't be undone any more; `anyplace registry gc` takes what only they kept, once it is older than \
+         the grace",
+        emptied.deletions
+    )
+}
+
+pub(super) fn uploads(uploads: &[UploadView], dropped: bool) -> String {
+    let mut table = Table::new(&["REPOSITORY", "UPLOAD", "SIZE", "LAST WRITTEN"]);
+    for it in uploads {
+        table.row([it.repository.clone(), it.id.clone(), size(Bytes(it.bytes)), age(it.touched_at)]);
+    }
+    match (table.is_empty(), dropped) {
+        (true, true) => output::note("none is as old; `anyplace registry uploads` lists them"),
+        (true, false) => output::note("no upload is unfinished"),
+        (false, true) => output::note("dropped"),
+        (false, false) => {}
     }
     table.to_string()
 }
