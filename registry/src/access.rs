@@ -11,17 +11,19 @@ pub(crate) mod accounts;
 mod audit;
 pub(crate) mod http;
 pub(crate) mod limits;
+mod logins;
 mod token;
 mod users;
 
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyplace_registry_core::access::{Action, Grant, Scope, allowed, may_operate};
 use axum::extract::Request;
-use axum::http::header::{AUTHORIZATION, HOST, WWW_AUTHENTICATE};
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::header::{AUTHORIZATION, HOST, RETRY_AFTER, WWW_AUTHENTICATE};
+use axum::http::{Extensions, HeaderMap, StatusCode};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use serde::Deserialize;
@@ -36,6 +38,7 @@ pub use accounts::{AccountSpec, AccountView, Team, TeamView, check_account_name}
 pub(crate) use audit::{Audit, RETENTION};
 pub use audit::{Event, TAIL_MAX};
 use limits::{Limits, Taken};
+use logins::Logins;
 use token::{Bad, Claims, Signer};
 use users::Users;
 
@@ -57,6 +60,16 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Config {
         Config { anonymous_pull: false, token_ttl_s: 300, public_url: None }
+    }
+}
+
+/// The address that a request comes from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Peer(pub(crate) IpAddr);
+
+impl Peer {
+    fn of(extensions: &Extensions) -> IpAddr {
+        extensions.get().map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |Peer(address)| *address)
     }
 }
 
@@ -142,6 +155,9 @@ pub(crate) struct Access {
     pub(crate) accounts: Accounts,
     signer: Signer,
     pub(crate) limits: Limits,
+    logins: Logins,
+    /// Logins refused for the wrong ones before them.
+    logins_refused: AtomicU64,
     pub(crate) audit: Arc<Audit>,
 }
 
@@ -166,6 +182,8 @@ impl Access {
             accounts: Accounts::load(storage.clone()).await?,
             signer: Signer::new(&bytes),
             limits: Limits::new(gc.undelete_window, gc.grace),
+            logins: Logins::default(),
+            logins_refused: AtomicU64::new(0),
             audit: Arc::new(Audit::open(data_dir)?.with_room(storage.room().clone())),
         })
     }
@@ -206,8 +224,9 @@ impl Access {
         }
     }
 
-    /// Who sends a request with these headers.
-    pub(crate) fn identify(&self, headers: &HeaderMap) -> Answer<Who> {
+    /// Who sends a request.
+    pub(crate) fn identify(&self, request: &Request) -> Answer<Who> {
+        let headers = request.headers();
         let Some(value) = headers.get(AUTHORIZATION) else {
             let rights = Rights::Anyone { pull: self.config.anonymous_pull };
             return Ok(Who { account: String::new(), team: None, rights });
@@ -235,10 +254,26 @@ impl Access {
         }
         let decoded = BASE64_STANDARD.decode(proof).ok().and_then(|bytes| String::from_utf8(bytes).ok());
         let (name, secret) = decoded.as_deref().and_then(|text| text.split_once(':')).ok_or_else(wrong)?;
-        self.login(name, secret).ok_or_else(wrong)
+        self.login(Peer::of(request.extensions()), name, secret)?.ok_or_else(wrong)
     }
 
-    fn login(&self, name: &str, secret: &str) -> Option<Who> {
+    /// Whose name and password this is, unless too many wrong ones came before.
+    fn login(&self, from: IpAddr, name: &str, secret: &str) -> Answer<Option<Who>> {
+        let now = Instant::now();
+        self.logins.may_try(from, name, now).map_err(|wait| {
+            self.logins_refused.fetch_add(1, Ordering::Relaxed);
+            let message = format!("too many wrong passwords for `{name}` from {from}; correct it, and wait");
+            Refusal::new(StatusCode::TOO_MANY_REQUESTS, "TOOMANYREQUESTS", message)
+                .header(RETRY_AFTER, wait.as_secs().max(1).to_string())
+        })?;
+        let who = self.look_up(name, secret);
+        if who.is_none() {
+            self.logins.failed(from, name, now);
+        }
+        Ok(who)
+    }
+
+    fn look_up(&self, name: &str, secret: &str) -> Option<Who> {
         if self.users.knows(name, secret) {
             return Some(Who { account: name.to_owned(), team: None, rights: Rights::Operator });
         }
@@ -251,7 +286,7 @@ impl Access {
     /// Lets a request through that its sender may make.
     pub(crate) fn authorize(&self, request: &Request, need: &Need) -> Answer<Who> {
         let headers = request.headers();
-        let who = self.identify(headers)?;
+        let who = self.identify(request)?;
         let may = match need {
             Need::Identity => !matches!(who.rights, Rights::Anyone { pull: false }),
             Need::Repository(repository, action) => who.may(repository, *action),
@@ -275,12 +310,15 @@ impl Access {
                 _ => Refusal::new(StatusCode::FORBIDDEN, "DENIED", denied(&who, need)),
             });
         }
-        if let Some(team) =
-            who.team.as_deref().and_then(|name| self.accounts.known().teams.get(name).cloned())
-        {
-            self.limits.request(&team)?;
-        }
+        self.count_request(&who)?;
         Ok(who)
+    }
+
+    /// Lets a request through that is within the rate of its sender's team.
+    fn count_request(&self, who: &Who) -> Answer<()> {
+        let known = self.accounts.known();
+        let team = who.team.as_deref().and_then(|name| known.teams.get(name));
+        team.map_or(Ok(()), |team| self.limits.request(team))
     }
 
     /// What a request takes from the quota of a repository's owner.
@@ -354,10 +392,11 @@ impl Access {
     }
 
     /// What was refused and lost, for the metrics.
-    pub(crate) fn counters(&self) -> [(&'static str, &'static str, &AtomicU64); 3] {
+    pub(crate) fn counters(&self) -> [(&'static str, &'static str, &AtomicU64); 4] {
         [
             ("rate_refused", "Requests over a team's rate", &self.limits.rate_refused),
             ("quota_refused", "Pushes over a team's quota", &self.limits.quota_refused),
+            ("logins_refused", "Logins refused for the wrong passwords before them", &self.logins_refused),
             ("audit_lost", "Events that the audit record misses", &self.audit.lost),
         ]
     }

@@ -10,6 +10,7 @@ use crate::access;
 use crate::gc::{GcConfig, RetentionConfig};
 use crate::scrub::ScrubConfig;
 use crate::storage::StorageConfig;
+use crate::uploads;
 
 /// Settings of a registry.
 #[derive(Clone, Debug, Deserialize)]
@@ -35,6 +36,9 @@ pub struct Config {
     /// Where content is kept; by default in `data_dir`.
     #[serde(default)]
     pub storage: StorageConfig,
+    /// What comes in parts.
+    #[serde(default)]
+    pub uploads: UploadsConfig,
     /// How long transfers may go on after a shutdown began, in seconds.
     #[serde(default = "default_drain_s")]
     pub drain_s: u64,
@@ -89,6 +93,20 @@ impl Default for CacheConfig {
     }
 }
 
+/// What comes in parts, `[uploads]`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct UploadsConfig {
+    /// The longest part of a chunked upload, as proxies before the registry let through; at most 500 MB.
+    pub chunk_max: Bytes,
+}
+
+impl Default for UploadsConfig {
+    fn default() -> UploadsConfig {
+        UploadsConfig { chunk_max: Bytes(uploads::CHUNK_MAX_BYTES) }
+    }
+}
+
 impl Config {
     /// The defaults, with this folder.
     pub fn new(data_dir: impl Into<PathBuf>) -> Config {
@@ -100,6 +118,7 @@ impl Config {
             upstreams: Vec::new(),
             cache: CacheConfig::default(),
             storage: StorageConfig::Local,
+            uploads: UploadsConfig::default(),
             drain_s: default_drain_s(),
             gc: GcConfig::default(),
             retention: RetentionConfig::default(),

@@ -15,7 +15,10 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use axum::Router;
+use hyper::Request;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::Service;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -27,6 +30,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::counted::Counted;
+use crate::access::Peer;
 use crate::counters::Counters;
 
 /// Connections at once. Each costs some 20 KiB at rest, and up to four file descriptors while it transfers.
@@ -60,6 +64,23 @@ struct Ends {
     over: CancellationToken,
 }
 
+/// The router, which is told where requests come from.
+struct Knowing {
+    service: TowerToHyperService<Router>,
+    from: Peer,
+}
+
+impl Service<Request<Incoming>> for Knowing {
+    type Response = <TowerToHyperService<Router> as Service<Request<Incoming>>>::Response;
+    type Error = <TowerToHyperService<Router> as Service<Request<Incoming>>>::Error;
+    type Future = <TowerToHyperService<Router> as Service<Request<Incoming>>>::Future;
+
+    fn call(&self, mut request: Request<Incoming>) -> Self::Future {
+        request.extensions_mut().insert(self.from);
+        self.service.call(request)
+    }
+}
+
 /// Serves until the shutdown, and then until nothing runs any more or the drain's time is over.
 pub(crate) async fn serve(
     listener: TcpListener,
@@ -75,8 +96,8 @@ pub(crate) async fn serve(
         (Arc::new(Semaphore::new(CONNECTIONS_MAX)), Arc::new(Semaphore::new(REFUSALS_MAX)));
     let accepting = async {
         loop {
-            let stream = match listener.accept().await {
-                Ok((stream, _)) => stream,
+            let (stream, from) = match listener.accept().await {
+                Ok((stream, from)) => (stream, Peer(from.ip())),
                 Err(error) if is_about_one_connection(&error) => continue,
                 Err(error) => {
                     tracing::warn!(%error, "can't take a connection; trying again");
@@ -86,7 +107,7 @@ pub(crate) async fn serve(
             };
             match places.clone().try_acquire_owned() {
                 Ok(place) => {
-                    let service = TowerToHyperService::new(router.clone());
+                    let service = Knowing { service: TowerToHyperService::new(router.clone()), from };
                     tracker.spawn(connection(stream, service, ends.clone(), counters.clone(), place));
                 }
                 Err(_) => {
@@ -116,7 +137,7 @@ pub(crate) async fn serve(
 
 async fn connection(
     stream: TcpStream,
-    service: TowerToHyperService<Router>,
+    service: Knowing,
     ends: Arc<Ends>,
     counters: Arc<Counters>,
     _place: OwnedSemaphorePermit,

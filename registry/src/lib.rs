@@ -42,7 +42,7 @@ pub use admin::{
 pub use anyplace_registry_core::access::Grant;
 pub use anyplace_registry_core::pattern::Pattern;
 pub use cache::counters::CacheCounters;
-pub use config::{CacheConfig, Config, Upstream};
+pub use config::{CacheConfig, Config, UploadsConfig, Upstream};
 pub use gc::{GcConfig, GcPhase, GcReport, GcSeen, GcSpared, GcStatus, RetentionConfig, RuleConfig};
 pub use scrub::{ScrubConfig, ScrubFinding, ScrubOutcome, ScrubPhase, ScrubReport, ScrubStatus};
 pub use server::{Server, run};

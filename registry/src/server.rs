@@ -9,6 +9,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use anyplace_model::Bytes;
 use axum::Router;
 use axum::extract::{Request, State};
 use axum::http::StatusCode;
@@ -26,7 +27,7 @@ use crate::gc::{Afterwards, Collector};
 use crate::remembered::Remembered;
 use crate::scrub::{Repair, Scrubber};
 use crate::storage::Storage;
-use crate::uploads::Uploads;
+use crate::uploads::{CHUNK_MAX_BYTES, Uploads};
 use crate::upstream::Cache;
 use crate::{admin, connections, routes};
 
@@ -40,6 +41,8 @@ pub(crate) struct App {
     pub(crate) access: Arc<Access>,
     pub(crate) storage: Storage,
     pub(crate) uploads: Arc<Uploads>,
+    /// The longest part of an upload.
+    pub(crate) chunk_max_bytes: u64,
     pub(crate) cache: Option<Cache>,
     pub(crate) remembered: Remembered,
     pub(crate) counters: Arc<Counters>,
@@ -73,6 +76,14 @@ impl Server {
         )
         .await?;
         let uploads = Arc::new(Uploads::open(storage.clone())?);
+        let (chunk_max_bytes, chunk_min_bytes) = (config.uploads.chunk_max.0, uploads.part_min_bytes());
+        anyhow::ensure!(
+            (chunk_min_bytes..=CHUNK_MAX_BYTES).contains(&chunk_max_bytes),
+            "uploads.chunk_max is {}; expected {} to {}",
+            config.uploads.chunk_max,
+            Bytes(chunk_min_bytes),
+            Bytes(CHUNK_MAX_BYTES)
+        );
         let cache = Cache::open(&config).await?;
         if let Some(cache) = cache.clone().filter(|_| on_one_disk(&config.data_dir)) {
             storage.ask_for_room(Box::new(move |bytes| cache.evict(bytes)));
@@ -90,7 +101,18 @@ impl Server {
             let scrubber = Scrubber::new(storage.clone(), &config, repair, draining.clone());
             let (access, scrubber) = (Arc::new(access), Arc::new(scrubber));
             collector.do_afterwards(recount(access.clone(), storage.clone(), uploads.clone()));
-            App { access, storage, uploads, cache, remembered, counters, collector, scrubber, draining }
+            App {
+                access,
+                storage,
+                uploads,
+                chunk_max_bytes,
+                cache,
+                remembered,
+                counters,
+                collector,
+                scrubber,
+                draining,
+            }
         });
         Ok(Server { listener, app, drain: Duration::from_secs(config.drain_s) })
     }

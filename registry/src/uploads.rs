@@ -37,8 +37,8 @@ pub(crate) use session::{Session, Unfinished, Uploads};
 const UPLOAD_ID: HeaderName = HeaderName::from_static("docker-upload-uuid");
 const CHUNK_MAX: HeaderName = HeaderName::from_static("oci-chunk-max-length");
 const CHUNK_MIN: HeaderName = HeaderName::from_static("oci-chunk-min-length");
-/// The longest part of a chunked upload, as proxies commonly stop there. A request without `Content-Range` is not a
-/// part: docker and podman stream whole layers that way, of any length.
+/// The longest that a part of a chunked upload may ever be, as proxies commonly stop there. A request without
+/// `Content-Range` is not a part: docker and podman stream whole layers that way, of any length.
 pub(crate) const CHUNK_MAX_BYTES: u64 = 500_000_000;
 
 #[derive(Deserialize)]
@@ -82,7 +82,7 @@ pub(crate) async fn post(app: &Arc<App>, name: &str, request: Request) -> Answer
             (RANGE, "0-0".to_owned()),
             (UPLOAD_ID, id.clone()),
             (CHUNK_MIN, app.uploads.part_min_bytes().to_string()),
-            (CHUNK_MAX, CHUNK_MAX_BYTES.to_string()),
+            (CHUNK_MAX, app.chunk_max_bytes.to_string()),
         ];
         return Ok((StatusCode::ACCEPTED, headers).into_response());
     };
@@ -237,11 +237,12 @@ fn check_range(
         }
         return Err(refusal);
     }
-    if len > CHUNK_MAX_BYTES {
+    let most = app.chunk_max_bytes;
+    if len > most {
         app.counters.parts_refused.fetch_add(1, Ordering::Relaxed);
-        let message = format!("the part has {len} bytes; send parts of at most {CHUNK_MAX_BYTES}");
+        let message = format!("the part has {len} bytes; send parts of at most {most}");
         return Err(Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, "SIZE_INVALID", message)
-            .header(CHUNK_MAX, CHUNK_MAX_BYTES.to_string()));
+            .header(CHUNK_MAX, most.to_string()));
     }
     if declared.is_some_and(|declared| declared != len) {
         let message = format!("Content-Range has {len} bytes, Content-Length {}", declared.unwrap_or(0));

@@ -15,7 +15,7 @@ use serde_json::json;
 
 use super::accounts::{AccountSpec, Team, TeamView};
 use super::audit::Wanted;
-use super::{Access, Need, Who, now_s};
+use super::{Access, Need, Peer, Who, now_s};
 use crate::errors::{Answer, Refusal, internal};
 use crate::server::App;
 
@@ -50,6 +50,7 @@ async fn token(State(app): State<Arc<App>>, request: Request) -> Response {
 
 async fn give_token(access: &Access, request: Request) -> Answer {
     let (who, scopes) = if request.method() == Method::POST {
+        let from = Peer::of(request.extensions());
         let bytes = axum::body::to_bytes(request.into_body(), FORM_MAX_BYTES).await;
         let bytes =
             bytes.map_err(|_| bad_request("invalid_request", "the form is too large or broke off"))?;
@@ -59,12 +60,12 @@ async fn give_token(access: &Access, request: Request) -> Answer {
             return Err(bad_request("unsupported_grant_type", "expected grant_type=password"));
         }
         let (name, secret) = (value("username").unwrap_or_default(), value("password").unwrap_or_default());
-        let who = access.login(name, secret).ok_or_else(|| {
+        let who = access.login(from, name, secret)?.ok_or_else(|| {
             Refusal::new(StatusCode::UNAUTHORIZED, "UNAUTHORIZED", "no account has this name and password")
         })?;
         (who, scopes(&form)?)
     } else {
-        let who = access.identify(request.headers())?;
+        let who = access.identify(&request)?;
         // Or who has one could go on for ever, whatever became of the account.
         if who.is_by_token() {
             let message = "a token gets no other token; send the name and password of an account";
@@ -72,6 +73,7 @@ async fn give_token(access: &Access, request: Request) -> Answer {
         }
         (who, scopes(&pairs(request.uri().query().unwrap_or_default()))?)
     };
+    access.count_request(&who)?;
     let token = access.token(&who, &scopes)?;
     let (ttl, now) = (access.token_ttl().as_secs(), super::moment());
     let body = json!({ "token": token, "access_token": token, "expires_in": ttl, "issued_at": now });

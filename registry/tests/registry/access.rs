@@ -11,14 +11,14 @@ use crate::skopeo::{has_skopeo, output};
 use crate::support::{OCI_MANIFEST, Registry, code, header, is_root};
 
 /// Makes an account; its secret.
-async fn account(registry: &Registry, name: &str, spec: Value) -> String {
+pub(crate) async fn account(registry: &Registry, name: &str, spec: Value) -> String {
     let answer =
         registry.request(Method::PUT, &format!("/v1/accounts/{name}")).json(&spec).send().await.unwrap();
     assert_eq!(answer.status(), 200, "{}", answer.text().await.unwrap());
     answer.json::<Value>().await.unwrap()["secret"].as_str().unwrap().to_owned()
 }
 
-async fn team(registry: &Registry, name: &str, spec: Value) {
+pub(crate) async fn team(registry: &Registry, name: &str, spec: Value) {
     let answer =
         registry.request(Method::PUT, &format!("/v1/teams/{name}")).json(&spec).send().await.unwrap();
     assert_eq!(answer.status(), 200, "{}", answer.text().await.unwrap());

@@ -20,6 +20,7 @@ mod gc;
 mod images;
 mod interop;
 mod killable;
+mod logins;
 mod metadata;
 mod metrics;
 mod node_loss;

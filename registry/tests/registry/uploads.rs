@@ -5,6 +5,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyplace_images::{Credentials, Digest};
+use anyplace_model::Bytes;
+use anyplace_registry::{Config, Server, UploadsConfig};
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use reqwest::Method;
@@ -12,7 +14,32 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use crate::killable::Killable;
-use crate::support::{Registry, code, header, noise};
+use crate::support::{LOOPBACK, Registry, code, header, noise};
+
+#[tokio::test]
+async fn the_longest_part_is_what_the_settings_say() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = |chunk_max| {
+        let uploads = UploadsConfig { chunk_max: Bytes(chunk_max) };
+        Config { listen: LOOPBACK, uploads, ..Config::new(dir.path()) }
+    };
+    let too_long = Server::bind(config(500_000_001)).await.err().unwrap();
+    assert!(too_long.to_string().contains("uploads.chunk_max is"), "{too_long}");
+    let registry = Registry::start_with(config(100_000)).await;
+    let post = registry.request(Method::POST, "/v2/a/blobs/uploads/").send().await.unwrap();
+    assert_eq!(header(&post, "oci-chunk-max-length"), "100000");
+    let (location, bytes) = (header(&post, "location"), noise(6, 100_001));
+    let patch = async |len: usize| {
+        let request = registry.request(Method::PATCH, &location);
+        let request = request.header("content-range", format!("0-{}", len - 1));
+        request.body(bytes[..len].to_vec()).send().await.unwrap()
+    };
+    let refused = patch(100_001).await;
+    assert_eq!(header(&refused, "oci-chunk-max-length"), "100000");
+    assert_eq!(code(refused).await, (413, "SIZE_INVALID".into()));
+    assert_eq!(patch(100_000).await.status(), 202);
+    registry.stop().await;
+}
 
 async fn start(registry: &Registry, name: &str) -> String {
     let answer = registry.request(Method::POST, &format!("/v2/{name}/blobs/uploads/")).send().await.unwrap();
