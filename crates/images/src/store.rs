@@ -32,6 +32,7 @@ mod pool;
 mod pull;
 mod recover;
 mod resolve;
+mod room;
 mod stream;
 mod table;
 mod verify;
@@ -42,7 +43,7 @@ use std::fs::File;
 use std::io::{ErrorKind, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
 use std::time::SystemTime;
 
@@ -113,6 +114,12 @@ struct Inner {
     /// Why an image isn't, the last one since that was asked for.
     unsettled: Mutex<Option<Error>>,
     evicting: AtomicBool,
+    /// One at a time makes room.
+    making_room: Mutex<()>,
+    /// Bytes that pulls have still to write.
+    coming: Arc<AtomicU64>,
+    /// Bytes that images' folders take, where images are mounted as such.
+    trees: Mutex<HashMap<PathBuf, u64>>,
     _lock: Flock<File>,
 }
 
@@ -183,6 +190,9 @@ impl Store {
             settling: Arc::new(tokio::sync::watch::Sender::new(0)),
             unsettled: Mutex::default(),
             evicting: AtomicBool::new(false),
+            making_room: Mutex::default(),
+            coming: Arc::default(),
+            trees: Mutex::default(),
             dir: dir.to_owned(),
             _lock: lock,
         };

@@ -25,6 +25,7 @@ use super::import::Written;
 use super::plan::{self, Plan, Work};
 use super::pool::Priority;
 use super::pull::{Fetch, Pull, blocking, on_thread};
+use super::room::Room;
 use super::table::Table;
 use super::work::{self, Ready};
 use super::{Inner, Lane};
@@ -60,6 +61,7 @@ impl Pull {
             let plan = blocking(move || plan::plan(&inner, &pins, &tables_of.toc, layer_bytes)).await?;
             let Some(mut plan) = plan else { return Ok(None) };
             let (used, reused) = (std::mem::take(&mut plan.used), plan.reused);
+            self.make_room(plan.disk_bytes()).await?;
             self.progress.started(item, plan.parts.iter().map(|part| part.end - part.start).sum());
             match self.execute(of, plan, &tables).await {
                 Ok(done) => {
@@ -155,11 +157,11 @@ impl Pull {
         let (sender, arriving) = mpsc::channel(1);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let (steps, in_order) = sync_channel(2 * cores);
-        let (inner, writing) = (self.inner.clone(), self.writing.clone());
+        let (inner, room, writing) = (self.inner.clone(), self.room.clone(), self.writing.clone());
         let (priority, class) = (self.priority(lane), self.priority(lane).now());
         let of_dispatch = priority.clone();
         let dispatching = on_thread(class, "images-dispatch", move || {
-            dispatch(&inner, &of_dispatch, &writing, work, arriving, &steps)
+            dispatch(&inner, &of_dispatch, (&room, &writing), work, arriving, &steps)
         })?;
         let (inner, of, id) = (self.inner.clone(), tables.clone(), diff_id.clone());
         // The turn goes along: when this pull is given up, the next one waits until its threads have noticed.
@@ -204,7 +206,7 @@ impl Pull {
 fn dispatch(
     inner: &Inner,
     priority: &Priority,
-    writing: &Arc<Writing>,
+    (room, writing): (&Arc<Room>, &Arc<Writing>),
     work: Vec<Work>,
     mut arriving: mpsc::Receiver<Bytes>,
     steps: &SyncSender<Step>,
@@ -222,6 +224,7 @@ fn dispatch(
         while work.last_part().is_some_and(|last| last >= first + parts.len()) {
             parts.push_back(arriving.blocking_recv().ok_or(Error::Cancelled)?);
         }
+        let bytes = work.disk_bytes();
         let ready = Ready::new(work, &parts, first)?;
         let file = match &ready {
             Ready::Segment { first: true, size, .. } => {
@@ -237,11 +240,14 @@ fn dispatch(
         if steps.send(Step { result, large: file }).is_err() {
             return Ok(());
         }
-        let (objects, out, writing) = (inner.objects.clone(), large.clone(), writing.clone());
+        let (objects, out) = (inner.objects.clone(), large.clone());
+        let (room, writing) = (room.clone(), writing.clone());
         inner.pools.of(priority.now()).run(move |worker| {
             let _writing = writing;
+            let done = work::run(worker, &objects, ready, out.as_deref());
+            room.wrote(bytes);
             // Nobody listens where the pull failed already.
-            let _ = sender.send(work::run(worker, &objects, ready, out.as_deref()));
+            let _ = sender.send(done);
         })?;
     }
     Ok(())

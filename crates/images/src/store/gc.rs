@@ -1,11 +1,10 @@
-//! Making room: what no image refers to goes, and to keep the budget the images that were used longest ago.
+//! What goes: what no image refers to, and images that are removed. Which images go for others says [`super::room`].
 //!
 //! Records go before what they refer to. What a pull in progress counts on is pinned; what an instance uses is held.
 
 use std::collections::HashSet;
 use std::fs::FileTimes;
 use std::sync::PoisonError;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
 use super::dirty::sync_dir;
@@ -141,57 +140,6 @@ impl Inner {
             freed += self.remove_unreferred(&referred)?;
         }
         Ok(freed)
-    }
-
-    /// Keeps the budget.
-    pub(super) fn evict(&self) -> Result<()> {
-        let Some(budget) = self.options.budget_bytes else { return Ok(()) };
-        if !self.evicting.load(Ordering::Relaxed) {
-            return Ok(());
-        }
-        let mut total = self.total()?;
-        if total <= budget {
-            return Ok(());
-        }
-        // What no image needs goes first.
-        self.collect()?;
-        loop {
-            total = self.total()?;
-            if total <= budget {
-                return Ok(());
-            }
-            let oldest = {
-                let images = lock(&self.images);
-                let idle = images.iter().filter(|(_, l)| !self.uses.holds(&l.image.manifest));
-                idle.min_by_key(|(_, listed)| listed.used).map(|(key, _)| key.clone())
-            };
-            let Some(key) = oldest else {
-                tracing::warn!(total, budget, "the image store is over its budget, and all of it is in use");
-                return Ok(());
-            };
-            tracing::info!(image = key, total, budget, "evicting the image that was used longest ago");
-            self.forget(&key)?;
-            self.collect()?;
-        }
-    }
-
-    /// Bytes of everything in the store.
-    pub(super) fn total(&self) -> Result<u64> {
-        let mut total = 0;
-        self.objects.each(
-            |_, size| {
-                total += size;
-                Ok(())
-            },
-            |_| Ok(()),
-        )?;
-        for sub in ["layers", "mounts", "blobs/sha256", "blobs/sha512"] {
-            let dir = self.dir.join(sub);
-            for entry in std::fs::read_dir(&dir).map_err(Error::io("reading", &dir))? {
-                total += entry.and_then(|entry| entry.metadata()).map_or(0, |file| file.len());
-            }
-        }
-        Ok(total)
     }
 
     fn usage(&self) -> Result<Vec<Usage>> {

@@ -15,6 +15,7 @@ use super::dirty::Writing;
 use super::entry::{self, Shape, Usage};
 use super::objects::{ObjectId, Objects, Pins, write_with_holes};
 use super::pool::{Pools, Priority, spawn};
+use super::room::Room;
 use super::stream::ChannelReader;
 use super::table::{self, Content, Kind, Table};
 use crate::digest::{Digest, Hasher};
@@ -41,6 +42,7 @@ pub(super) struct Target<'a> {
     pub(super) pins: &'a Arc<Pins>,
     pub(super) pools: &'a Pools,
     pub(super) priority: &'a Priority,
+    pub(super) room: &'a Arc<Room>,
     /// Held by whatever writes.
     pub(super) writing: &'a Arc<Writing>,
 }
@@ -154,10 +156,12 @@ impl Files<'_> {
         }
         let (objects, pins) = (self.target.objects.clone(), self.target.pins.clone());
         let (finished, writing) = (self.finished.clone(), self.target.writing.clone());
+        let room = self.target.room.clone();
         self.target.pools.of(self.target.priority.now()).run(move |_| {
             let _writing = writing;
             for (index, bytes) in batch {
                 let done = store_small(&objects, &pins, ObjectId::of(&bytes), bytes, Vec::new());
+                room.wrote(done.as_ref().map_or(0, |(_, written)| *written));
                 // Nobody listens where the import has failed already.
                 let _ = finished.send(done.map(|(file, written)| (index, file, written)));
             }
@@ -169,9 +173,10 @@ impl Files<'_> {
         let (blocks, waiting) = sync_channel::<Vec<u8>>(BLOCKS_WAITING);
         let (objects, pins) = (self.target.objects.clone(), self.target.pins.clone());
         let (finished, writing) = (self.finished.clone(), self.target.writing.clone());
+        let room = self.target.room.clone();
         let writer = spawn(self.target.priority.now(), "images-large", move || {
             let _writing = writing;
-            let done = write_large(&objects, &pins, file, size, &waiting);
+            let done = write_large(&objects, &pins, &room, file, size, &waiting);
             let _ = finished.send(done.map(|(file, written)| (index, file, written)));
         })?;
         let mut left = size;
@@ -211,6 +216,7 @@ pub(super) fn store_small(
 fn write_large(
     objects: &Objects,
     pins: &Pins,
+    room: &Room,
     file: tempfile::NamedTempFile,
     size: u64,
     blocks: &Receiver<Vec<u8>>,
@@ -221,6 +227,7 @@ fn write_large(
     while let Ok(block) = blocks.recv() {
         hasher.update(&block);
         write_with_holes(file.as_file(), at, &block).map_err(failed)?;
+        room.wrote(block.len() as u64);
         at += block.len() as u64;
     }
     if at != size {

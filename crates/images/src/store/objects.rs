@@ -10,16 +10,17 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{ErrorKind, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat};
-use nix::sys::stat::{Mode, SFlag, fstatat};
+use nix::sys::stat::{FileStat, Mode, SFlag, fstatat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 use sha2::{Digest as _, Sha256};
 
@@ -32,6 +33,8 @@ const FOLDERS: usize = 256;
 const SHARDS: usize = 64;
 /// Runs of zero bytes of this length become holes: the page size of file systems.
 const HOLE_BYTES: usize = 4096;
+/// The unit of `st_blocks`, whatever the file system's own is.
+const BLOCK_BYTES: u64 = 512;
 
 /// An object's name: the sha256 of its bytes.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -82,6 +85,10 @@ pub(super) struct Objects {
     tmp: PathBuf,
     root: OwnedFd,
     shards: Vec<Shard>,
+    /// Bytes on the disk of all objects, less `before`.
+    written: AtomicI64,
+    /// Of those that were here when they were counted, once anybody asks.
+    before: Mutex<Option<i64>>,
 }
 
 #[derive(Default)]
@@ -115,7 +122,8 @@ impl Objects {
         }
         let root = File::open(dir).map_err(Error::io("opening", dir))?.into();
         let shards = std::iter::repeat_with(Shard::default).take(SHARDS).collect();
-        Ok(Objects { dir: dir.to_owned(), tmp: tmp.to_owned(), root, shards })
+        let (written, before) = (AtomicI64::new(0), Mutex::new(None));
+        Ok(Objects { dir: dir.to_owned(), tmp: tmp.to_owned(), root, shards, written, before })
     }
 
     /// The folder, for mounting.
@@ -137,11 +145,44 @@ impl Objects {
 
     /// Size of what lies at the object's name.
     fn stat(&self, id: &ObjectId) -> nix::Result<u64> {
-        let stat = fstatat(&self.root, id.path().as_str(), AtFlags::AT_SYMLINK_NOFOLLOW)?;
+        let stat = self.look(id)?;
         if stat.st_mode & SFlag::S_IFMT.bits() != SFlag::S_IFREG.bits() {
             return Err(Errno::EINVAL);
         }
         u64::try_from(stat.st_size).map_err(|_| Errno::EINVAL)
+    }
+
+    fn look(&self, id: &ObjectId) -> nix::Result<FileStat> {
+        fstatat(&self.root, id.path().as_str(), AtFlags::AT_SYMLINK_NOFOLLOW)
+    }
+
+    /// Bytes that all objects take on the disk. Looks at each of them the first time only.
+    pub(super) fn disk_bytes(&self) -> Result<u64> {
+        let mut before = lock(&self.before);
+        let found = match *before {
+            Some(found) => found,
+            None => {
+                let (written, mut found) = (self.written.load(Ordering::SeqCst), 0);
+                self.each(
+                    |_, file| {
+                        found += disk_bytes(file).cast_signed();
+                        Ok(())
+                    },
+                    |_| Ok(()),
+                )?;
+                *before.insert(found - written)
+            }
+        };
+        Ok((found + self.written.load(Ordering::SeqCst)).max(0).cast_unsigned())
+    }
+
+    /// Bytes that an object takes on the disk; 0 where it isn't there.
+    pub(super) fn disk_bytes_of(&self, id: &ObjectId) -> u64 {
+        self.look(id).map_or(0, |stat| (stat.st_blocks * BLOCK_BYTES.cast_signed()).max(0).cast_unsigned())
+    }
+
+    fn count(&self, change: i64) {
+        self.written.fetch_add(change, Ordering::SeqCst);
     }
 
     pub(super) fn open_object(&self, id: &ObjectId) -> Result<File> {
@@ -200,13 +241,20 @@ impl Objects {
                 let _ = self.unlink(id);
                 failed(e)
             })?;
+        self.count(file.metadata().map_or(0, |file| disk_bytes(&file)).cast_signed());
         Ok(true)
     }
 
-    fn unlink(&self, id: &ObjectId) -> Result<()> {
+    /// Says how many bytes that freed.
+    fn unlink(&self, id: &ObjectId) -> Result<u64> {
         let path = id.path();
+        let bytes = self.disk_bytes_of(id);
         match unlinkat(&self.root, path.as_str(), UnlinkatFlags::NoRemoveDir) {
-            Ok(()) | Err(Errno::ENOENT) => Ok(()),
+            Ok(()) => {
+                self.count(-bytes.cast_signed());
+                Ok(bytes)
+            }
+            Err(Errno::ENOENT) => Ok(0),
             Err(e) => Err(Error::io("removing", self.dir.join(path))(e.into())),
         }
     }
@@ -222,8 +270,12 @@ impl Objects {
             if self.stat(id) == Ok(size) {
                 return Ok(false);
             }
+            // What has a wrong size.
+            self.unlink(id)?;
+            let bytes = file.as_file().metadata().map_or(0, |file| disk_bytes(&file));
             let path = self.dir.join(id.path());
             file.persist(&path).map_err(|e| Error::io("moving an object to", &path)(e.error))?;
+            self.count(bytes.cast_signed());
             Ok(true)
         })
     }
@@ -234,16 +286,15 @@ impl Objects {
         if state.pins.contains_key(id) || state.pending.contains(id) {
             return Ok(None);
         }
-        let size = self.stat(id).unwrap_or(0);
-        self.unlink(id)?;
+        let freed = self.unlink(id)?;
         drop(state);
-        Ok(Some(size))
+        Ok(Some(freed))
     }
 
     /// Removes an object that is damaged, pinned or not, so that it is fetched again.
     pub(super) fn discard(&self, id: &ObjectId) -> Result<()> {
         let _state = lock(&self.shard(id).state);
-        self.unlink(id)
+        self.unlink(id).map(drop)
     }
 
     /// Removes an object unless its bytes are what its name says; says whether it did. Who writes it is waited for.
@@ -257,10 +308,10 @@ impl Objects {
         })
     }
 
-    /// Every object's name and size, in no order. A name that is no object's is given to `stray`.
+    /// Every object's name and file, in no order. A name that is no object's is given to `stray`.
     pub(super) fn each(
         &self,
-        mut object: impl FnMut(ObjectId, u64) -> Result<()>,
+        mut object: impl FnMut(ObjectId, &Metadata) -> Result<()>,
         mut stray: impl FnMut(&Path) -> Result<()>,
     ) -> Result<()> {
         let list = |dir: &Path| -> Result<Vec<std::fs::DirEntry>> {
@@ -277,7 +328,7 @@ impl Objects {
             for file in list(&folder.path())? {
                 let id = file.file_name().to_str().and_then(|file| ObjectId::from_names(&name, file));
                 match (id, file.metadata()) {
-                    (Some(id), Ok(metadata)) if metadata.is_file() => object(id, metadata.size())?,
+                    (Some(id), Ok(metadata)) if metadata.is_file() => object(id, &metadata)?,
                     (_, Err(e)) if e.kind() == ErrorKind::NotFound => {}
                     _ => stray(&file.path())?,
                 }
@@ -362,6 +413,11 @@ impl std::io::Write for HashWriter<'_> {
     fn flush(&mut self) -> std::io::Result<()> {
         Ok(())
     }
+}
+
+/// Bytes that a file takes on the disk: less than its length where it has holes, more by what its last block has left.
+pub(super) fn disk_bytes(file: &Metadata) -> u64 {
+    file.blocks() * BLOCK_BYTES
 }
 
 /// Nothing here has an invariant that a panic elsewhere could break.

@@ -29,6 +29,8 @@ const BATCH_BYTES: u64 = 1 << 20;
 const BATCH_FILES: usize = 128;
 /// A larger file is worked on in pieces of about this size.
 const SEGMENT_BYTES: u64 = 4 << 20;
+/// What file systems give files in, usually.
+const DISK_BLOCK_BYTES: u64 = 4 << 10;
 /// Largest chunk, which is decoded in memory. Other tools' chunks have 64 KiB on average.
 pub(super) const CHUNK_MAX_BYTES: u64 = 16 << 20;
 
@@ -307,13 +309,39 @@ impl Planner<'_> {
     }
 }
 
+impl Plan {
+    /// Bytes that this writes to the disk, at most.
+    pub(super) fn disk_bytes(&self) -> u64 {
+        self.work.iter().map(Work::disk_bytes).sum()
+    }
+}
+
 impl Work {
+    fn files(&self) -> &[Missing] {
+        match self {
+            Work::Files(files) => files,
+            Work::Segment { file, .. } => std::slice::from_ref(file),
+        }
+    }
+
     pub(super) fn pieces(&self) -> impl Iterator<Item = &Piece> {
-        let (files, segment): (&[Missing], _) = match self {
-            Work::Files(files) => (files, None),
-            Work::Segment { file, .. } => (&[], Some(file)),
-        };
-        files.iter().chain(segment).flat_map(|file| &file.pieces)
+        self.files().iter().flat_map(|file| &file.pieces)
+    }
+
+    /// Bytes that this writes to the disk, at most.
+    pub(super) fn disk_bytes(&self) -> u64 {
+        let objects = self.files().iter().filter(|file| file.size > INLINE_MAX_BYTES);
+        let data = |piece: &&Piece| !matches!(piece.from, From::Zeros);
+        objects
+            .map(|file| {
+                file.pieces
+                    .iter()
+                    .filter(data)
+                    .map(|piece| piece.size)
+                    .sum::<u64>()
+                    .next_multiple_of(DISK_BLOCK_BYTES)
+            })
+            .sum()
     }
 
     /// The part that must be here last.

@@ -11,6 +11,7 @@ use super::import::{self, Target, Written};
 use super::objects::{Pins, lock};
 use super::pool::{Priority, PullClass, spawn};
 use super::resolve::{check_layer_type, choose_platform};
+use super::room::Room;
 use super::stream::{Message, channel};
 use super::table::Table;
 use super::{Inner, Lane, Listed, PulledImage, Store, StoredImage};
@@ -18,6 +19,7 @@ use crate::client::{Client, RawManifest};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::manifest::{self, Descriptor, ImageConfig, MANIFEST_MAX_BYTES, Manifest};
+use crate::mount::Mounter;
 use crate::progress::{Item, NoProgress, SharedProgress, Stage};
 use crate::reference::Reference;
 
@@ -95,6 +97,7 @@ pub(super) struct Pull {
     pub(super) progress: SharedProgress,
     pub(super) class: PullClass,
     pub(super) pins: Arc<Pins>,
+    pub(super) room: Arc<Room>,
     /// Held by whatever writes.
     pub(super) writing: Arc<Writing>,
     pub(super) counters: Counters,
@@ -170,11 +173,19 @@ impl Inner {
             progress: options.progress.clone(),
             class: options.class,
             pins: Arc::new(self.objects.pins()),
+            room: Arc::new(Room::new(&self.coming)),
             counters: Counters::default(),
             lane: lane.clone(),
         };
-        match pull.run(digest, raw).await {
+        let mut pulled = pull.run(&digest, &raw).await;
+        // Each time something went: what is idle bounds how often.
+        while matches!(pulled, Err(Error::DiskFull { .. })) && pull.make_more_room().await? {
+            pulled = pull.run(&digest, &raw).await;
+        }
+        match pulled {
             Ok(image) => {
+                // What it was to write is there now.
+                pull.room.again();
                 self.list(reference, &image, Some((pull.writing, pull.pins))).await?;
                 Ok(image)
             }
@@ -272,7 +283,7 @@ impl Lane {
 }
 
 impl Pull {
-    async fn run(&self, digest: Digest, raw: RawManifest) -> Result<PulledImage> {
+    async fn run(&self, digest: &Digest, raw: &RawManifest) -> Result<PulledImage> {
         let reference = &self.reference;
         let manifest: Manifest = manifest::parse(&format!("the manifest of `{reference}`"), &raw.bytes)?;
         let config_digest = &manifest.config.digest;
@@ -293,7 +304,7 @@ impl Pull {
                 reason: format!("{} diff_ids for {} layers", diff_ids.len(), manifest.layers.len()),
             });
         }
-        self.write(digest, &raw, &manifest, config_bytes, &config).await
+        self.write(digest.clone(), raw, &manifest, config_bytes, &config).await
     }
 
     async fn write(
@@ -310,6 +321,12 @@ impl Pull {
             fetches.push(self.ensure_layer(layer, diff_id));
         }
         let tables: Vec<Arc<Table>> = stream::iter(fetches).buffered(PARALLEL).try_collect().await?;
+        let inner = self.inner.clone();
+        if let Mounter::Folders { .. } = blocking(move || inner.mounter().cloned()).await? {
+            // Its folder is a copy of all its files.
+            let files = tables.iter().flat_map(|table| table.objects());
+            self.make_room(files.map(|file| file.size).sum()).await?;
+        }
         let (inner, id) = (self.inner.clone(), raw.digest.clone());
         let files = [
             (self.inner.blob_path(&manifest.config.digest), config_bytes),
@@ -335,6 +352,18 @@ impl Pull {
             bytes_written: of(&counters.bytes_written),
         };
         Ok(image)
+    }
+
+    /// Makes room for so many bytes, if that can be.
+    pub(super) async fn make_room(&self, bytes: u64) -> Result<()> {
+        let (inner, room) = (self.inner.clone(), self.room.clone());
+        blocking(move || inner.make_room(&room, bytes)).await
+    }
+
+    /// Makes room after the disk was full in the middle; false where nothing can go.
+    async fn make_more_room(&self) -> Result<bool> {
+        let (inner, room) = (self.inner.clone(), self.room.clone());
+        blocking(move || inner.make_more_room(&room)).await
     }
 
     /// Fetches a layer unless it is here; others that want the same one wait for it.
@@ -374,16 +403,19 @@ impl Pull {
     /// Fetches a layer from its first to its last byte.
     async fn fetch_whole(&self, of: Fetch<'_>) -> Result<(Table, Written)> {
         let Fetch { layer, diff_id, item, lane, turn } = of;
+        // How much more it is when it is unpacked nobody says.
+        self.make_room(layer.size).await?;
         let mut blob = self.client.get_blob(&self.reference, &layer.digest, Some(layer.size)).await?;
         let (sender, reader) = channel();
         let (inner, pins, priority) = (self.inner.clone(), self.pins.clone(), self.priority(lane));
         let (diff_id, size) = (diff_id.clone(), layer.size);
         // The turn goes along: when this pull is given up, the next one waits until the import has noticed.
-        let (turn, writing) = (turn.clone(), self.writing.clone());
+        let (turn, room, writing) = (turn.clone(), self.room.clone(), self.writing.clone());
         let importing = on_thread(priority.now(), "images-import", move || {
             let _turn = turn;
             let (objects, pools) = (&inner.objects, &inner.pools);
-            let target = Target { objects, pins: &pins, pools, priority: &priority, writing: &writing };
+            let (pins, room, priority, writing) = (&pins, &room, &priority, &writing);
+            let target = Target { objects, pins, pools, priority, room, writing };
             import::import(reader, size, &diff_id, &target)
         })?;
         let downloaded = async {

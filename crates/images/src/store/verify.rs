@@ -47,9 +47,9 @@ impl Inner {
         let mut report = Verified::default();
         let mut ids = Vec::new();
         self.objects.each(
-            |id, size| {
+            |id, file| {
                 ids.push(id);
-                report.bytes += size;
+                report.bytes += file.len();
                 Ok(())
             },
             |_| Ok(()),

@@ -86,14 +86,83 @@ fn a_removed_image_takes_only_what_is_its_own() {
     assert_eq!(store.inner.total().unwrap(), 0);
 }
 
+/// Puts a tmpfs of this size where the store is to be, or changes its size.
+fn tmpfs(bed: &Bed, options: &str, flags: MsFlags) {
+    std::fs::create_dir_all(bed.store_dir()).unwrap();
+    mount(Some("tmpfs"), &bed.store_dir(), Some("tmpfs"), flags, Some(options)).unwrap();
+}
+
+fn names(store: &Store) -> Vec<String> {
+    store.list().unwrap().into_iter().map(|image| image.reference.to_string()).collect()
+}
+
+#[test]
+fn idle_images_go_before_a_pull_that_needs_their_room_and_when_the_disk_is_full() {
+    let (bed, mut seed) = (Bed::new(), Seed::new());
+    tmpfs(&bed, "size=16m", MsFlags::empty());
+    let one = |seed: &mut Seed, tag: &str, mib: usize, format| {
+        let files: Vec<Member> =
+            (0..mib).map(|at| Member::file(&format!("{tag}-{at}"), &seed.bytes(1 << 20))).collect();
+        bed.server.put_image(tag, &[(archive(&files), format)]);
+    };
+    for (tag, mib) in [("old", 2), ("a", 10), ("small", 2)] {
+        one(&mut seed, tag, mib, Format::Chunked);
+    }
+    for format in [Format::Plain, Format::Gzip, Format::Zstd, Format::Chunked] {
+        one(&mut seed, &format!("{format:?}").to_lowercase(), 9, format);
+    }
+    // One file, which lies in the store only once it is whole.
+    let large = Member::file("large", &seed.bytes(9 << 20));
+    bed.server.put_image("large", &[(archive(&[large]), Format::Chunked)]);
+    // What it takes shows only while it is unpacked.
+    let dense: Vec<Member> =
+        (1..=9).map(|at| Member::file(&format!("dense-{at}"), &vec![at; 1 << 20])).collect();
+    bed.server.put_image("dense", &[(archive(&dense), Format::Gzip)]);
+    // Once the budget says so, and once it is larger than the disk, which only the disk knows.
+    for budget in [15 << 20, 1 << 30] {
+        let options = Options { budget_bytes: Some(budget), ..Options::default() };
+        for tag in ["plain", "gzip", "zstd", "chunked", "large", "dense"] {
+            let store = Store::open(&bed.store_dir(), options).unwrap();
+            store.start_evicting();
+            drop(bed.pull(&store, "a").unwrap());
+            let small = bed.pull(&store, "small").unwrap();
+            assert_eq!(names(&store), ["app:a", "app:small"]);
+            bed.pull(&store, tag).unwrap_or_else(|error| panic!("{tag} of {budget}: {error:?}"));
+            // What is in use stays, and what is still idle has room.
+            assert_eq!(
+                names(&store),
+                [format!("app:{tag}").as_str(), "app:small"].map(str::to_owned).to_vec()
+            );
+            assert!(store.inner.total().unwrap() <= budget);
+            bed.assert_tidy(&store);
+            drop(small);
+            store.remove(&format!("app:{tag}").parse().unwrap()).unwrap();
+        }
+        // No more goes than has to: the oldest.
+        let store = Store::open(&bed.store_dir(), options).unwrap();
+        store.start_evicting();
+        for tag in ["chunked", "old", "small"] {
+            drop(bed.pull(&store, tag).unwrap());
+        }
+        assert_eq!(names(&store), ["app:chunked", "app:old", "app:small"]);
+        drop(bed.pull(&store, "a").unwrap());
+        assert_eq!(names(&store), ["app:a", "app:old", "app:small"]);
+        // All of it in use: then it is said.
+        let held = bed.pull(&store, "a").unwrap();
+        let error = bed.pull(&store, "chunked").unwrap_err();
+        assert!(matches!(error, Error::DiskFull { .. }), "{error:?}");
+        drop(held);
+        for name in names(&store) {
+            store.remove(&name.parse().unwrap()).unwrap();
+        }
+    }
+    nix::mount::umount(&bed.store_dir()).unwrap();
+}
+
 #[test]
 fn a_full_disk_is_said_and_leaves_what_was_there() {
     let (bed, mut seed) = (Bed::new(), Seed::new());
-    std::fs::create_dir(bed.store_dir()).unwrap();
-    let tmpfs = |options: &str, flags| {
-        mount(Some("tmpfs"), &bed.store_dir(), Some("tmpfs"), flags, Some(options)).unwrap();
-    };
-    tmpfs("size=4m", MsFlags::empty());
+    tmpfs(&bed, "size=4m", MsFlags::empty());
     let store = bed.open();
     let shared = seed.bytes(100_000);
     image(&bed, &mut seed, "small", &shared);
@@ -111,7 +180,7 @@ fn a_full_disk_is_said_and_leaves_what_was_there() {
             bed.assert_tidy(&store);
         }
     }
-    tmpfs("size=64m", MsFlags::MS_REMOUNT);
+    tmpfs(&bed, "size=64m", MsFlags::MS_REMOUNT);
     bed.pull(&store, "large").unwrap();
     drop(store);
     nix::mount::umount(&bed.store_dir()).unwrap();

@@ -1,0 +1,185 @@
+//! Room for what pulls bring: the budget, what is free on the disk, and which images go for it.
+//!
+//! What pulls in progress have still to write counts as if it were there, so that pulls that run at once don't count on
+//! the same room. A layer with a table of contents says before anything of it is fetched what it lacks here; of any other
+//! only its compressed size is known, and the disk may get full in the middle: then images go and the pull goes on.
+
+use std::collections::HashMap;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use super::Inner;
+use super::objects::{disk_bytes, lock};
+use crate::error::{Error, Result};
+
+/// What one pull has still to write.
+pub(super) struct Room {
+    /// What all pulls have.
+    all: Arc<AtomicU64>,
+    mine: Mutex<Mine>,
+}
+
+#[derive(Default)]
+struct Mine {
+    left: u64,
+    written: u64,
+}
+
+impl Room {
+    pub(super) fn new(all: &Arc<AtomicU64>) -> Room {
+        Room { all: all.clone(), mine: Mutex::default() }
+    }
+
+    /// Counts bytes that are about to be written.
+    fn expect(&self, bytes: u64) {
+        lock(&self.mine).left += bytes;
+        self.all.fetch_add(bytes, Ordering::SeqCst);
+    }
+
+    /// Counts bytes that lie on the disk now.
+    pub(super) fn wrote(&self, bytes: u64) {
+        let mut mine = lock(&self.mine);
+        let expected = bytes.min(mine.left);
+        mine.left -= expected;
+        mine.written += bytes;
+        self.all.fetch_sub(expected, Ordering::SeqCst);
+    }
+
+    /// Expects nothing any more; returns how much is worth having free before another try: what was expected and didn't come, or as much as
+    /// came, where nobody knew how much would.
+    pub(super) fn again(&self) -> u64 {
+        let Mine { left, written } = std::mem::take(&mut *lock(&self.mine));
+        self.all.fetch_sub(left, Ordering::SeqCst);
+        left.max(written)
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        self.again();
+    }
+}
+
+impl Inner {
+    /// Makes room for so many bytes more of a pull, if that can be. Blocks.
+    pub(super) fn make_room(&self, room: &Room, bytes: u64) -> Result<()> {
+        room.expect(bytes);
+        self.evict()
+    }
+
+    /// Makes room after the disk was full in the middle of a pull; false where nothing can go. Blocks.
+    pub(super) fn make_more_room(&self, room: &Room) -> Result<bool> {
+        let wanted = room.again();
+        if !self.evicting.load(Ordering::Relaxed) {
+            return Ok(false);
+        }
+        let _one = lock(&self.making_room);
+        let mut freed = self.collect()? > 0;
+        while !freed || self.free()? < wanted {
+            let Some(key) = self.idle() else { break };
+            tracing::info!(
+                image = key,
+                wanted,
+                "the disk is full: evicting the image that was used longest ago"
+            );
+            self.forget(&key)?;
+            self.collect()?;
+            freed = true;
+        }
+        Ok(freed)
+    }
+
+    /// Keeps the budget, and room on the disk for what is on its way, as far as images that nothing uses allow.
+    pub(super) fn evict(&self) -> Result<()> {
+        if !self.evicting.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let _one = lock(&self.making_room);
+        if self.lacking()? == 0 {
+            return Ok(());
+        }
+        // What no image needs goes first.
+        self.collect()?;
+        loop {
+            let lacking = self.lacking()?;
+            if lacking == 0 {
+                return Ok(());
+            }
+            let Some(key) = self.idle() else {
+                tracing::warn!(
+                    lacking,
+                    "the image store is over its budget or its disk, and all of it is in use"
+                );
+                return Ok(());
+            };
+            tracing::info!(image = key, lacking, "evicting the image that was used longest ago");
+            self.forget(&key)?;
+            self.collect()?;
+        }
+    }
+
+    /// The image that nothing uses for the longest time.
+    fn idle(&self) -> Option<String> {
+        let images = lock(&self.images);
+        let idle = images.iter().filter(|(_, listed)| !self.uses.holds(&listed.image.manifest));
+        idle.min_by_key(|(_, listed)| listed.used).map(|(key, _)| key.clone())
+    }
+
+    /// Bytes that have to go before all that is on its way has room.
+    fn lacking(&self) -> Result<u64> {
+        let coming = self.coming.load(Ordering::SeqCst);
+        let over = match self.options.budget_bytes {
+            Some(budget) => (self.total()? + coming).saturating_sub(budget),
+            None => 0,
+        };
+        Ok(over.max(coming.saturating_sub(self.free()?)))
+    }
+
+    /// Bytes that are free on the store's disk.
+    fn free(&self) -> Result<u64> {
+        let disk = nix::sys::statvfs::statvfs(&self.dir)
+            .map_err(|e| Error::io("asking for the free space of", &self.dir)(e.into()))?;
+        Ok(disk.blocks_available() * disk.fragment_size())
+    }
+
+    /// Bytes that everything in the store takes on the disk.
+    pub(super) fn total(&self) -> Result<u64> {
+        let mut total = self.objects.disk_bytes()?;
+        let (mut trees, mut seen) = (lock(&self.trees), HashMap::new());
+        for sub in ["layers", "mounts", "blobs/sha256", "blobs/sha512", "tmp"] {
+            let dir = self.dir.join(sub);
+            for entry in std::fs::read_dir(&dir).map_err(Error::io("reading", &dir))? {
+                let path = entry.map_err(Error::io("reading", &dir))?.path();
+                // An image's folder has as many files as the image, and never changes.
+                if path.extension().is_some_and(|end| end == "tree") {
+                    let bytes = trees.get(&path).copied().unwrap_or_else(|| disk_bytes_below(&path));
+                    total += bytes;
+                    seen.insert(path, bytes);
+                } else {
+                    total += disk_bytes_below(&path);
+                }
+            }
+        }
+        *trees = seen;
+        Ok(total)
+    }
+}
+
+/// Bytes that a file or a folder with all that is in it takes on the disk; 0 where it is gone.
+pub(super) fn disk_bytes_below(path: &Path) -> u64 {
+    let Ok(file) = std::fs::symlink_metadata(path) else { return 0 };
+    let mut total = disk_bytes(&file);
+    if file.is_dir() {
+        // Each name of a file that has several counts its part.
+        for entry in std::fs::read_dir(path).into_iter().flatten().flatten() {
+            total += match entry.metadata() {
+                Ok(inner) if inner.is_dir() => disk_bytes_below(&entry.path()),
+                Ok(inner) => disk_bytes(&inner) / inner.nlink().max(1),
+                Err(_) => 0,
+            };
+        }
+    }
+    total
+}
