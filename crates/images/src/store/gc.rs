@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime};
 use super::dirty::sync_dir;
 use super::objects::lock;
 use super::recover::remove;
+use super::room::disk_bytes_below;
 use super::{Inner, PulledImage, Store, StoredImage};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
@@ -23,7 +24,7 @@ const TOUCH_EVERY: Duration = Duration::from_secs(60);
 pub struct Usage {
     /// Which image.
     pub image: StoredImage,
-    /// Bytes of its files, tables and metadata.
+    /// Bytes that its files, tables and metadata take there: holes take none.
     pub bytes: u64,
     /// Of these, bytes that go when it is removed.
     pub unique_bytes: u64,
@@ -149,21 +150,22 @@ impl Inner {
         let manifests: HashSet<Digest> = images.iter().map(|listed| listed.image.manifest.clone()).collect();
         for manifest in &manifests {
             let Some(documents) = self.documents(manifest)? else { continue };
-            let mut add = |part: Part, bytes: u64| {
-                parts.entry(part).or_insert_with(|| (bytes, HashSet::new())).1.insert(manifest.clone());
+            let mut add = |part: Part| {
+                let known = parts.entry(part);
+                let bytes = |part: &Part| match part {
+                    Part::Object(id) => self.objects.disk_bytes_of(id),
+                    Part::File(path) => disk_bytes_below(path),
+                };
+                known.or_insert_with_key(|part| (bytes(part), HashSet::new())).1.insert(manifest.clone());
             };
-            let length = |path: &std::path::Path| std::fs::metadata(path).map_or(0, |file| file.len());
-            add(
-                Part::File(self.mount_path(manifest, self.mounter()?)),
-                length(&self.mount_path(manifest, self.mounter()?)),
-            );
+            add(Part::File(self.mount_path(manifest, self.mounter()?)));
             for blob in [manifest, &documents.manifest.config.digest] {
-                add(Part::File(self.blob_path(blob)), length(&self.blob_path(blob)));
+                add(Part::File(self.blob_path(blob)));
             }
             for diff_id in &documents.config.rootfs.diff_ids {
-                add(Part::File(self.table_path(diff_id)), length(&self.table_path(diff_id)));
+                add(Part::File(self.table_path(diff_id)));
                 for file in self.table(diff_id)?.iter().flat_map(|table| table.objects()) {
-                    add(Part::Object(file.id), file.size);
+                    add(Part::Object(file.id));
                 }
             }
         }

@@ -7,6 +7,7 @@ use std::sync::Mutex;
 use std::time::SystemTime;
 
 use super::objects::{ObjectId, lock};
+use super::room::disk_bytes_below;
 use super::{Inner, Listed, StoredImage};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
@@ -110,7 +111,7 @@ impl Inner {
             for entry in std::fs::read_dir(&dir).map_err(Error::io("reading", &dir))? {
                 let entry = entry.map_err(Error::io("reading", &dir))?;
                 if !entry.file_name().to_str().is_some_and(keep) {
-                    freed += entry.metadata().map_or(0, |file| file.len());
+                    freed += disk_bytes_below(&entry.path());
                     remove(&entry.path())?;
                 }
             }

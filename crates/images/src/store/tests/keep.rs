@@ -159,6 +159,74 @@ fn idle_images_go_before_a_pull_that_needs_their_room_and_when_the_disk_is_full(
     nix::mount::umount(&bed.store_dir()).unwrap();
 }
 
+/// What `du` says that a folder takes, without the folders themselves.
+fn du(at: &std::path::Path) -> u64 {
+    let files =
+        format!("find {} -type f -links 1 -print0 | du --files0-from=- -c -B1 | tail -1", at.display());
+    let output = std::process::Command::new("sh").args(["-c", &files]).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    text.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn what_counts_is_what_lies_on_the_disk_however_images_are_mounted() {
+    let (bed, mut seed) = (Bed::new(), Seed::new());
+    // Most of it is a hole: 64 MiB of which one takes blocks.
+    let mut sparse = vec![0; 64 << 20];
+    sparse[30 << 20..31 << 20].copy_from_slice(&seed.bytes(1 << 20));
+    let mut files = vec![Member::file("sparse", &sparse)];
+    files.extend((0..20).map(|at| Member::file(&format!("file-{at}"), &seed.bytes(100_000))));
+    drop(sparse);
+    bed.server.put_image("sparse", &[(archive(&files[..1]), Format::Chunked)]);
+    bed.server.put_image("files", &[(archive(&files[1..]), Format::Chunked)]);
+    drop(files);
+    for folders in [false, true] {
+        let store = bed.open();
+        if folders {
+            let reason = "this test says so".to_owned();
+            store.inner.mounter.set(Mounter::Folders { reason }).unwrap();
+        }
+        for tag in ["sparse", "files"] {
+            if tag == "sparse" && folders {
+                continue;
+            }
+            let held = bed.pull(&store, tag).unwrap();
+            let on_disk: u64 = ["objects", "layers", "mounts", "blobs"]
+                .map(|sub| du(&bed.store_dir().join(sub)))
+                .iter()
+                .sum();
+            let total = store.inner.total().unwrap();
+            // Folders take a little that `du` was not asked for.
+            assert!((on_disk..on_disk + 100_000).contains(&total), "{folders}: {total}, {on_disk} by du");
+            let usage = store.du().unwrap().pop().unwrap();
+            assert!(usage.bytes <= total, "{folders}: {total}, {usage:?}");
+            assert!(usage.bytes + 100_000 > total, "{folders}: {total}, {usage:?}");
+            match (tag, folders) {
+                ("sparse", _) => assert!((1 << 20..3 << 20).contains(&usage.bytes), "{usage:?}"),
+                (_, false) => assert!((2_000_000..2_300_000).contains(&usage.bytes), "{usage:?}"),
+                // Its folder is another copy.
+                (_, true) => assert!((4_000_000..4_600_000).contains(&usage.bytes), "{usage:?}"),
+            }
+            drop(held);
+            // What is freed is what was counted.
+            let freed = store.remove(&format!("app:{tag}").parse().unwrap()).unwrap();
+            assert_eq!((freed, store.inner.total().unwrap()), (total, 0), "{folders}");
+        }
+    }
+    // The budget counts both copies.
+    let options = Options { budget_bytes: Some(6_000_000), ..Options::default() };
+    let store = Store::open(&bed.store_dir(), options).unwrap();
+    store.inner.mounter.set(Mounter::Folders { reason: "this test says so".to_owned() }).unwrap();
+    store.start_evicting();
+    drop(bed.pull(&store, "files").unwrap());
+    let another: Vec<Member> =
+        (0..20).map(|at| Member::file(&format!("file-{at}"), &seed.bytes(100_000))).collect();
+    bed.server.put_image("more", &[(archive(&another), Format::Chunked)]);
+    drop(bed.pull(&store, "more").unwrap());
+    assert_eq!(names(&store), ["app:more"]);
+    assert!(store.inner.total().unwrap() < 6_000_000);
+}
+
 #[test]
 fn a_full_disk_is_said_and_leaves_what_was_there() {
     let (bed, mut seed) = (Bed::new(), Seed::new());
