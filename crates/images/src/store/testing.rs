@@ -286,7 +286,11 @@ impl Bed {
     }
 
     pub(crate) fn pull(&self, store: &Store, tag: &str) -> Result<PulledImage, Error> {
-        let (reference, client) = (format!("app:{tag}").parse().unwrap(), &self.client);
+        self.pull_with(store, tag, &self.client)
+    }
+
+    pub(crate) fn pull_with(&self, store: &Store, tag: &str, client: &Client) -> Result<PulledImage, Error> {
+        let reference = format!("app:{tag}").parse().unwrap();
         self.runtime.block_on(async {
             let pulled = store.pull(&reference, client, &PullOptions::default()).await;
             store.settle().await.unwrap();

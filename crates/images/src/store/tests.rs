@@ -4,6 +4,7 @@ mod flips;
 mod hostile;
 mod keep;
 mod kills;
+mod other_tools;
 mod reuse;
 
 use super::testing::{Bed, Format, Member, Seed, archive, random_layer, unpack_by_tar};

@@ -30,6 +30,10 @@ struct Shared {
     sent: AtomicU64,
     requests: AtomicU64,
     no_ranges: AtomicBool,
+    /// Where blobs are, in place of here.
+    redirect: Mutex<Option<String>>,
+    /// Requests that carried an authorization.
+    authorized: AtomicU64,
     stopped: AtomicBool,
 }
 
@@ -41,7 +45,11 @@ impl Drop for Server {
 
 impl Server {
     pub(crate) fn start() -> Server {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        Server::start_at("127.0.0.1:0")
+    }
+
+    pub(crate) fn start_at(address: &str) -> Server {
+        let listener = TcpListener::bind(address).unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         listener.set_nonblocking(true).unwrap();
         let shared = Arc::new(Shared::default());
@@ -81,6 +89,20 @@ impl Server {
 
     pub(crate) fn stop_mangling(&self) {
         *lock(&self.shared.mangle) = None;
+    }
+
+    /// Blobs are at another server, to which this one sends whoever asks.
+    pub(crate) fn redirect_blobs(&self, to: &Server) {
+        let mut theirs = lock(&to.shared.contents);
+        for (path, content) in lock(&self.shared.contents).iter().filter(|(path, _)| path.contains("/blobs/"))
+        {
+            theirs.insert(path.clone(), content.clone());
+        }
+        *lock(&self.shared.redirect) = Some(to.url.clone());
+    }
+
+    pub(crate) fn authorized(&self) -> u64 {
+        self.shared.authorized.load(Ordering::SeqCst)
     }
 
     pub(crate) fn sent(&self) -> u64 {
@@ -168,9 +190,12 @@ fn serve(shared: &Shared, stream: &TcpStream) -> std::io::Result<()> {
             }
             let text = line.trim_end();
             if path.is_none() {
-                path = text.split(' ').nth(1).map(str::to_owned);
+                let target = text.split(' ').nth(1);
+                path = target.map(|target| target.split('?').next().unwrap_or_default().to_owned());
             } else if text.is_empty() {
                 break;
+            } else if text.to_ascii_lowercase().starts_with("authorization:") {
+                shared.authorized.fetch_add(1, Ordering::SeqCst);
             } else if let Some(bytes) = text.to_ascii_lowercase().strip_prefix("range: bytes=") {
                 let (first, last) = bytes.split_once('-').unwrap_or((bytes, ""));
                 range = Some((first.parse::<usize>().unwrap(), last.parse::<usize>().ok()));
@@ -179,6 +204,12 @@ fn serve(shared: &Shared, stream: &TcpStream) -> std::io::Result<()> {
         let path = path.unwrap_or_default();
         let found = lock(&shared.contents).get(&path).cloned();
         let mut stream = stream;
+        let redirect = lock(&shared.redirect).clone().filter(|_| path.contains("/blobs/"));
+        if let Some(to) = redirect {
+            let head = format!("HTTP/1.1 307 Temporary Redirect\r\nlocation: {to}{path}?signature=1\r\n");
+            stream.write_all(format!("{head}content-length: 0\r\n\r\n").as_bytes())?;
+            continue;
+        }
         let Some((media_type, mut body)) = found else {
             stream.write_all(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n")?;
             continue;
