@@ -39,8 +39,6 @@ use crate::{
 const STORE_PATIENCE: Duration = Duration::from_secs(5);
 /// How often the same failure is logged.
 const COMPLAINT: Duration = Duration::from_secs(10);
-/// Prewarming takes this part of the uplink, with the headers of its packets less than a tenth.
-const PREWARM_SHARE: u64 = 12;
 
 /// Runs the machine agent until the shutdown. Containers go on running.
 ///
@@ -60,11 +58,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let credentials = config.registry_credentials_file.as_deref().map(Credentials::from_file).transpose()?;
     let registry = anyplace_images::Client::new(&config.registry, credentials)?;
     let options = anyplace_images::Options {
-        budget_bytes: config.image_budget.map(|budget| budget.0),
-        prewarm_bytes_per_s: config
-            .prewarm_rate
-            .map(|rate| rate.0)
-            .or_else(|| network::bytes_per_s(&config.uplink).map(|speed| speed / PREWARM_SHARE)),
+        budget_bytes: Some(machine::image_budget(config.image_budget, &config.data_dir)?.0),
+        prewarm_bytes_per_s: Some(machine::prewarm_rate(config.prewarm_rate, &config.uplink).0),
     };
     let store = open_store(&paths.images(), options).await?;
     let images = store.clone();

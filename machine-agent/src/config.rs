@@ -50,11 +50,11 @@ pub struct Config {
     #[serde(default)]
     pub resources: Option<MachineResources>,
     /// What images may take on disk; those that were used longest ago go when there are more. Images in use, or to be
-    /// kept warm, stay. No bound unless said.
+    /// kept warm, stay. Half of the file system of `data_dir` unless said.
     #[serde(default)]
     pub image_budget: Option<Bytes>,
     /// Bytes a second that images to be kept warm are fetched with, all together. Without it, a twelfth of the uplink's
-    /// speed where the interface tells that, so that traffic loses less than a tenth; else what live pulls leave.
+    /// speed where the interface tells that, so that traffic loses less than a tenth; else 20 MiB.
     #[serde(default)]
     pub prewarm_rate: Option<Bytes>,
     /// GPUs; asked from NVML where none is said.
