@@ -25,6 +25,8 @@ use queue::Queue;
 const PARALLEL: usize = 4;
 const FIRST_RETRY: Duration = Duration::from_millis(250);
 const LAST_RETRY: Duration = Duration::from_secs(10);
+/// How soon an image is tried again that had no room: looking for some reads what every image has.
+const NO_ROOM_RETRY: Duration = Duration::from_secs(60);
 /// How often leftovers are looked for; a pull that is tried again goes on with them until then.
 const TIDY_EVERY: Duration = Duration::from_secs(3_600);
 /// Progress is a report to the scheduler each time.
@@ -128,12 +130,15 @@ impl Images {
                 // What it has fetched stays, and the next try goes on from there.
                 () = turns(priority.clone(), awaited) => continue,
             };
-            match fetched {
+            let pause = match fetched {
                 Ok(image) => {
+                    let warm = self.store.keep_warm(image);
                     self.board.set_image(reference, ImageState::Warm);
-                    // Warm is what it stays for as long as it is wanted.
-                    std::future::pending::<()>().await;
-                    drop(image);
+                    // Usually it stays for as long as it is wanted.
+                    warm.gone().await;
+                    tracing::info!(reference, "an image that was kept warm went");
+                    self.board.set_image(reference, ImageState::Cold);
+                    LAST_RETRY
                 }
                 Err(ImageProblem { reason, message, permanent }) => {
                     tracing::warn!(reference, message, "can't fetch an image");
@@ -141,10 +146,11 @@ impl Images {
                     if permanent {
                         return;
                     }
+                    if reason == ReasonCode::InsufficientDisk { NO_ROOM_RETRY } else { retry.pause() }
                 }
-            }
+            };
             tokio::select! {
-                () = tokio::time::sleep(retry.pause()) => {}
+                () = tokio::time::sleep(pause) => {}
                 () = turns(priority.clone(), awaited) => {}
             }
         }
@@ -167,6 +173,7 @@ fn explain(error: &Error) -> ImageProblem {
         }
         Error::DigestMismatch { .. } | Error::SizeMismatch { .. } => (ReasonCode::DigestMismatch, false),
         Error::Unauthorized { .. } => (ReasonCode::RegistryUnauthorized, false),
+        Error::NoRoom { .. } | Error::DiskFull { .. } => (ReasonCode::InsufficientDisk, false),
         Error::RegistryUnreachable { .. } | Error::Registry { .. } => {
             (ReasonCode::RegistryUnreachable, false)
         }

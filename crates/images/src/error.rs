@@ -193,6 +193,19 @@ pub enum Error {
         path: PathBuf,
     },
 
+    /// An image that nothing waits for has no room.
+    #[error(
+        "no room for an image that nothing uses yet: what is in use or kept warm leaves {lacking_bytes} bytes too few{}; \
+         raise `image_budget`, or let another image go with `anyplace prewarm rm`",
+        budget_bytes.map(|bytes| format!(" of the `image_budget` of {bytes}")).unwrap_or_default()
+    )]
+    NoRoom {
+        /// How many bytes more there would have to be.
+        lacking_bytes: u64,
+        /// Bytes that all images may take, if that is bounded.
+        budget_bytes: Option<u64>,
+    },
+
     /// The image is not in the store.
     #[error("no image `{reference}` in the store; run `anyplace image ls` to see what is there")]
     NotInStore {
@@ -201,7 +214,9 @@ pub enum Error {
     },
 
     /// The image is in use.
-    #[error("the image `{reference}` is in use; stop its instances first")]
+    #[error(
+        "the image `{reference}` is in use; stop its instances first, or let it go with `anyplace prewarm rm`"
+    )]
     ImageInUse {
         /// Which image.
         reference: String,

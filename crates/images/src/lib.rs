@@ -37,5 +37,5 @@ pub use push::{Journal, PushOptions, PushSummary, push, push_with};
 pub use reference::{Reference, check_repository, check_tag};
 pub use store::{
     Diff, Inspected, InspectedLayer, Options, PullClass, PullOptions, PullStats, PulledImage, Store,
-    StoredImage, Usage, Verified,
+    StoredImage, Usage, Verified, WarmImage,
 };

@@ -58,8 +58,8 @@ use crate::reference::Reference;
 use dirty::Writers;
 pub use gc::Usage;
 use governor::Governor;
-pub use image::PulledImage;
 use image::Uses;
+pub use image::{PulledImage, WarmImage};
 pub use inspect::{Diff, Inspected, InspectedLayer};
 use known::Known;
 use objects::{Objects, lock};
@@ -79,8 +79,8 @@ pub(crate) const OPAQUE_XATTR: &str = "trusted.overlay.opaque";
 /// How a store is kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Options {
-    /// Bytes that images may take on disk; the images that were used longest ago go when there are more. Images in
-    /// use stay, so it can be exceeded. No bound where it is none.
+    /// Bytes that images may take on disk; the images that were used longest ago go when there are more, those that
+    /// are kept warm after all others. Images in use stay, so it can be exceeded. No bound where it is none.
     pub budget_bytes: Option<u64>,
     /// Bytes a second that all prewarming together may fetch; no bound where it is none.
     pub prewarm_bytes_per_s: Option<u64>,
@@ -109,6 +109,10 @@ struct Inner {
     known: Mutex<Known>,
     /// Read by pulls that end, written by removals: what a pull counts on is pinned until its image is listed.
     gc: RwLock<()>,
+    /// Changes when an image is no longer listed.
+    removals: tokio::sync::watch::Sender<()>,
+    /// What prewarming needs that had no room, by manifest.
+    refused: Mutex<HashMap<Digest, room::Refused>>,
     /// Images that are listed, but not on the disk yet.
     settling: Arc<tokio::sync::watch::Sender<usize>>,
     /// Why an image isn't, the last one since that was asked for.
@@ -187,6 +191,8 @@ impl Store {
             tables: Mutex::new(HashMap::new()),
             known: Mutex::default(),
             gc: RwLock::new(()),
+            removals: tokio::sync::watch::Sender::new(()),
+            refused: Mutex::default(),
             settling: Arc::new(tokio::sync::watch::Sender::new(0)),
             unsettled: Mutex::default(),
             evicting: AtomicBool::new(false),

@@ -61,7 +61,7 @@ impl Pull {
             let plan = blocking(move || plan::plan(&inner, &pins, &tables_of.toc, layer_bytes)).await?;
             let Some(mut plan) = plan else { return Ok(None) };
             let (used, reused) = (std::mem::take(&mut plan.used), plan.reused);
-            self.make_room(plan.disk_bytes()).await?;
+            self.make_room(plan.disk_bytes(), lane).await?;
             self.progress.started(item, plan.parts.iter().map(|part| part.end - part.start).sum());
             match self.execute(of, plan, &tables).await {
                 Ok(done) => {

@@ -8,6 +8,7 @@ use std::sync::PoisonError;
 use std::time::{Duration, SystemTime};
 
 use super::dirty::sync_dir;
+use super::image::Need;
 use super::objects::lock;
 use super::recover::remove;
 use super::room::disk_bytes_below;
@@ -30,7 +31,7 @@ pub struct Usage {
     pub unique_bytes: u64,
     /// Of these, bytes that other images share.
     pub shared_bytes: u64,
-    /// Whether something uses it.
+    /// Whether something uses it, or wants it warm.
     pub in_use: bool,
     /// Seconds since 1970 of its last use.
     pub used_s: u64,
@@ -48,7 +49,7 @@ impl Store {
             return Err(Error::NotInStore { reference: reference.to_string() });
         };
         let names = lock(&inner.images).values().filter(|l| l.image.manifest == manifest).count();
-        if names == 1 && inner.uses.holds(&manifest) {
+        if names == 1 && inner.uses.need(&manifest) != Need::Idle {
             return Err(Error::ImageInUse { reference: reference.to_string() });
         }
         inner.forget(&key)?;
@@ -93,11 +94,12 @@ impl Inner {
         remove(&self.record_path(key))?;
         sync_dir(&self.dir.join("images"))?;
         lock(&self.images).remove(key);
+        self.removals.send_replace(());
         Ok(())
     }
 
     fn roots(&self) -> HashSet<Digest> {
-        let mut roots: HashSet<Digest> = self.uses.all().into_iter().collect();
+        let mut roots: HashSet<Digest> = self.uses.used().into_iter().collect();
         roots.extend(lock(&self.images).values().map(|listed| listed.image.manifest.clone()));
         roots
     }
@@ -117,7 +119,7 @@ impl Inner {
                 tracing::warn!(image = key, "an image of the store is damaged; it is fetched again");
                 self.forget(key)?;
             }
-            if referred.incomplete.iter().any(|manifest| self.uses.holds(manifest)) {
+            if referred.incomplete.iter().any(|manifest| self.uses.need(manifest) == Need::Used) {
                 tracing::warn!("nothing is removed from the image store while a damaged image is in use");
                 return Ok(0);
             }
@@ -143,20 +145,18 @@ impl Inner {
         Ok(freed)
     }
 
-    fn usage(&self) -> Result<Vec<Usage>> {
-        let images: Vec<_> = lock(&self.images).values().cloned().collect();
-        // Each part of the store once, with the manifests that need it.
-        let mut parts = std::collections::HashMap::<Part, (u64, HashSet<Digest>)>::new();
-        let manifests: HashSet<Digest> = images.iter().map(|listed| listed.image.manifest.clone()).collect();
-        for manifest in &manifests {
+    /// Each part of the store that these images need, once: its bytes on the disk, and which of them need it.
+    fn parts(&self, manifests: &HashSet<Digest>) -> Result<Parts> {
+        let mut parts = Parts::new();
+        for manifest in manifests {
             let Some(documents) = self.documents(manifest)? else { continue };
             let mut add = |part: Part| {
-                let known = parts.entry(part);
                 let bytes = |part: &Part| match part {
                     Part::Object(id) => self.objects.disk_bytes_of(id),
                     Part::File(path) => disk_bytes_below(path),
                 };
-                known.or_insert_with_key(|part| (bytes(part), HashSet::new())).1.insert(manifest.clone());
+                let known = parts.entry(part).or_insert_with_key(|part| (bytes(part), HashSet::new()));
+                known.1.insert(manifest.clone());
             };
             add(Part::File(self.mount_path(manifest, self.mounter()?)));
             for blob in [manifest, &documents.manifest.config.digest] {
@@ -169,6 +169,19 @@ impl Inner {
                 }
             }
         }
+        Ok(parts)
+    }
+
+    /// Bytes that go when all images go that nothing needs.
+    pub(super) fn idle_bytes(&self) -> Result<u64> {
+        let parts = self.parts(&self.roots())?;
+        let is_idle = |of: &HashSet<Digest>| of.iter().all(|manifest| self.uses.need(manifest) == Need::Idle);
+        Ok(parts.values().filter(|(_, of)| is_idle(of)).map(|(bytes, _)| bytes).sum())
+    }
+
+    fn usage(&self) -> Result<Vec<Usage>> {
+        let images: Vec<_> = lock(&self.images).values().cloned().collect();
+        let parts = self.parts(&images.iter().map(|listed| listed.image.manifest.clone()).collect())?;
         let seconds =
             |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let mut usage: Vec<Usage> = images
@@ -184,7 +197,7 @@ impl Inner {
                     bytes,
                     unique_bytes,
                     shared_bytes: bytes - unique_bytes,
-                    in_use: self.uses.holds(&listed.image.manifest),
+                    in_use: self.uses.need(&listed.image.manifest) != Need::Idle,
                     used_s: seconds(listed.used),
                     image: listed.image,
                 }
@@ -194,6 +207,8 @@ impl Inner {
         Ok(usage)
     }
 }
+
+type Parts = std::collections::HashMap<Part, (u64, HashSet<Digest>)>;
 
 #[derive(PartialEq, Eq, Hash)]
 enum Part {

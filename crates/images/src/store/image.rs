@@ -6,28 +6,60 @@ use std::sync::{Arc, Mutex};
 
 use super::objects::lock;
 use super::pull::PullStats;
-use super::{Documents, Inner};
+use super::{Documents, Inner, Store};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::manifest::ImageConfig;
 use crate::mount::{self, Mounter};
 
-/// Images in use, by manifest, and how often.
+/// Who wants images to stay, by manifest.
 #[derive(Debug, Default)]
-pub(super) struct Uses(Mutex<HashMap<Digest, u32>>);
+pub(super) struct Uses(Mutex<HashMap<Digest, Count>>);
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Count {
+    used: u32,
+    warm: u32,
+}
+
+/// How much an image is wanted, least first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Need {
+    /// Nothing wants it.
+    Idle,
+    /// It is to be here in case that something uses it.
+    Warm,
+    /// Something uses it.
+    Used,
+}
 
 impl Uses {
-    fn hold(self: &Arc<Self>, manifest: &Digest) -> Arc<Hold> {
-        *lock(&self.0).entry(manifest.clone()).or_insert(0) += 1;
-        Arc::new(Hold { uses: self.clone(), manifest: manifest.clone() })
+    fn hold(self: &Arc<Self>, manifest: &Digest, need: Need) -> Arc<Hold> {
+        self.change(manifest, need, |count| *count += 1);
+        Arc::new(Hold { uses: self.clone(), manifest: manifest.clone(), need })
     }
 
-    pub(super) fn holds(&self, manifest: &Digest) -> bool {
-        lock(&self.0).contains_key(manifest)
+    fn change(&self, manifest: &Digest, need: Need, change: impl FnOnce(&mut u32)) {
+        let mut counts = lock(&self.0);
+        let count = counts.entry(manifest.clone()).or_default();
+        change(if need == Need::Used { &mut count.used } else { &mut count.warm });
+        if (count.used, count.warm) == (0, 0) {
+            counts.remove(manifest);
+        }
     }
 
-    pub(super) fn all(&self) -> Vec<Digest> {
-        lock(&self.0).keys().cloned().collect()
+    pub(super) fn need(&self, manifest: &Digest) -> Need {
+        match lock(&self.0).get(manifest) {
+            Some(count) if count.used > 0 => Need::Used,
+            Some(_) => Need::Warm,
+            None => Need::Idle,
+        }
+    }
+
+    /// Images that something uses: they stay, listed or not.
+    pub(super) fn used(&self) -> Vec<Digest> {
+        let counts = lock(&self.0);
+        counts.iter().filter(|(_, count)| count.used > 0).map(|(manifest, _)| manifest.clone()).collect()
     }
 }
 
@@ -35,17 +67,39 @@ impl Uses {
 struct Hold {
     uses: Arc<Uses>,
     manifest: Digest,
+    need: Need,
 }
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        let mut uses = lock(&self.uses.0);
-        if let Some(count) = uses.get_mut(&self.manifest) {
-            *count -= 1;
-            if *count == 0 {
-                uses.remove(&self.manifest);
-            }
+        self.uses.change(&self.manifest, self.need, |count| *count -= 1);
+    }
+}
+
+/// An image that is to be here in case that something uses it. It stays as long as this, unless an image that something
+/// waits for needs its room and no other can go.
+pub struct WarmImage {
+    store: Store,
+    manifest: Digest,
+    _hold: Arc<Hold>,
+}
+
+impl WarmImage {
+    /// Returns when the image is no longer here.
+    pub async fn gone(&self) {
+        let mut removals = self.store.inner.removals.subscribe();
+        while self.store.inner.is_listed(&self.manifest) {
+            // The sender lives as long as the store.
+            let _ = removals.changed().await;
         }
+    }
+}
+
+impl Store {
+    /// Keeps an image that nothing uses any more in case that something does.
+    pub fn keep_warm(&self, image: PulledImage) -> WarmImage {
+        let hold = self.inner.uses.hold(&image.manifest, Need::Warm);
+        WarmImage { store: self.clone(), manifest: image.manifest.clone(), _hold: hold }
     }
 }
 
@@ -110,7 +164,7 @@ impl Inner {
     /// An image whose parts are all here; what is mounted is made anew where it is missing.
     pub(super) fn image(&self, digest: &Digest, manifest: &Digest) -> Result<Option<PulledImage>> {
         // Held before anything is looked at, so that nothing is removed in between.
-        let hold = self.uses.hold(manifest);
+        let hold = self.uses.hold(manifest, Need::Used);
         let Some(Documents { config, .. }) = self.documents(manifest)? else { return Ok(None) };
         let mounter = self.mounter()?.clone();
         let mount = self.mount_path(manifest, &mounter);

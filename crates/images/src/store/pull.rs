@@ -159,8 +159,11 @@ impl Inner {
             self.list(reference, &image, None).await?;
             return Ok(image);
         }
-        let inner = self.clone();
+        let (inner, id, class) = (self.clone(), raw.digest.clone(), options.class);
         let writing = blocking(move || {
+            if class == PullClass::Prewarm {
+                inner.remembered(&id)?;
+            }
             // A removal that is under way must not take what this pull is about to write.
             let _gc = inner.gc.read().unwrap_or_else(PoisonError::into_inner);
             inner.writers.begin()
@@ -178,21 +181,36 @@ impl Inner {
             lane: lane.clone(),
         };
         let mut pulled = pull.run(&digest, &raw).await;
-        // Each time something went: what is idle bounds how often.
+        // Each time something went: what may go bounds how often.
         while matches!(pulled, Err(Error::DiskFull { .. })) && pull.make_more_room().await? {
             pulled = pull.run(&digest, &raw).await;
         }
+        if pulled.is_ok() {
+            // What it was to write is there now, and how much that is shows only now where layers have no table.
+            pull.room.end();
+            pulled = pull.make_room(0, &lane).await.and(pulled);
+        }
+        if let Err(error @ (Error::NoRoom { .. } | Error::DiskFull { .. })) = &pulled {
+            self.refuse(&raw.digest, &pull.room, matches!(error, Error::DiskFull { .. }));
+        }
         match pulled {
             Ok(image) => {
-                // What it was to write is there now.
-                pull.room.again();
                 self.list(reference, &image, Some((pull.writing, pull.pins))).await?;
                 Ok(image)
             }
             Err(error) => {
-                // What is here is whole, only not listed: the next pull goes on with it.
-                if let Err(error) = blocking(move || Writing::finish(pull.writing)).await {
-                    tracing::warn!(%error, "can't sync the image store");
+                // What is here is whole, only not listed: the next pull goes on with it. But what had no room leaves
+                // nothing that takes some.
+                let no_room = matches!(error, Error::NoRoom { .. } | Error::DiskFull { .. });
+                let leaves_nothing = no_room && options.class == PullClass::Prewarm;
+                let (inner, Pull { writing, pins, .. }) = (self.clone(), pull);
+                let ended = blocking(move || {
+                    Writing::finish(writing)?;
+                    drop(pins);
+                    if leaves_nothing { inner.collect().map(drop) } else { Ok(()) }
+                });
+                if let Err(error) = ended.await {
+                    tracing::warn!(%error, "can't sync or tidy the image store");
                 }
                 Err(error)
             }
@@ -203,8 +221,11 @@ impl Inner {
     fn listed(&self, digest: &Digest, manifest: &Digest) -> Result<Option<PulledImage>> {
         // Nothing is removed between the look and the hold.
         let _gc = self.gc.read().unwrap_or_else(PoisonError::into_inner);
-        let is_listed = lock(&self.images).values().any(|listed| listed.image.manifest == *manifest);
-        if is_listed { self.image(digest, manifest) } else { Ok(None) }
+        if self.is_listed(manifest) { self.image(digest, manifest) } else { Ok(None) }
+    }
+
+    pub(super) fn is_listed(&self, manifest: &Digest) -> bool {
+        lock(&self.images).values().any(|listed| listed.image.manifest == *manifest)
     }
 
     /// Lists an image under a name, and brings it and its record to the disk later. Its objects stay pinned until
@@ -230,7 +251,9 @@ impl Inner {
             reason: e.to_string(),
         })?;
         let listed = Listed { image: record, used: SystemTime::now() };
-        lock(&self.images).insert(key.clone(), listed.clone());
+        if lock(&self.images).insert(key.clone(), listed.clone()).is_some() {
+            self.removals.send_replace(());
+        }
         self.settling.send_modify(|count| *count += 1);
         let (inner, hold) = (self.clone(), image.clone());
         tokio::task::spawn_blocking(move || {
@@ -240,11 +263,13 @@ impl Inner {
                 let mut images = lock(&inner.images);
                 if images.get(&key).is_some_and(|now| now.image == listed.image) {
                     images.remove(&key);
+                    inner.removals.send_replace(());
                 }
                 *lock(&inner.unsettled) = Some(error);
             }
             drop(hold);
-            if let Err(error) = inner.evict() {
+            // An image that is used may exceed the budget by what layers without a table turned out to have.
+            if let Err(error) = inner.evict(PullClass::Live) {
                 tracing::error!(%error, "can't make room in the image store");
             }
             // Last of all: whoever waits may want to open the store again.
@@ -325,7 +350,7 @@ impl Pull {
         if let Mounter::Folders { .. } = blocking(move || inner.mounter().cloned()).await? {
             // Its folder is a copy of all its files.
             let files = tables.iter().flat_map(|table| table.objects());
-            self.make_room(files.map(|file| file.size).sum()).await?;
+            self.make_room(files.map(|file| file.size).sum(), &self.lane).await?;
         }
         let (inner, id) = (self.inner.clone(), raw.digest.clone());
         let files = [
@@ -354,16 +379,17 @@ impl Pull {
         Ok(image)
     }
 
-    /// Makes room for so many bytes, if that can be.
-    pub(super) async fn make_room(&self, bytes: u64) -> Result<()> {
-        let (inner, room) = (self.inner.clone(), self.room.clone());
-        blocking(move || inner.make_room(&room, bytes)).await
+    /// Makes room for so many bytes of a layer, or of the image, with this lane.
+    pub(super) async fn make_room(&self, bytes: u64, lane: &Arc<Lane>) -> Result<()> {
+        let (inner, room, class) = (self.inner.clone(), self.room.clone(), self.priority(lane).now());
+        blocking(move || inner.make_room(&room, bytes, class)).await
     }
 
     /// Makes room after the disk was full in the middle; false where nothing can go.
     async fn make_more_room(&self) -> Result<bool> {
         let (inner, room) = (self.inner.clone(), self.room.clone());
-        blocking(move || inner.make_more_room(&room)).await
+        let class = self.priority(&self.lane).now();
+        blocking(move || inner.make_more_room(&room, class)).await
     }
 
     /// Fetches a layer unless it is here; others that want the same one wait for it.
@@ -404,7 +430,7 @@ impl Pull {
     async fn fetch_whole(&self, of: Fetch<'_>) -> Result<(Table, Written)> {
         let Fetch { layer, diff_id, item, lane, turn } = of;
         // How much more it is when it is unpacked nobody says.
-        self.make_room(layer.size).await?;
+        self.make_room(layer.size, lane).await?;
         let mut blob = self.client.get_blob(&self.reference, &layer.digest, Some(layer.size)).await?;
         let (sender, reader) = channel();
         let (inner, pins, priority) = (self.inner.clone(), self.pins.clone(), self.priority(lane));

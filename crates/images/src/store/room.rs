@@ -9,10 +9,25 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
-use super::Inner;
+use super::image::Need;
 use super::objects::{disk_bytes, lock};
+use super::{Inner, PullClass};
+use crate::digest::Digest;
 use crate::error::{Error, Result};
+
+/// How long prewarming that had no room is refused by what it needed then: images that came meanwhile may share more.
+const REMEMBER: Duration = Duration::from_secs(3_600);
+/// More images than anybody wishes for.
+const REMEMBERED_MAX: usize = 4_096;
+
+/// What prewarming needed that had no room.
+#[derive(Clone)]
+pub(super) struct Refused {
+    bytes: u64,
+    at: Instant,
+}
 
 /// What one pull has still to write.
 pub(super) struct Room {
@@ -47,38 +62,72 @@ impl Room {
         self.all.fetch_sub(expected, Ordering::SeqCst);
     }
 
-    /// Expects nothing any more; returns how much is worth having free before another try: what was expected and didn't come, or as much as
-    /// came, where nobody knew how much would.
-    pub(super) fn again(&self) -> u64 {
-        let Mine { left, written } = std::mem::take(&mut *lock(&self.mine));
+    /// Expects nothing any more; returns how much is worth having free before another try: what was expected and didn't
+    /// come, or as much as came, where nobody knew how much would.
+    pub(super) fn end(&self) -> u64 {
+        let mut mine = lock(&self.mine);
+        let left = std::mem::take(&mut mine.left);
         self.all.fetch_sub(left, Ordering::SeqCst);
-        left.max(written)
+        left.max(mine.written)
     }
 }
 
 impl Drop for Room {
     fn drop(&mut self) {
-        self.again();
+        self.end();
     }
 }
 
 impl Inner {
-    /// Makes room for so many bytes more of a pull, if that can be. Blocks.
-    pub(super) fn make_room(&self, room: &Room, bytes: u64) -> Result<()> {
+    /// Makes room for so many bytes more of a pull. Blocks.
+    ///
+    /// # Errors
+    /// There is none, and nothing waits for the pull. Where something does it goes on: images in use may exceed the
+    /// budget, and the disk itself says when it is full.
+    pub(super) fn make_room(&self, room: &Room, bytes: u64, class: PullClass) -> Result<()> {
         room.expect(bytes);
-        self.evict()
+        match self.evict(class)? {
+            lacking_bytes if lacking_bytes > 0 && class == PullClass::Prewarm => {
+                Err(Error::NoRoom { lacking_bytes, budget_bytes: self.options.budget_bytes })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses prewarming at once that had no room a while ago, and has none still: else all that fits would be
+    /// fetched each time. Blocks.
+    pub(super) fn remembered(&self, manifest: &Digest) -> Result<()> {
+        let known =
+            lock(&self.refused).get(manifest).filter(|refused| refused.at.elapsed() < REMEMBER).cloned();
+        match known {
+            Some(refused) => self.make_room(&Room::new(&self.coming), refused.bytes, PullClass::Prewarm),
+            None => Ok(()),
+        }
+    }
+
+    /// Remembers what prewarming needed that had no room.
+    pub(super) fn refuse(&self, manifest: &Digest, room: &Room, is_full: bool) {
+        let mine = lock(&room.mine);
+        let mut refused = lock(&self.refused);
+        refused.retain(|_, refused| refused.at.elapsed() < REMEMBER);
+        if refused.len() < REMEMBERED_MAX {
+            // How much more than that the disk would have had to take nobody knows: each try asks for more than the last.
+            let more = if is_full { mine.written / 4 + 1 } else { 0 };
+            let bytes = mine.left + mine.written + more;
+            refused.insert(manifest.clone(), Refused { bytes, at: Instant::now() });
+        }
     }
 
     /// Makes room after the disk was full in the middle of a pull; false where nothing can go. Blocks.
-    pub(super) fn make_more_room(&self, room: &Room) -> Result<bool> {
-        let wanted = room.again();
+    pub(super) fn make_more_room(&self, room: &Room, class: PullClass) -> Result<bool> {
+        let wanted = room.end();
         if !self.evicting.load(Ordering::Relaxed) {
             return Ok(false);
         }
         let _one = lock(&self.making_room);
         let mut freed = self.collect()? > 0;
         while !freed || self.free()? < wanted {
-            let Some(key) = self.idle() else { break };
+            let Some(key) = self.least_needed(class) else { break };
             tracing::info!(
                 image = key,
                 wanted,
@@ -91,28 +140,32 @@ impl Inner {
         Ok(freed)
     }
 
-    /// Keeps the budget, and room on the disk for what is on its way, as far as images that nothing uses allow.
-    pub(super) fn evict(&self) -> Result<()> {
-        if !self.evicting.load(Ordering::Relaxed) {
-            return Ok(());
-        }
+    /// Keeps the budget, and room on the disk for what is on its way, as far as images allow that nothing uses; says how
+    /// many bytes it is over.
+    pub(super) fn evict(&self, class: PullClass) -> Result<u64> {
         let _one = lock(&self.making_room);
-        if self.lacking()? == 0 {
-            return Ok(());
+        let mut lacking = self.lacking()?;
+        if lacking == 0 || !self.evicting.load(Ordering::Relaxed) {
+            return Ok(lacking);
         }
         // What no image needs goes first.
         self.collect()?;
+        if class == PullClass::Prewarm && self.lacking()? > self.idle_bytes()? {
+            // Else all would go, for nothing.
+            return self.lacking();
+        }
         loop {
-            let lacking = self.lacking()?;
+            lacking = self.lacking()?;
             if lacking == 0 {
-                return Ok(());
+                return Ok(0);
             }
-            let Some(key) = self.idle() else {
+            let Some(key) = self.least_needed(class) else {
                 tracing::warn!(
                     lacking,
-                    "the image store is over its budget or its disk, and all of it is in use"
+                    ?class,
+                    "the image store has no room for more: what is there is needed"
                 );
-                return Ok(());
+                return Ok(lacking);
             };
             tracing::info!(image = key, lacking, "evicting the image that was used longest ago");
             self.forget(&key)?;
@@ -120,11 +173,14 @@ impl Inner {
         }
     }
 
-    /// The image that nothing uses for the longest time.
-    fn idle(&self) -> Option<String> {
+    /// The image that may go for a pull of this class and was used longest ago: an idle one, or else, where something
+    /// waits for the pull, one that is kept warm.
+    fn least_needed(&self, class: PullClass) -> Option<String> {
+        let most = if class == PullClass::Live { Need::Warm } else { Need::Idle };
         let images = lock(&self.images);
-        let idle = images.iter().filter(|(_, listed)| !self.uses.holds(&listed.image.manifest));
-        idle.min_by_key(|(_, listed)| listed.used).map(|(key, _)| key.clone())
+        let needs =
+            images.iter().map(|(key, listed)| (self.uses.need(&listed.image.manifest), listed.used, key));
+        needs.filter(|(need, ..)| *need <= most).min().map(|(.., key)| key.clone())
     }
 
     /// Bytes that have to go before all that is on its way has room.

@@ -9,6 +9,7 @@ use std::path::Path;
 
 use sha2::{Digest as _, Sha256};
 
+use super::image::Need;
 use super::objects::{HashWriter, ObjectId, lock};
 use super::recover::remove;
 use super::table::Table;
@@ -125,7 +126,7 @@ impl Inner {
         if is_right {
             return Ok(true);
         }
-        if *mounter != Mounter::Erofs && self.uses.holds(manifest) {
+        if *mounter != Mounter::Erofs && self.uses.need(manifest) == Need::Used {
             // Files of a mounted folder can't be exchanged.
             report.damaged.push(path.strip_prefix(&self.dir).unwrap_or(&path).display().to_string());
             return Ok(false);

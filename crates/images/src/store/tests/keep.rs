@@ -159,6 +159,74 @@ fn idle_images_go_before_a_pull_that_needs_their_room_and_when_the_disk_is_full(
     nix::mount::umount(&bed.store_dir()).unwrap();
 }
 
+/// Pulls an image as prewarming does.
+fn prewarm(bed: &Bed, store: &Store, tag: &str) -> Result<PulledImage> {
+    let options = PullOptions { class: PullClass::Prewarm, ..PullOptions::default() };
+    let reference = format!("app:{tag}").parse().unwrap();
+    bed.runtime.block_on(async {
+        let pulled = store.pull(&reference, &bed.client, &options).await;
+        store.settle().await.unwrap();
+        pulled
+    })
+}
+
+#[test]
+fn warm_images_go_last_and_only_for_what_something_waits_for() {
+    let (bed, mut seed) = (Bed::new(), Seed::new());
+    let options = Options { budget_bytes: Some(1_200_000), ..Options::default() };
+    let store = Store::open(&bed.store_dir(), options).unwrap();
+    store.start_evicting();
+    let shared = seed.bytes(100_000);
+    for tag in ["a", "b", "c", "d", "e"] {
+        image(&bed, &mut seed, tag, &shared);
+    }
+    let a = store.keep_warm(prewarm(&bed, &store, "a").unwrap());
+    let b = store.keep_warm(prewarm(&bed, &store, "b").unwrap());
+    drop(bed.pull(&store, "c").unwrap());
+    // What is idle goes for a wish. What is kept warm doesn't: there is no room for a third beside one in use.
+    let d = bed.pull(&store, "d").unwrap();
+    assert_eq!(names(&store), ["app:a", "app:b", "app:d"]);
+    let (total, sent) = (store.inner.total().unwrap(), bed.server.sent());
+    let refused = |tag: &str| match prewarm(&bed, &store, tag) {
+        Err(Error::NoRoom { lacking_bytes, budget_bytes: Some(1_200_000) }) => lacking_bytes,
+        other => panic!("{tag}: {other:?}"),
+    };
+    let lacking = refused("e");
+    assert!((100_000..310_000).contains(&lacking), "{lacking}");
+    assert_eq!((names(&store).len(), store.inner.total().unwrap()), (3, total));
+    assert!(bed.server.sent() - sent < 20_000, "its table said so");
+    // A layer without a table is found out in the end, leaves nothing, and isn't fetched again for that.
+    let dense: Vec<Member> =
+        (1..=9).map(|at| Member::file(&format!("dense-{at}"), &vec![at; 100_000])).collect();
+    bed.server.put_image("dense", &[(archive(&dense), Format::Gzip)]);
+    refused("dense");
+    assert_eq!((names(&store).len(), store.inner.total().unwrap()), (3, total));
+    let requests = bed.server.requests();
+    refused("dense");
+    assert_eq!(bed.server.requests(), requests, "only its manifest is asked for");
+    // Something waits for it: the warm one goes that was used longest ago, and its keeper learns that.
+    bed.runtime.block_on(async {
+        for warm in [&a, &b] {
+            assert!(tokio::time::timeout(std::time::Duration::ZERO, warm.gone()).await.is_err());
+        }
+    });
+    let e = bed.pull(&store, "e").unwrap();
+    assert_eq!(names(&store), ["app:b", "app:d", "app:e"]);
+    bed.runtime.block_on(a.gone());
+    assert!(store.inner.total().unwrap() < 1_200_000);
+    // Idle again, these make room for the wish.
+    assert!(matches!(prewarm(&bed, &store, "a"), Err(Error::NoRoom { .. })));
+    drop(d);
+    let again = store.keep_warm(prewarm(&bed, &store, "a").unwrap());
+    assert_eq!(names(&store), ["app:a", "app:b", "app:e"]);
+    // A wish that is withdrawn leaves an image as any other.
+    drop((a, again));
+    drop(bed.pull(&store, "d").unwrap());
+    assert_eq!(names(&store), ["app:b", "app:d", "app:e"]);
+    drop((b, e));
+    bed.assert_tidy(&store);
+}
+
 /// What `du` says that a folder takes, without the folders themselves.
 fn du(at: &std::path::Path) -> u64 {
     let files =
