@@ -11,6 +11,7 @@ use anyplace_api::{
     Client, ClientError, DeploymentPhase, DeploymentView, ErrorCode, JobView, LocationShare, WatchEvent,
     Watcher,
 };
+use anyplace_images::{Item, SharedProgress, Stage};
 use anyplace_model::{InstanceStatus, JobPhase};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::de::DeserializeOwned;
@@ -25,6 +26,8 @@ const RETRY: Duration = Duration::from_millis(300);
 pub(crate) const PENDING: u8 = 4;
 /// How long a registry may say nothing before that is told.
 const SILENT: Duration = Duration::from_secs(3);
+/// How often it is looked whether a registry went away.
+const AWAY_CHECK: Duration = Duration::from_millis(500);
 /// How often the spinner turns.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -89,6 +92,32 @@ pub(crate) async fn answer<T>(
         output::note(format_args!("waiting for the registry {registry} to answer"));
     }
     asked.await
+}
+
+/// Runs a pull to its end, and says when the registry is away meanwhile.
+pub(crate) async fn pulled<T>(
+    client: &anyplace_images::Client,
+    progress: &SharedProgress,
+    pull: impl Future<Output = T>,
+) -> T {
+    let mut pull = std::pin::pin!(
+        answer(client.registry(), pull, || client.stats().retries == 0 && client.stats().answered == 0)
+    );
+    let (mut before, mut is_told) = (client.stats(), false);
+    loop {
+        if let Ok(done) = tokio::time::timeout(AWAY_CHECK, pull.as_mut()).await {
+            return done;
+        }
+        let now = client.stats();
+        if now.answered > before.answered {
+            is_told = false;
+        } else if now.retries > before.retries && !is_told {
+            let item = Item { stage: Stage::Fetch, name: "registry".to_owned() };
+            progress.said(&item, &format!("the registry {} is away, trying again ...", client.registry()));
+            is_told = true;
+        }
+        before = now;
+    }
 }
 
 struct Follow<'a, N, S, D> {

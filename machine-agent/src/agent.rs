@@ -55,8 +55,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let token = read_token(&config.token_file)?;
     let client =
         Client::new(&config.location_scheduler, Some(token.clone())).context("location_scheduler")?;
-    let credentials = config.registry_credentials_file.as_deref().map(Credentials::from_file).transpose()?;
-    let registry = anyplace_images::Client::new(&config.registry, credentials)?;
+    let registry = registry(&config)?;
     let options = anyplace_images::Options {
         budget_bytes: Some(machine::image_budget(config.image_budget, &config.data_dir)?.0),
         prewarm_bytes_per_s: Some(machine::prewarm_rate(config.prewarm_rate, &config.uplink).0),
@@ -146,6 +145,16 @@ async fn leave(ctx: Arc<Context>) {
         Ok(Err(error)) => tracing::warn!(error = format!("{error:#}"), "the firewall's table stays"),
         Err(error) => tracing::warn!(%error, "leaving panicked"),
     }
+}
+
+/// A client of the registries, in their order.
+fn registry(config: &Config) -> anyhow::Result<anyplace_images::Client> {
+    let mut clients = config.registries().map(|(url, file)| {
+        let credentials = file.map(Credentials::from_file).transpose()?;
+        anyplace_images::Client::new(url, credentials)
+    });
+    let first = clients.next().context("no registry is configured; say `registry` or `registries`")??;
+    clients.try_fold(first, |client, other| Ok(client.or(other?)))
 }
 
 async fn open_store(folder: &Path, options: anyplace_images::Options) -> anyhow::Result<Store> {

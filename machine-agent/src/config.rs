@@ -2,7 +2,7 @@
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use anyplace_model::{Bytes, Gpu, MachineId, MilliCpu};
@@ -27,10 +27,14 @@ pub struct Config {
     /// File with the machine token, which the agent sends and asks for.
     pub token_file: PathBuf,
     /// URL of the registry for images whose reference names no host.
-    pub registry: String,
-    /// File with the line `user:password` for that registry.
+    #[serde(default)]
+    pub registry: Option<String>,
+    /// File with the line `user:password` for that registry, and for others that say no file of their own.
     #[serde(default)]
     pub registry_credentials_file: Option<PathBuf>,
+    /// Registries that have the same images, asked in this order where those before, and `registry`, are away.
+    #[serde(default)]
+    pub registries: Vec<Registry>,
     /// The machine's address in the fabric.
     pub address: Ipv4Addr,
     /// The interface towards the fabric.
@@ -64,6 +68,41 @@ pub struct Config {
     /// program has no such subcommand.
     #[serde(default)]
     pub shim: Option<PathBuf>,
+}
+
+/// A registry of several.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(untagged, expecting = "expected a URL, or { url = ..., credentials_file = ... }")]
+pub enum Registry {
+    /// Its URL.
+    Url(String),
+    /// Its URL, and how to log in there.
+    WithLogin(RegistryLogin),
+}
+
+/// A registry with a login of its own.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RegistryLogin {
+    /// Its URL.
+    pub url: String,
+    /// File with the line `user:password`.
+    pub credentials_file: PathBuf,
+}
+
+impl Config {
+    /// All registries' URLs with their files of credentials, in the order of asking.
+    pub(crate) fn registries(&self) -> impl Iterator<Item = (&str, Option<&Path>)> {
+        let shared = self.registry_credentials_file.as_deref();
+        let first = self.registry.as_deref().map(|url| (url, shared));
+        let others = self.registries.iter().map(move |registry| match registry {
+            Registry::Url(url) => (url.as_str(), shared),
+            Registry::WithLogin(RegistryLogin { url, credentials_file }) => {
+                (url.as_str(), Some(credentials_file.as_path()))
+            }
+        });
+        first.into_iter().chain(others)
+    }
 }
 
 /// What is kept from instances.
@@ -131,6 +170,22 @@ mod tests {
         );
         assert_eq!(config.reserved.memory, Bytes(256 << 20));
         assert_eq!(config.gpus[0].model, "H100");
+        assert_eq!(config.registries().count(), 1);
+        let others = r#"
+            registries = ["http://10.1.0.11:5000", { url = "http://10.1.0.12:5000", credentials_file = "/x" }]
+        "#;
+        let several: Config = toml::from_str(&format!("{others}{text}")).unwrap();
+        let shared = Some(Path::new("/etc/anyplace/registry.credentials"));
+        assert_eq!(
+            several.registries().collect::<Vec<_>>(),
+            [
+                ("http://10.1.0.10:5000", shared),
+                ("http://10.1.0.11:5000", shared),
+                ("http://10.1.0.12:5000", Some(Path::new("/x")))
+            ]
+        );
+        let error = toml::from_str::<Config>(&format!("registries = [5]\n{text}")).unwrap_err().to_string();
+        assert!(error.contains("expected a URL, or { url = "), "{error}");
         let error = toml::from_str::<Config>(&format!("uplinks = 1\n{text}")).unwrap_err().to_string();
         assert!(error.contains("unknown field `uplinks`"), "{error}");
     }

@@ -36,8 +36,9 @@ fn nft(rules: &str) -> anyhow::Result<()> {
 
 /// The control plane's servers that the agent itself knows by address: protected even where `protected_cidrs` leaves
 /// them out.
-fn servers(config: &Config) -> impl Iterator<Item = Ipv4Net> {
-    [&config.location_scheduler, &config.registry].into_iter().filter_map(|url| {
+fn servers(config: &Config) -> impl Iterator<Item = Ipv4Net> + '_ {
+    let registries = config.registries().map(|(url, _)| url);
+    std::iter::once(config.location_scheduler.as_str()).chain(registries).filter_map(|url| {
         let url: Uri = url.parse().ok()?;
         Some(Ipv4Net::from(url.host()?.parse::<Ipv4Addr>().ok()?))
     })

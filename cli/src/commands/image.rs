@@ -63,12 +63,12 @@ async fn pull(session: &Session, folder: &Path, args: ImagePullArgs) -> anyhow::
     if let Some(target) = args.mount.as_deref().filter(|target| !target.is_dir()) {
         bail!("--mount: {} is no folder; make it first", target.display());
     }
-    let client = session.registry()?;
+    let client = session.registry()?.with_patience(PullClass::Live.patience());
     let store = Store::open(folder, Options::default())?;
     let options = PullOptions { progress: progress::for_stderr(), class: PullClass::Live };
     let begun = Instant::now();
     let pulling = store.pull(&reference, &client, &options);
-    let image = wait::answer(client.registry(), pulling, || client.stats().answered == 0).await?;
+    let image = wait::pulled(&client, &options.progress, pulling).await?;
     // The image can be used now; it is kept once it is on the disk, also where it can't be mounted.
     let shown = show(&image, &reference, &args, millis(begun.elapsed()));
     let settled = store.settle().await.context("the image is here, but can't be kept; pull it again");

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{Arc, Mutex, atomic::Ordering},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyplace_images::{
@@ -14,6 +14,7 @@ use anyplace_seed::{Seed, rounds};
 use crate::{
     bed::{Registry, runtime, tree},
     proxy::{Fault, Proxy},
+    runner::{Home, ran},
 };
 
 /// Pushes and pulls through a failing network.
@@ -84,6 +85,37 @@ fn pushes_and_pulls_survive_a_failing_network() {
     }
     eprintln!("{faults} faults, {resumed} resumed");
     assert!(faults > ROUNDS && resumed > ROUNDS, "{faults} faults, {resumed} resumed");
+}
+
+/// How long the registry is away: longer than services wait for it, and shorter than commands do.
+const AWAY: Duration = Duration::from_secs(6);
+
+#[test]
+fn a_pull_bears_a_registry_that_is_away_for_a_while_and_says_so() {
+    let (mut seed, home, registry) = (Seed::from_env(), Home::new(), Registry::start());
+    let root = home.path().join("tree");
+    tree(&root, &mut seed, FILE_BYTES);
+    let push = ["push", root.to_str().unwrap(), "app:v1"];
+    let pushed = ran(registry.command(&home, &registry.url(), &push).output().unwrap());
+    assert_eq!(pushed.code, 0, "{pushed:?}");
+    // The first connection breaks in the middle of the layer; then there is nobody for a while.
+    let mut broke = None;
+    let decide = move |_: &mut Seed| match broke {
+        None => {
+            broke = Some(Instant::now());
+            Fault::Cut { after: 1_000_000, reset: true }
+        }
+        Some(at) if at.elapsed() < AWAY => Fault::Cut { after: 0, reset: true },
+        Some(_) => Fault::Pass,
+    };
+    let proxy = Proxy::start(&registry.host, seed, Box::new(decide));
+    let store = home.path().join("store");
+    let pull = ["image", "--store", store.to_str().unwrap(), "pull", "app:v1", "-o", "json"];
+    let pulled = ran(registry.command(&home, &proxy.url, &pull).output().unwrap());
+    assert_eq!(pulled.code, 0, "{pulled:?}");
+    assert!(pulled.err.contains("is away, trying again"), "{pulled:?}");
+    let pulled: serde_json::Value = serde_json::from_str(&pulled.out).unwrap();
+    assert!(pulled["stale"].is_null() && pulled["bytes_fetched"].as_u64() > Some(1_000_000), "{pulled}");
 }
 
 /// A manifest that names one small blob.

@@ -99,6 +99,8 @@ pub struct ManifestInfo {
 pub struct Client {
     inner: Arc<Inner>,
     patience: Patience,
+    /// Registries that have the same, in the order of asking.
+    others: Vec<Client>,
 }
 
 struct Inner {
@@ -152,12 +154,31 @@ impl Client {
         let authorizations = Mutex::new(HashMap::new());
         let login = None;
         let inner = Inner { http, base, credentials, login, authorizations, counters: Counters::default() };
-        Ok(Client { inner: Arc::new(inner), patience: Patience::SHORT })
+        Ok(Client { inner: Arc::new(inner), patience: Patience::SHORT, others: Vec::new() })
     }
 
     /// The same client, but with this patience.
     pub fn with_patience(&self, patience: Patience) -> Client {
-        Client { inner: self.inner.clone(), patience }
+        let others = self.others.iter().map(|other| other.with_patience(patience)).collect();
+        Client { inner: self.inner.clone(), patience, others }
+    }
+
+    /// The same client, whose pulls ask `other`'s registry where this one's is away, and those that were named before.
+    pub fn or(mut self, other: Client) -> Client {
+        self.others.push(other);
+        self
+    }
+
+    /// How often requests are repeated.
+    pub fn patience(&self) -> Patience {
+        self.patience
+    }
+
+    /// A client for each registry that a pull may ask, in order: one where the reference itself says which.
+    pub(crate) fn in_order(&self, reference: &Reference) -> Vec<Client> {
+        let others = if reference.registry.is_none() { &self.others[..] } else { &[] };
+        let own = Client { inner: self.inner.clone(), patience: self.patience, others: Vec::new() };
+        std::iter::once(own).chain(others.iter().cloned()).collect()
     }
 
     /// A client whose own registry is another one, with the login that this one has for it, if any.
@@ -187,7 +208,7 @@ impl Client {
             authorizations: Mutex::default(),
             counters: Counters::default(),
         };
-        Client { inner: Arc::new(inner), patience: self.patience }
+        Client { inner: Arc::new(inner), patience: self.patience, others: self.others.clone() }
     }
 
     /// What this client and its clones met.

@@ -20,7 +20,7 @@ const WAIT_MAX: Duration = Duration::from_secs(10);
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
 
 /// How often a request is repeated before its failure is reported.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Patience {
     /// Most repetitions of one request.
     pub retries: u32,
@@ -29,7 +29,8 @@ pub struct Patience {
 impl Patience {
     /// For services that can use a copy of their own, or are asked again anyway: about 1.5 s.
     pub const SHORT: Patience = Patience { retries: 4 };
-    /// For a person's command, which nobody wants to start again for a short break of the network: about 30 s.
+    /// For what nobody wants to start again for a short break of the network, or a restart: a person's command, and pulls
+    /// that something waits for. About 30 s.
     pub const LONG: Patience = Patience { retries: 9 };
     /// Every failure is reported at once.
     pub const NONE: Patience = Patience { retries: 0 };

@@ -123,7 +123,7 @@ impl Store {
             self.inner.touch(reference, &image)?;
             return Ok(image);
         }
-        match self.inner.fetch(reference, client, options).await {
+        match self.inner.fetch_from_any(reference, client, options).await {
             Err(error) if error.is_unreachable() => match self.find(reference)? {
                 Some(mut image) => {
                     tracing::warn!(%reference, %error, digest = %image.digest, "using the image that is here");
@@ -138,16 +138,17 @@ impl Store {
 }
 
 impl Inner {
-    async fn fetch(
+    pub(super) async fn fetch(
         self: &Arc<Self>,
         reference: &Reference,
         client: &Client,
         options: &PullOptions,
     ) -> Result<PulledImage> {
         let _live = (options.class == PullClass::Live).then(|| self.governor.live());
-        let top = client.get_manifest(reference).await?;
+        let asking = self.asking(reference, client);
+        let top = asking.get_manifest(reference).await?;
         let digest = top.digest.clone();
-        let raw = choose_platform(reference, top, client).await?;
+        let raw = choose_platform(reference, top, &asking).await?;
         let lane = self.lane(&raw.digest);
         let _turn = lane.wait(options.class).await;
         let (inner, of) = (self.clone(), (digest.clone(), raw.digest.clone()));

@@ -1,12 +1,66 @@
-//! From what a name means to the manifest for this machine.
+//! From what a name means to the manifest for this machine, and whom to ask.
 
-use crate::client::{Client, RawManifest};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::objects::lock;
+use super::{Inner, PullOptions, PulledImage};
+use crate::client::{Client, Patience, RawManifest};
 use crate::error::{Error, Result};
 use crate::manifest::{self, Descriptor, Index, Platform};
 use crate::reference::Reference;
 
 /// Deepest nesting of indexes that is followed.
 const INDEX_DEPTH_MAX: usize = 3;
+
+/// How long several registries are asked in turn before it is said that all are away: as long as one is.
+const AWAY_MAX: Duration = Duration::from_secs(30);
+/// The pause before they are asked again.
+const AWAY_PAUSE: Duration = Duration::from_secs(1);
+
+impl Inner {
+    /// Fetches an image from the first of the client's registries that isn't away. What one has sent stays.
+    pub(super) async fn fetch_from_any(
+        self: &Arc<Self>,
+        reference: &Reference,
+        client: &Client,
+        options: &PullOptions,
+    ) -> Result<PulledImage> {
+        let clients = client.in_order(reference);
+        if clients.len() == 1 {
+            return self.fetch(reference, client, options).await;
+        }
+        let (begun, patience) = (Instant::now(), client.patience());
+        loop {
+            let mut error = Error::Cancelled;
+            for client in &clients {
+                let client = client.with_patience(patience.min(Patience::SHORT));
+                match self.fetch(reference, &client, options).await {
+                    Err(away) if away.is_unreachable() => error = away,
+                    other => return other,
+                }
+                tracing::warn!(%reference, %error, "a registry is away");
+            }
+            if patience <= Patience::SHORT || self.is_named(reference) || begun.elapsed() >= AWAY_MAX {
+                return Err(error);
+            }
+            tokio::time::sleep(AWAY_PAUSE).await;
+        }
+    }
+
+    /// The client that asks what a name means: what it meant last stands in for a registry that is away, so that there is
+    /// no reason to wait long.
+    pub(super) fn asking(&self, reference: &Reference, client: &Client) -> Client {
+        let patience = client.patience();
+        client.with_patience(if self.is_named(reference) { patience.min(Patience::SHORT) } else { patience })
+    }
+
+    fn is_named(&self, reference: &Reference) -> bool {
+        lock(&self.images).contains_key(&reference.canonical().to_string())
+    }
+}
 
 /// Follows indexes to the image for this machine's platform.
 pub(super) async fn choose_platform(

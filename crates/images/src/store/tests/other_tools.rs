@@ -124,3 +124,31 @@ fn blobs_may_be_elsewhere_which_learns_no_password() {
     assert!(bed.server.authorized() > 0, "the registry wants to know who asks");
     assert_eq!(elsewhere.authorized(), 0, "the password went to another host");
 }
+
+#[test]
+fn the_next_registry_is_asked_where_one_is_away_and_only_then() {
+    let (bed, mut seed) = (Bed::new(), Seed::new());
+    let (first, last) = (Server::start(), Server::start());
+    let layer = [Member::file("a", &seed.bytes(50_000))];
+    for server in [&bed.server, &last] {
+        server.put_image("v1", &[(archive(&layer), Format::Chunked)]);
+    }
+    last.put_image("v2", &[(archive(&layer), Format::Gzip)]);
+    let url = first.url().to_owned();
+    drop(first);
+    let client = Client::new(&url, None).unwrap().or(bed.server.client()).or(last.client());
+    let client = client.with_patience(crate::client::Patience::NONE);
+    let store = bed.open();
+    drop(bed.pull_with(&store, "v1", &client).unwrap());
+    assert!(bed.server.requests() > 0 && last.requests() == 0);
+    // The second answers that it has no such image, which is an answer.
+    let error = bed.pull_with(&store, "v2", &client).unwrap_err();
+    assert!(error.is_not_found(), "{error:?}");
+    // A reference that says where goes there alone.
+    let name = format!("{}/app:v2", url.trim_start_matches("http://"));
+    let elsewhere =
+        bed.runtime.block_on(store.pull(&name.parse().unwrap(), &client, &PullOptions::default()));
+    assert!(elsewhere.as_ref().is_err_and(Error::is_unreachable), "{elsewhere:?}");
+    drop(last);
+    drop(bed.pull_with(&store, "v1", &client).unwrap());
+}
