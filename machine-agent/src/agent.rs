@@ -116,6 +116,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         () = control.follow(desired) => {}
         () = reporter => {}
         never = ctx.images.tidy() => match never {},
+        never = ctx.images.scrub(ctx.config.scrub) => match never {},
         () = shutdown.cancelled() => {}
         Some(ended) = services.join_next() => ended.context("the HTTP server panicked")??,
     }

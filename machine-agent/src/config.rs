@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyplace_model::{Bytes, Gpu, MachineId, MilliCpu};
+use anyplace_model::{Bytes, DurationMs, Gpu, MachineId, MilliCpu};
 use ipnet::Ipv4Net;
 use serde::Deserialize;
 
@@ -61,6 +61,9 @@ pub struct Config {
     /// speed where the interface tells that, so that traffic loses less than a tenth; else 20 MiB.
     #[serde(default)]
     pub prewarm_rate: Option<Bytes>,
+    /// Reading images again in the background.
+    #[serde(default)]
+    pub scrub: ScrubConfig,
     /// GPUs; asked from NVML where none is said.
     #[serde(default)]
     pub gpus: Vec<Gpu>,
@@ -102,6 +105,23 @@ impl Config {
             }
         });
         first.into_iter().chain(others)
+    }
+}
+
+/// Reading everything that images have on disk again, so that what the disk spoilt is fetched anew.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ScrubConfig {
+    /// How often everything is read; 0 for never.
+    pub every: DurationMs,
+    /// Most bytes that are read in a second.
+    pub rate: Bytes,
+}
+
+impl Default for ScrubConfig {
+    fn default() -> Self {
+        // As the registry's.
+        Self { every: DurationMs(30 * 24 * 3_600_000), rate: Bytes(32 << 20) }
     }
 }
 
@@ -157,6 +177,7 @@ mod tests {
             resources = { cpu = "4", memory = "8Gi", disk = "50Gi" }
             image_budget = "30Gi"
             prewarm_rate = "20Mi"
+            scrub = { every = "7d", rate = "8MiB" }
             [[gpus]]
             model = "H100"
             memory = "80Gi"
@@ -170,6 +191,7 @@ mod tests {
         );
         assert_eq!(config.reserved.memory, Bytes(256 << 20));
         assert_eq!(config.gpus[0].model, "H100");
+        assert_eq!(config.scrub, ScrubConfig { every: DurationMs(7 * 86_400_000), rate: Bytes(8 << 20) });
         assert_eq!(config.registries().count(), 1);
         let others = r#"
             registries = ["http://10.1.0.11:5000", { url = "http://10.1.0.12:5000", credentials_file = "/x" }]

@@ -1,6 +1,7 @@
 //! The machine's images: fetching them, and keeping those warm that the location scheduler asked for.
 
 mod queue;
+mod scrub;
 
 use std::{
     sync::{

@@ -36,6 +36,6 @@ pub use progress::{Item, NoProgress, Progress, SharedProgress, Stage};
 pub use push::{Journal, PushOptions, PushSummary, push, push_with};
 pub use reference::{Reference, check_repository, check_tag};
 pub use store::{
-    Diff, Inspected, InspectedLayer, Options, PullClass, PullOptions, PullStats, PulledImage, Store,
-    StoredImage, Usage, Verified, WarmImage,
+    Diff, Inspected, InspectedLayer, Options, PullClass, PullOptions, PullStats, PulledImage, Scrub,
+    Scrubbed, Store, StoredImage, Usage, Verified, WarmImage,
 };

@@ -7,6 +7,7 @@
 //!   that can't do that, `mounts/<manifest>.tree/` is a plain folder in its place
 //! - `blobs/<algorithm>/<digest>`: manifests and configurations
 //! - `images/<digest of the reference>.json`: which manifest a reference means here; its time is the last use
+//! - `scrub.json`: how far everything was read again ([`scrub`])
 //! - `tmp/`: work in progress; emptied when the store is opened
 //! - `dirty`: there while something is written ([`dirty`])
 //! - `lock`: held by the process that has the store open
@@ -33,6 +34,7 @@ mod pull;
 mod recover;
 mod resolve;
 mod room;
+mod scrub;
 mod stream;
 mod table;
 mod verify;
@@ -66,6 +68,7 @@ use objects::{Objects, lock};
 use pool::Pools;
 pub use pool::PullClass;
 pub use pull::{PullOptions, PullStats};
+pub use scrub::{Scrub, Scrubbed};
 use table::Table;
 pub use verify::Verified;
 
@@ -118,6 +121,7 @@ struct Inner {
     /// Why an image isn't, the last one since that was asked for.
     unsettled: Mutex<Option<Error>>,
     evicting: AtomicBool,
+    scrub: Mutex<Scrub>,
     /// One at a time makes room.
     making_room: Mutex<()>,
     /// Bytes that pulls have still to write.
@@ -196,6 +200,7 @@ impl Store {
             settling: Arc::new(tokio::sync::watch::Sender::new(0)),
             unsettled: Mutex::default(),
             evicting: AtomicBool::new(false),
+            scrub: Mutex::default(),
             making_room: Mutex::default(),
             coming: Arc::default(),
             trees: Mutex::default(),
@@ -203,6 +208,7 @@ impl Store {
             _lock: lock,
         };
         inner.load()?;
+        inner.load_scrub();
         if inner.writers.is_dirty() {
             inner.recover()?;
         }

@@ -7,12 +7,13 @@
 //! | `GET /v1/images/inspect?image=` | `Inspected` |
 //! | `GET /v1/images/diff?first=&second=` | `Diff` |
 //! | `DELETE /v1/images?image=` | bytes that it freed |
+//! | `GET /v1/images/scrub` | `Scrub`: how far everything was read again in the background, and what was damaged |
 //! | `POST /v1/images/verify` | `Verified`; takes as long as reading everything does |
 
 use std::sync::Arc;
 
 use anyplace_api::{ErrorCode, Problem};
-use anyplace_images::{Diff, Error, Inspected, Reference, Store, StoredImage, Usage, Verified};
+use anyplace_images::{Diff, Error, Inspected, Reference, Scrub, Store, StoredImage, Usage, Verified};
 use anyplace_service::{Failure, Json, Query};
 use axum::{Router, extract::State, http::HeaderMap, routing::get, routing::post};
 use serde::Deserialize;
@@ -25,6 +26,7 @@ pub(super) fn routes() -> Router<Arc<Api>> {
         .route("/v1/images/du", get(du))
         .route("/v1/images/inspect", get(inspect))
         .route("/v1/images/diff", get(diff))
+        .route("/v1/images/scrub", get(scrub))
         .route("/v1/images/verify", post(verify))
 }
 
@@ -94,6 +96,10 @@ async fn remove(
     Query(One { image }): Query<One>,
 ) -> Result<Json<u64>, Failure> {
     ask(&api, &headers, move |store| store.remove(&image.parse()?)).await
+}
+
+async fn scrub(State(api): State<Arc<Api>>, headers: HeaderMap) -> Result<Json<Scrub>, Failure> {
+    ask(&api, &headers, |store| Ok(store.scrub_state())).await
 }
 
 async fn verify(State(api): State<Arc<Api>>, headers: HeaderMap) -> Result<Json<Verified>, Failure> {

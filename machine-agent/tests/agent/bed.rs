@@ -15,8 +15,8 @@ use std::{
 
 use anyplace_machine_agent::{Config, run};
 use anyplace_model::{
-    Assignment, Health, InstanceId, InstancePhase, InstanceStatus, MachineDesired, MachineReport, Resources,
-    Workload,
+    Assignment, Health, ImageState, InstanceId, InstancePhase, InstanceStatus, MachineDesired, MachineReport,
+    Resources, Workload,
 };
 use anyplace_service::Feed;
 use nix::sched::{CloneFlags, unshare};
@@ -24,7 +24,7 @@ use tokio::{sync::watch, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    control::{Scheduler, image, router},
+    control::{Images, Scheduler, image, router},
     fabric::{Fabric, answer},
 };
 
@@ -51,6 +51,9 @@ pub(crate) struct Bed {
     fabric: Fabric,
     /// Where the agent looks for the location scheduler.
     pub(crate) scheduler: String,
+    /// Where it looks for images, and more of its configuration.
+    pub(crate) settings: String,
+    images: Images,
 }
 
 /// Runs a test in a bed; says why where it can't.
@@ -100,12 +103,15 @@ impl Bed {
         let fabric = Fabric::new();
         let dir = tempfile::Builder::new().prefix("anyplace-agent-").tempdir().unwrap();
         fs::write(dir.path().join("token"), TOKEN).unwrap();
-        let image = image(dir.path()).await;
+        let busybox = image(&dir.path().join("busybox"), b"").await;
+        let images = Images::default();
+        images.lock().unwrap().insert("busybox".into(), Arc::new(busybox));
         let feed = Arc::new(Feed::new());
         let (sender, reports) = watch::channel(Vec::new());
         let control = CancellationToken::new();
+        let (of_feed, of_images) = (feed.clone(), images.clone());
         let router =
-            router(Scheduler { feed: feed.clone(), reports: sender, image, control: control.clone() });
+            router(Scheduler { feed: of_feed, reports: sender, images: of_images, control: control.clone() });
         let listener = tokio::net::TcpListener::bind(CONTROL).await.unwrap();
         tokio::spawn(async move { axum::serve(listener, router).await });
         let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
@@ -119,7 +125,40 @@ impl Bed {
             control,
             fabric,
             scheduler: format!("http://{CONTROL}"),
+            settings: format!("registry = 'http://{CONTROL}'\n"),
+            images,
         }
+    }
+
+    /// Puts another image into the registry, with so many bytes of noise, which it returns.
+    pub(crate) async fn add_image(&self, name: &str, noise_bytes: usize) -> Vec<u8> {
+        let mut word = name.bytes().fold(0x9e37_79b9_u64, |word, byte| word * 31 + u64::from(byte)) | 1;
+        let mut noise = Vec::with_capacity(noise_bytes);
+        while noise.len() < noise_bytes {
+            word ^= word << 13;
+            word ^= word >> 7;
+            word ^= word << 17;
+            noise.extend_from_slice(&word.to_le_bytes());
+        }
+        let image = image(&self.dir.path().join(name), &noise).await;
+        self.images.lock().unwrap().insert(name.into(), Arc::new(image));
+        noise
+    }
+
+    /// Waits for a report about an image.
+    pub(crate) async fn until_image(&self, name: &str, what: &str, holds: impl Fn(&ImageState) -> bool) {
+        let begun = Instant::now();
+        let mut reports = self.reports.clone();
+        let mut seen = 0;
+        while begun.elapsed() < WAIT {
+            let last = reports.borrow_and_update().clone();
+            if last[seen..].iter().any(|report| report.images.get(name).is_some_and(&holds)) {
+                return;
+            }
+            seen = last.len();
+            let _ = tokio::time::timeout(Duration::from_millis(500), reports.changed()).await;
+        }
+        panic!("{name} did not become {what}: {:?}", self.reports().last().map(|report| &report.images));
     }
 
     pub(crate) fn data(&self) -> PathBuf {
@@ -135,7 +174,6 @@ impl Bed {
             machine = "test-1"
             location_scheduler = "{scheduler}"
             token_file = "{dir}/token"
-            registry = "http://{CONTROL}"
             address = "{MACHINE}"
             uplink = "eth0"
             instance_cidr = "10.9.1.64/26"
@@ -143,7 +181,9 @@ impl Bed {
             cgroup_parent = "{parent}"
             resources = {{ cpu = "2", memory = "1Gi", disk = "1Gi" }}
             shim = "{shim}"
+            {settings}
             "#,
+            settings = self.settings,
             scheduler = self.scheduler,
             data = self.data().display(),
             dir = self.dir.path().display(),

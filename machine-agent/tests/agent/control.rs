@@ -1,6 +1,11 @@
 //! What the agent talks to: a location scheduler that serves a feed and keeps the reports, and a registry.
 
-use std::{fs, path::Path, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::Path,
+    sync::{Arc, Mutex},
+};
 
 use anyplace_api::WatchQuery;
 use anyplace_images::{ImageSpec, NoProgress, PackedImage, Source, pack};
@@ -18,7 +23,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::bed::find;
 
-pub(crate) async fn image(dir: &Path) -> PackedImage {
+/// Images by the names of their repositories, each with the tag `v1`.
+pub(crate) type Images = Arc<Mutex<BTreeMap<String, Arc<PackedImage>>>>;
+
+/// An image of busybox with a web server's page, and this file.
+pub(crate) async fn image(dir: &Path, noise: &[u8]) -> PackedImage {
+    fs::create_dir(dir).unwrap();
     let root = dir.join("rootfs");
     for folder in ["bin", "www", "etc", "tmp"] {
         fs::create_dir_all(root.join(folder)).unwrap();
@@ -29,6 +39,9 @@ pub(crate) async fn image(dir: &Path) -> PackedImage {
         std::os::unix::fs::symlink("busybox", root.join("bin").join(name)).unwrap();
     }
     fs::write(root.join("www/index.html"), "hello\n").unwrap();
+    if !noise.is_empty() {
+        fs::write(root.join("noise"), noise).unwrap();
+    }
     fs::write(root.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\napp:x:1000:1000::/tmp:/bin/sh\n").unwrap();
     let work = dir.join("packed");
     fs::create_dir(&work).unwrap();
@@ -39,7 +52,7 @@ pub(crate) async fn image(dir: &Path) -> PackedImage {
 pub(crate) struct Scheduler {
     pub(crate) feed: Arc<Feed<MachineDesired>>,
     pub(crate) reports: watch::Sender<Vec<MachineReport>>,
-    pub(crate) image: PackedImage,
+    pub(crate) images: Images,
     pub(crate) control: CancellationToken,
 }
 
@@ -68,10 +81,12 @@ async fn report(State(state): State<Arc<Scheduler>>, Json(report): Json<MachineR
 
 /// As much of a registry as a pull needs.
 async fn registry(State(state): State<Arc<Scheduler>>, UrlPath(path): UrlPath<String>) -> Response {
-    let image = &state.image;
+    let parts: Vec<_> = path.split('/').collect();
+    let found = state.images.lock().unwrap().get(parts[0]).cloned();
+    let Some(image) = found else { return StatusCode::NOT_FOUND.into_response() };
     let top = image.manifests.last().unwrap();
-    match path.split('/').collect::<Vec<_>>()[..] {
-        ["busybox", "manifests", name] => {
+    match parts[1..] {
+        ["manifests", name] => {
             let found = image.manifests.iter().find(|manifest| manifest.digest.as_str() == name);
             let Some(manifest) = found.or((name == "v1").then_some(top)) else {
                 return StatusCode::NOT_FOUND.into_response();
@@ -82,7 +97,7 @@ async fn registry(State(state): State<Arc<Scheduler>>, UrlPath(path): UrlPath<St
             ];
             (headers, manifest.bytes.clone()).into_response()
         }
-        ["busybox", "blobs", digest] => {
+        ["blobs", digest] => {
             let Some(blob) = image.blobs.iter().find(|blob| blob.digest.as_str() == digest) else {
                 return StatusCode::NOT_FOUND.into_response();
             };

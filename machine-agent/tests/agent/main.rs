@@ -6,6 +6,7 @@
 mod bed;
 mod control;
 mod fabric;
+mod images;
 
 use std::{
     fs,

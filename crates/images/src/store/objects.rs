@@ -11,7 +11,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::fs::{File, Metadata};
-use std::io::{ErrorKind, Write as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
@@ -33,6 +33,8 @@ const FOLDERS: usize = 256;
 const SHARDS: usize = 64;
 /// Runs of zero bytes of this length become holes: the page size of file systems.
 const HOLE_BYTES: usize = 4096;
+/// What is read and hashed at a time.
+const READ_BYTES: usize = 256 << 10;
 /// The unit of `st_blocks`, whatever the file system's own is.
 const BLOCK_BYTES: u64 = 512;
 
@@ -337,13 +339,32 @@ impl Objects {
         Ok(())
     }
 
+    /// The objects whose names begin with a byte, in the order of their names.
+    pub(super) fn in_folder(&self, byte: u8) -> Result<Vec<ObjectId>> {
+        let name = format!("{byte:02x}");
+        let dir = self.dir.join(&name);
+        let mut ids = Vec::new();
+        for entry in std::fs::read_dir(&dir).map_err(Error::io("reading", &dir))? {
+            let file = entry.map_err(Error::io("reading", &dir))?.file_name();
+            ids.extend(file.to_str().and_then(|file| ObjectId::from_names(&name, file)));
+        }
+        ids.sort_unstable();
+        Ok(ids)
+    }
+
+    pub(super) fn exists(&self, id: &ObjectId) -> bool {
+        self.look(id).is_ok()
+    }
+
     /// Whether the bytes of an object are what its name says.
     pub(super) fn is_right(&self, id: &ObjectId) -> Result<bool> {
-        let mut file = self.open_object(id)?;
-        let mut hasher = Sha256::new();
-        std::io::copy(&mut file, &mut HashWriter(&mut hasher))
-            .map_err(Error::io("reading", self.dir.join(id.path())))?;
-        Ok(<[u8; 32]>::from(hasher.finalize()) == id.0)
+        self.is_right_paced(id, &mut |_| Ok(()))
+    }
+
+    /// The same; `read` is told how much was read, and may wait, or end it.
+    pub(super) fn is_right_paced(&self, id: &ObjectId, read: Pacer<'_>) -> Result<bool> {
+        let file = self.open_object(id)?;
+        Ok(hash(file, &self.dir.join(id.path()), read)? == *id)
     }
 
     /// Pins for what one pull counts on.
@@ -400,6 +421,25 @@ pub(super) fn write_with_holes(mut file: &File, offset: u64, bytes: &[u8]) -> st
 fn is_zero(bytes: &[u8]) -> bool {
     let (words, rest) = bytes.as_chunks::<8>();
     words.iter().all(|word| u64::from_ne_bytes(*word) == 0) && rest.iter().all(|byte| *byte == 0)
+}
+
+/// Is told how many bytes were read.
+pub(super) type Pacer<'a> = &'a mut dyn FnMut(u64) -> Result<()>;
+
+/// The hash of a whole file.
+pub(super) fn hash(mut file: File, path: &Path, read: Pacer<'_>) -> Result<ObjectId> {
+    let (mut hasher, mut block) = (Sha256::new(), vec![0; READ_BYTES]);
+    loop {
+        match file.read(&mut block) {
+            Ok(0) => return Ok(ObjectId(hasher.finalize().into())),
+            Ok(len) => {
+                hasher.update(&block[..len]);
+                read(len as u64)?;
+            }
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) => return Err(Error::io("reading", path)(e)),
+        }
+    }
 }
 
 pub(super) struct HashWriter<'a>(pub(super) &'a mut Sha256);

@@ -138,9 +138,11 @@ impl Store {
 }
 
 impl Inner {
-    pub(super) async fn fetch(
+    /// Fetches what a reference means, and lists it under a name, usually the same.
+    pub(super) async fn fetch_as(
         self: &Arc<Self>,
         reference: &Reference,
+        name: &Reference,
         client: &Client,
         options: &PullOptions,
     ) -> Result<PulledImage> {
@@ -157,7 +159,7 @@ impl Inner {
             for layer in &manifest.layers {
                 options.progress.skipped(&item(layer), layer.size);
             }
-            self.list(reference, &image, None).await?;
+            self.list(name, &image, None).await?;
             return Ok(image);
         }
         let (inner, id, class) = (self.clone(), raw.digest.clone(), options.class);
@@ -196,7 +198,7 @@ impl Inner {
         }
         match pulled {
             Ok(image) => {
-                self.list(reference, &image, Some((pull.writing, pull.pins))).await?;
+                self.list(name, &image, Some((pull.writing, pull.pins))).await?;
                 Ok(image)
             }
             Err(error) => {

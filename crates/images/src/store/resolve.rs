@@ -30,14 +30,14 @@ impl Inner {
     ) -> Result<PulledImage> {
         let clients = client.in_order(reference);
         if clients.len() == 1 {
-            return self.fetch(reference, client, options).await;
+            return self.fetch_as(reference, reference, client, options).await;
         }
         let (begun, patience) = (Instant::now(), client.patience());
         loop {
             let mut error = Error::Cancelled;
             for client in &clients {
                 let client = client.with_patience(patience.min(Patience::SHORT));
-                match self.fetch(reference, &client, options).await {
+                match self.fetch_as(reference, reference, &client, options).await {
                     Err(away) if away.is_unreachable() => error = away,
                     other => return other,
                 }

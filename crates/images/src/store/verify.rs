@@ -10,7 +10,7 @@ use std::path::Path;
 use sha2::{Digest as _, Sha256};
 
 use super::image::Need;
-use super::objects::{HashWriter, ObjectId, lock};
+use super::objects::{HashWriter, ObjectId, Pacer, hash, lock};
 use super::recover::remove;
 use super::table::Table;
 use super::{Inner, Store, StoredImage, build};
@@ -69,7 +69,7 @@ impl Inner {
         for image in images {
             let manifest = &image.manifest;
             if !whole.contains(manifest) && !broken.contains(manifest) {
-                let is_whole = self.verify_image(manifest, &mut report)?;
+                let is_whole = self.verify_image(manifest, &mut report, &mut |_| Ok(()))?;
                 if is_whole {
                     whole.insert(manifest.clone())
                 } else {
@@ -85,7 +85,12 @@ impl Inner {
     }
 
     /// Whether an image is whole, once its mount was made anew where that was all that was wrong.
-    fn verify_image(&self, manifest: &Digest, report: &mut Verified) -> Result<bool> {
+    pub(super) fn verify_image(
+        &self,
+        manifest: &Digest,
+        report: &mut Verified,
+        read: Pacer<'_>,
+    ) -> Result<bool> {
         let mut drop_file = |path: &Path| -> Result<()> {
             if path.exists() {
                 remove(path)?;
@@ -121,7 +126,7 @@ impl Inner {
         let tree = build::tree(&tables)?;
         let is_right = match mounter {
             Mounter::Erofs => is_right_metadata(&tree, &path)?,
-            Mounter::Folders { .. } => is_right_folder(&tree, &path),
+            Mounter::Folders { .. } => is_right_folder(&tree, &path, read)?,
         };
         if is_right {
             return Ok(true);
@@ -151,30 +156,33 @@ fn is_right_metadata(tree: &Tree, path: &Path) -> Result<bool> {
 }
 
 /// Whether the folder has the tree's files with their contents.
-fn is_right_folder(tree: &Tree, path: &Path) -> bool {
-    tree.walk().all(|(name, id)| {
+fn is_right_folder(tree: &Tree, path: &Path, read: Pacer<'_>) -> Result<bool> {
+    for (name, id) in tree.walk() {
         let at = path.join(OsStr::from_bytes(&name));
-        let Ok(found) = std::fs::symlink_metadata(&at) else { return false };
-        match &tree.node(id).kind {
+        let Ok(found) = std::fs::symlink_metadata(&at) else { return Ok(false) };
+        let is_right = match &tree.node(id).kind {
             Kind::Directory(_) => found.is_dir(),
             Kind::Symlink(target) => {
                 std::fs::read_link(&at).is_ok_and(|link| link.as_os_str().as_bytes() == target.as_slice())
             }
             Kind::File(content) if found.is_file() => {
-                let mut hasher = Sha256::new();
-                let read = File::open(&at)
-                    .and_then(|mut file| std::io::copy(&mut file, &mut HashWriter(&mut hasher)));
-                let found = ObjectId(hasher.finalize().into());
-                read.is_ok()
-                    && match content {
-                        Content::Inline(bytes) => ObjectId::of(bytes) == found,
-                        Content::Object { digest, .. } => *digest == found.digest(),
-                    }
+                let hashed =
+                    File::open(&at).map_err(Error::io("reading", &at)).and_then(|f| hash(f, &at, read));
+                match (hashed, content) {
+                    (Err(Error::Cancelled), _) => return Err(Error::Cancelled),
+                    (Err(_), _) => false,
+                    (Ok(found), Content::Inline(bytes)) => ObjectId::of(bytes) == found,
+                    (Ok(found), Content::Object { digest, .. }) => *digest == found.digest(),
+                }
             }
             Kind::File(_) => false,
             Kind::CharDevice { .. } | Kind::BlockDevice { .. } | Kind::Fifo => {
                 !found.is_file() && !found.is_dir()
             }
+        };
+        if !is_right {
+            return Ok(false);
         }
-    })
+    }
+    Ok(true)
 }
