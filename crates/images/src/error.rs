@@ -197,7 +197,7 @@ pub enum Error {
     #[error(
         "no room for an image that nothing uses yet: what is in use or kept warm leaves {lacking_bytes} bytes too few{}; \
          raise `image_budget`, or let another image go with `anyplace prewarm rm`",
-        budget_bytes.map(|bytes| format!(" of the `image_budget` of {bytes}")).unwrap_or_default()
+        .budget_bytes.map(|bytes| format!(" of the `image_budget` of {bytes}")).unwrap_or_default()
     )]
     NoRoom {
         /// How many bytes more there would have to be.

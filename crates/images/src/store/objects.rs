@@ -239,7 +239,8 @@ impl Objects {
                 _ => Ok(()),
             })
             .map_err(|e| {
-                // What is half written must not keep the name.
+                // What is half written must not keep the name; nor was it counted.
+                self.count(self.disk_bytes_of(id).cast_signed());
                 let _ = self.unlink(id);
                 failed(e)
             })?;

@@ -102,7 +102,7 @@ pub(super) struct Pull {
     pub(super) writing: Arc<Writing>,
     pub(super) counters: Counters,
     /// The image's own.
-    lane: Arc<Lane>,
+    pub(super) lane: Arc<Lane>,
 }
 
 impl Store {
@@ -183,20 +183,7 @@ impl Inner {
             counters: Counters::default(),
             lane: lane.clone(),
         };
-        let mut pulled = pull.run(&digest, &raw).await;
-        // Each time something went: what may go bounds how often.
-        while matches!(pulled, Err(Error::DiskFull { .. })) && pull.make_more_room().await? {
-            pulled = pull.run(&digest, &raw).await;
-        }
-        if pulled.is_ok() {
-            // What it was to write is there now, and how much that is shows only now where layers have no table.
-            pull.room.end();
-            pulled = pull.make_room(0, &lane).await.and(pulled);
-        }
-        if let Err(error @ (Error::NoRoom { .. } | Error::DiskFull { .. })) = &pulled {
-            self.refuse(&raw.digest, &pull.room, matches!(error, Error::DiskFull { .. }));
-        }
-        match pulled {
+        match pull.run_in_room(&digest, &raw).await {
             Ok(image) => {
                 self.list(name, &image, Some((pull.writing, pull.pins))).await?;
                 Ok(image)
@@ -311,7 +298,7 @@ impl Lane {
 }
 
 impl Pull {
-    async fn run(&self, digest: &Digest, raw: &RawManifest) -> Result<PulledImage> {
+    pub(super) async fn run(&self, digest: &Digest, raw: &RawManifest) -> Result<PulledImage> {
         let reference = &self.reference;
         let manifest: Manifest = manifest::parse(&format!("the manifest of `{reference}`"), &raw.bytes)?;
         let config_digest = &manifest.config.digest;
@@ -380,19 +367,6 @@ impl Pull {
             bytes_written: of(&counters.bytes_written),
         };
         Ok(image)
-    }
-
-    /// Makes room for so many bytes of a layer, or of the image, with this lane.
-    pub(super) async fn make_room(&self, bytes: u64, lane: &Arc<Lane>) -> Result<()> {
-        let (inner, room, class) = (self.inner.clone(), self.room.clone(), self.priority(lane).now());
-        blocking(move || inner.make_room(&room, bytes, class)).await
-    }
-
-    /// Makes room after the disk was full in the middle; false where nothing can go.
-    async fn make_more_room(&self) -> Result<bool> {
-        let (inner, room) = (self.inner.clone(), self.room.clone());
-        let class = self.priority(&self.lane).now();
-        blocking(move || inner.make_more_room(&room, class)).await
     }
 
     /// Fetches a layer unless it is here; others that want the same one wait for it.

@@ -8,12 +8,15 @@ use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::image::Need;
 use super::objects::{disk_bytes, lock};
-use super::{Inner, PullClass};
+use super::pull::{Pull, blocking};
+use super::recover::remove;
+use super::{Inner, Lane, PullClass, PulledImage};
+use crate::client::RawManifest;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 
@@ -78,6 +81,42 @@ impl Drop for Room {
     }
 }
 
+impl Pull {
+    /// Pulls, and pulls again after images went where the disk was full in the middle.
+    pub(super) async fn run_in_room(&self, digest: &Digest, raw: &RawManifest) -> Result<PulledImage> {
+        let mut pulled = self.run(digest, raw).await;
+        // Each time something went: what may go bounds how often.
+        while matches!(pulled, Err(Error::DiskFull { .. })) && self.make_more_room().await? {
+            pulled = self.run(digest, raw).await;
+        }
+        if pulled.is_ok() {
+            // What it was to write is there now.
+            self.room.end();
+            if self.class == PullClass::Prewarm {
+                // How much that is shows only now where layers have no table.
+                pulled = self.make_room(0, &self.lane).await.and(pulled);
+            }
+        }
+        if let Err(error @ (Error::NoRoom { .. } | Error::DiskFull { .. })) = &pulled {
+            self.inner.refuse(&raw.digest, &self.room, matches!(error, Error::DiskFull { .. }));
+        }
+        pulled
+    }
+
+    /// Makes room for so many bytes of a layer, or of the image, with this lane.
+    pub(super) async fn make_room(&self, bytes: u64, lane: &Arc<Lane>) -> Result<()> {
+        let (inner, room, class) = (self.inner.clone(), self.room.clone(), self.priority(lane).now());
+        blocking(move || inner.make_room(&room, bytes, class)).await
+    }
+
+    /// Makes room after the disk was full in the middle; false where nothing can go.
+    async fn make_more_room(&self) -> Result<bool> {
+        let (inner, room) = (self.inner.clone(), self.room.clone());
+        let class = self.priority(&self.lane).now();
+        blocking(move || inner.make_more_room(&room, class)).await
+    }
+}
+
 impl Inner {
     /// Makes room for so many bytes more of a pull. Blocks.
     ///
@@ -133,8 +172,7 @@ impl Inner {
                 wanted,
                 "the disk is full: evicting the image that was used longest ago"
             );
-            self.forget(&key)?;
-            self.collect()?;
+            self.let_go(&key)?;
             freed = true;
         }
         Ok(freed)
@@ -168,9 +206,24 @@ impl Inner {
                 return Ok(lacking);
             };
             tracing::info!(image = key, lacking, "evicting the image that was used longest ago");
-            self.forget(&key)?;
-            self.collect()?;
+            self.let_go(&key)?;
         }
+    }
+
+    /// Takes an image off the list, and what it alone has from the disk. What is mounted of it goes here: while pulls
+    /// write, `collect` leaves that.
+    fn let_go(&self, key: &str) -> Result<()> {
+        {
+            let _gc = self.gc.write().unwrap_or_else(PoisonError::into_inner);
+            let manifest = lock(&self.images).get(key).map(|listed| listed.image.manifest.clone());
+            self.forget(key)?;
+            let unneeded =
+                |manifest: &Digest| !self.is_listed(manifest) && self.uses.need(manifest) != Need::Used;
+            if let Some(manifest) = manifest.filter(unneeded) {
+                remove(&self.mount_path(&manifest, self.mounter()?))?;
+            }
+        }
+        self.collect().map(drop)
     }
 
     /// The image that may go for a pull of this class and was used longest ago: an idle one, or else, where something

@@ -167,7 +167,7 @@ fn is_right_folder(tree: &Tree, path: &Path, read: Pacer<'_>) -> Result<bool> {
             }
             Kind::File(content) if found.is_file() => {
                 let hashed =
-                    File::open(&at).map_err(Error::io("reading", &at)).and_then(|f| hash(f, &at, read));
+                    File::open(&at).map_err(Error::io("reading", &at)).and_then(|f| hash(f, &at, &mut *read));
                 match (hashed, content) {
                     (Err(Error::Cancelled), _) => return Err(Error::Cancelled),
                     (Err(_), _) => false,
