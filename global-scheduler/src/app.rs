@@ -7,13 +7,13 @@ use std::{
 
 use anyhow::Context as _;
 use anyplace_api::{Client, DeploymentView, ErrorCode, JobView, Problem};
-use anyplace_service::{Failure, Feed, TokenHash};
+use anyplace_service::{Failure, Feed, TokenHash, unix_epoch};
 use anyplace_store::{EmbeddedStore, Store as _};
 use jiff::{SignedDuration, Timestamp};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::{Config, batch::Batch, publish, records::Tombstone, world::World};
+use crate::{Config, batch::Batch, choice::Ledgers, publish, records::Tombstone, world::World};
 
 /// How long expired tokens are remembered, so that they are told that they expired.
 const EXPIRED_TOKEN_KEPT: SignedDuration = SignedDuration::from_hours(30 * 24);
@@ -51,7 +51,8 @@ impl App {
         admin: &str,
         shutdown: CancellationToken,
     ) -> anyhow::Result<Arc<Self>> {
-        let world = World::load(store.as_ref()).await?;
+        let mut world = World::load(store.as_ref()).await?;
+        world.ledgers = Ledgers::starting_at(unix_epoch() / 1_000);
         let app = Arc::new(Self {
             http: Client::new("http://127.0.0.1", None)?,
             config,

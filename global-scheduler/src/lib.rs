@@ -3,13 +3,15 @@
 //! One process with one store. What is desired (deployments, placements, jobs, settings, tokens) is written to the
 //! store by conditional transactions, one writer at a time, and mirrored in memory; what is observed (reports of
 //! locations) is in memory only, and comes again within a heartbeat of a restart. A reconcile loop compares the
-//! two, plans, writes, and publishes what each location should have as a watch stream.
+//! two, plans, writes, and publishes what each location should have as a watch stream. Beside it, a ledger grants every
+//! half second what locations may send to each other of new connections.
 //!
 //! This crate must not know machines, runtimes or packets.
 
 mod api;
 mod app;
 mod batch;
+mod choice;
 mod config;
 mod deployments;
 mod jobs;
@@ -47,9 +49,11 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     // What locations should have is published before the first of them can ask, or they would stop everything.
     app.reconcile_once().await?;
     let reconciler = tokio::spawn(reconcile::run(app.clone()));
+    let granter = tokio::spawn(choice::run(app.clone()));
     let served = anyplace_service::serve(listen, api::service(app), shutdown.clone()).await;
     // The server may have failed by itself; the loop ends with it.
     shutdown.cancel();
     reconciler.await.context("the reconcile loop failed")?;
+    granter.await.context("the ledger failed")?;
     served
 }

@@ -10,7 +10,7 @@ use jiff::{SignedDuration, Timestamp, tz::TimeZone};
 use crate::{
     app::App,
     batch::Batch,
-    publish,
+    choice, publish,
     records::LocationKnown,
     world::{LocationState, Observed, World},
 };
@@ -32,7 +32,7 @@ impl App {
         if location.is_alive() && location.observed.as_ref().is_some_and(older) {
             return;
         }
-        let observed = Observed {
+        let mut observed = Observed {
             position,
             at: Instant::now(),
             zone: TimeZone::get(&report.advert.timezone).ok(),
@@ -43,10 +43,18 @@ impl App {
             placements: report.placements.into_iter().map(|it| (it.deployment.clone(), it)).collect(),
             attempts: report.attempts.into_iter().map(|it| (it.attempt.clone(), it)).collect(),
             prewarms: report.prewarms,
+            traffic: report.traffic,
         };
+        if let Some(before) = &mut location.observed {
+            // After a start, a location says nothing of new connections until it has measured.
+            let mut traffic = std::mem::take(&mut before.traffic);
+            traffic.append(&mut observed.traffic);
+            observed.traffic = traffic;
+        }
         let was_alive = location.alive.replace(true) == Some(true);
         let before = location.observed.replace(observed);
         remember_refusals(&mut world, &id);
+        choice::adopt_all(&mut world, &id);
         let location = &world.locations[&id];
         let (Some(now), before) = (&location.observed, before.filter(|_| was_alive)) else { return };
         if let Some(before) = &before

@@ -36,6 +36,7 @@ pub(crate) fn all(app: &App, world: &World) {
         desired.extend(placements(world, id));
         desired.extend(attempts(world, id));
         desired.extend(prewarms(world, id));
+        desired.extend(world.ledgers.grants(id));
         location.feed.replace(desired);
     }
     app.deployments.replace(views::deployments(world).map(|view| (view.name.to_string(), view)).collect());
@@ -65,8 +66,7 @@ fn route(world: &World, name: &DeploymentName) -> Option<RemoteRoute> {
             instance.ready && instance.phase == InstancePhase::Running
         };
         let ready = observed.placements.get(name)?.instances.iter().filter(serving).count();
-        let open = location.is_alive() && !location.settings.withdrawn && !observed.ingress.is_empty();
-        (open && ready > 0).then(|| RemoteBackend {
+        (location.is_open() && ready > 0).then(|| RemoteBackend {
             location: id.clone(),
             latitude: observed.advert.latitude,
             longitude: observed.advert.longitude,
@@ -79,6 +79,7 @@ fn route(world: &World, name: &DeploymentName) -> Option<RemoteRoute> {
         vip: record.vip,
         vip6: record.vip6,
         ports: record.spec.ports.clone(),
+        connections_per_second: record.spec.connections_per_second(),
         backends: backends.collect(),
     })
 }

@@ -12,13 +12,14 @@ use anyplace_api::Event;
 use anyplace_global_core::{Deployment, Liveness, Location, Missing, QueuedJob, RefusedUntil, Share, State};
 use anyplace_model::{
     Advert, AttemptId, AttemptStatus, DeploymentName, ImageState, InstancePhase, JobName, JobPhase,
-    LocationDesired, LocationId, LocationSettings, MachineId, PlacementStatus, Prewarm, Refusal,
+    LocationDesired, LocationId, LocationSettings, MachineId, PlacementStatus, Prewarm, Refusal, Traffic,
 };
 use anyplace_service::Feed;
 use anyplace_store::{Revision, Store, StoreExt as _};
 use jiff::{Timestamp, tz::TimeZone};
 use serde::de::DeserializeOwned;
 
+use crate::choice::Ledgers;
 use crate::records::{
     AttemptRecord, DeploymentRecord, JobRecord, LocationKnown, PlacementRecord, TokenRecord, Tombstone,
 };
@@ -53,6 +54,7 @@ pub(crate) struct Observed {
     pub(crate) placements: BTreeMap<DeploymentName, PlacementStatus>,
     pub(crate) attempts: BTreeMap<AttemptId, AttemptStatus>,
     pub(crate) prewarms: BTreeMap<String, BTreeMap<MachineId, ImageState>>,
+    pub(crate) traffic: BTreeMap<DeploymentName, Traffic>,
 }
 
 /// A location.
@@ -72,6 +74,12 @@ pub(crate) struct LocationState {
 impl LocationState {
     pub(crate) fn is_alive(&self) -> bool {
         self.alive == Some(true)
+    }
+
+    /// Whether other locations may send traffic there.
+    pub(crate) fn is_open(&self) -> bool {
+        let reachable = self.observed.as_ref().is_some_and(|observed| !observed.ingress.is_empty());
+        self.is_alive() && !self.settings.withdrawn && reachable
     }
 
     /// The status of a deployment, where the location is there to vouch for it.
@@ -96,6 +104,8 @@ pub(crate) struct World {
     /// With their numbers, oldest first.
     pub(crate) events: VecDeque<(u64, Event)>,
     pub(crate) locations: BTreeMap<LocationId, LocationState>,
+    /// What locations may send to each other.
+    pub(crate) ledgers: Ledgers,
     /// From the last plan.
     pub(crate) missing: BTreeMap<DeploymentName, Missing>,
     /// From the last plan.

@@ -7,11 +7,12 @@ use anyplace_api::{Client, ErrorCode, LogQuery, Problem, WatchQuery};
 use anyplace_location_core::{FreeRoom, Life, instance_statuses};
 use anyplace_model::{
     InstanceId, InstanceStatus, InvalidId, MachineId, MachineRecord, MachineReport, Route, RouteRecord,
+    TrafficReport,
 };
 use anyplace_service::{Failure, Json, Query, TokenHash, bearer, healthz, not_found, text_stream};
 use axum::{
     Router,
-    extract::{Path, Request, State as Shared},
+    extract::{DefaultBodyLimit, Path, Request, State as Shared},
     http::{HeaderMap, StatusCode},
     middleware::{Next, from_fn_with_state},
     response::Response,
@@ -23,6 +24,9 @@ use crate::{
     scheduler::{MAX_MACHINES, Scheduler, now_ms},
 };
 
+/// Of the traffic of 100,000 virtual IPs about half of it.
+const MAX_REPORT_BYTES: usize = 8 << 20;
+
 type App = Shared<Arc<Scheduler>>;
 
 /// All paths.
@@ -30,6 +34,8 @@ pub(crate) fn router(scheduler: Arc<Scheduler>) -> Router {
     let machines = Router::new()
         .route("/v1/machines", get(machines))
         .route("/v1/machines/{machine}/report", put(report))
+        .route("/v1/machines/{machine}/traffic", put(traffic))
+        .layer(DefaultBodyLimit::max(MAX_REPORT_BYTES))
         .route("/v1/instances", get(instances))
         .route("/v1/watch/machines/{machine}/desired", get(watch_machine))
         .route("/v1/watch/routes", get(watch_routes))
@@ -92,8 +98,7 @@ async fn report(
     let mut live = scheduler.live();
     let machines = &live.state.machines;
     if !machines.contains_key(&machine) && machines.len() >= MAX_MACHINES {
-        let detail = format!("the location has {MAX_MACHINES} machines already");
-        return Err(Problem::new(ErrorCode::LimitExceeded, detail).into());
+        return Err(full());
     }
     let overlaps = |other: &MachineReport| {
         let (a, b) = (other.instance_cidr, report.instance_cidr);
@@ -120,15 +125,34 @@ async fn report(
     Ok(StatusCode::NO_CONTENT)
 }
 
+/// What a machine's router measured. It takes effect with the next decision.
+async fn traffic(
+    scheduler: App,
+    Path(machine): Path<String>,
+    Json(report): Json<TrafficReport>,
+) -> Result<StatusCode, Failure> {
+    let machine: MachineId = parse(&machine, "machine")?;
+    let mut live = scheduler.live();
+    if !live.choice.knows(&machine) && live.choice.machines() >= MAX_MACHINES {
+        return Err(full());
+    }
+    live.choice.measured(machine, report.connections);
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Refuses another machine.
+fn full() -> Failure {
+    let detail = format!("the location has {MAX_MACHINES} machines already");
+    Problem::new(ErrorCode::LimitExceeded, detail).into()
+}
+
 async fn watch_machine(
     scheduler: App,
     Path(machine): Path<String>,
     Query(query): Query<WatchQuery>,
 ) -> Result<Response, Failure> {
     let machine: MachineId = parse(&machine, "machine")?;
-    let feed = scheduler.machine_feed(&machine).ok_or_else(|| {
-        Problem::new(ErrorCode::LimitExceeded, format!("the location has {MAX_MACHINES} machines already"))
-    })?;
+    let feed = scheduler.machine_feed(&machine).ok_or_else(full)?;
     Ok(feed.response(query, scheduler.shutdown.clone()))
 }
 

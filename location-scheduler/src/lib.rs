@@ -1,21 +1,23 @@
 //! Machines, reservations, assignments and routes of one location.
 //!
-//! One process, four tasks around one state in memory:
+//! One process, five tasks around one state in memory:
 //!
 //! - HTTP: machines report, and watch what they should have; routers watch routes. A report that changes anything
 //!   changes the routes at once, before anything is written to disk.
 //! - the clock: machines whose lease expires leave the routes at that moment;
 //! - the reconcile loop: plans with the pure core, writes the plan in one transaction, then publishes it. It alone
 //!   changes reservations;
+//! - the choice of what goes to other locations, every second, by what routers measured and the global scheduler grants;
 //! - the link to the global scheduler: what is wanted comes in (and is kept, so that the location goes on without
 //!   it), what is there goes out.
 //!
 //! Store (`data_dir/store.redb`): `instances/<instance>` reservations, `fence` (changes with each plan; a plan is
 //! written only on the revision that it was made from), `desired/<key>` the last wish of the global scheduler,
-//! `machines/<machine>` machines with their size, `ran/<instance>` who ran ended instances (for their logs).
+//! `machines/<machine>` machines with their size, `away/<deployment>` which parts of its new connections go elsewhere, `ran/<instance>` who ran ended instances (for their logs).
 //!
 //! This crate must not know users, runtimes or packets, nor other locations but as distant backends.
 
+mod choice;
 mod config;
 mod http;
 mod live;

@@ -10,6 +10,8 @@ use anyplace_location_core::{Change, Life, Machine, Plan, State};
 use anyplace_model::{LocationDesired, MachineId, MachineReport};
 use anyplace_store::Revision;
 
+use crate::choice::Choice;
+
 /// After a start, machines get so long to find the scheduler again: until then nothing is concluded from their
 /// silence, routes and reports are withheld (those of before stay in force), and nothing is planned. Watches and
 /// reports retry within 2 s at the latest; the global scheduler's lease is 3 s.
@@ -23,6 +25,8 @@ const FORGET: Duration = Duration::from_secs(3_600);
 #[derive(Debug)]
 pub(crate) struct Live {
     pub(crate) state: State,
+    /// New connections, and where they may go.
+    pub(crate) choice: Choice,
     /// The last plan that was carried out.
     pub(crate) plan: Plan,
     /// What the global scheduler wants, as it said it.
@@ -59,7 +63,20 @@ impl Live {
         let warm = unheard.is_empty();
         let (plan, unsaved) = (Plan::default(), BTreeSet::new());
         let wanted = Arc::default();
-        Self { state, plan, wanted, planned: false, lease, seen, unheard, started: now, warm, unsaved }
+        let choice = Choice::default();
+        Self {
+            state,
+            choice,
+            plan,
+            wanted,
+            planned: false,
+            lease,
+            seen,
+            unheard,
+            started: now,
+            warm,
+            unsaved,
+        }
     }
 
     /// Whether the silence of machines means anything yet.
@@ -163,6 +180,7 @@ impl Live {
         self.seen.remove(machine);
         self.unheard.remove(machine);
         self.unsaved.remove(machine);
+        self.choice.forget(machine);
     }
 
     /// Records of machines to write, each once.
@@ -178,6 +196,7 @@ impl Live {
         state.attempts.clear();
         state.wishes.clear();
         state.remote.clear();
+        let mut grants = BTreeMap::new();
         for item in desired.values().cloned() {
             match item {
                 LocationDesired::Placement(placement) => {
@@ -192,12 +211,16 @@ impl Live {
                 LocationDesired::Route(route) => {
                     state.remote.insert(route.deployment.clone(), route);
                 }
+                LocationDesired::Grant { deployment, grant } => {
+                    grants.insert(deployment, grant);
+                }
                 LocationDesired::Settings { settings, vip_prefixes } => {
                     state.settings = settings;
                     state.vip_prefixes = Some(vip_prefixes);
                 }
             }
         }
+        self.choice.granted(grants);
         self.wanted = desired;
     }
 

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::Context as _;
 use anyplace_location_core::{Change, Reservation, State};
-use anyplace_model::{InstanceId, LocationDesired, MachineId, MachineReport};
+use anyplace_model::{Away, DeploymentName, InstanceId, LocationDesired, MachineId, MachineReport};
 use anyplace_store::{EmbeddedStore, MAX_VALUE_BYTES, Revision, Store as _, StoreExt as _, Txn, TxnOutcome};
 use serde::{Deserialize, Serialize};
 
@@ -16,6 +16,7 @@ const INSTANCES: &str = "instances/";
 const MACHINES: &str = "machines/";
 const DESIRED: &str = "desired/";
 const RAN: &str = "ran/";
+const AWAY: &str = "away/";
 
 /// A transaction is closed when it has so many operations or bytes: well below the store's limits of 1,024 and
 /// 1.5 MiB, whatever the last operation adds.
@@ -39,6 +40,7 @@ pub(crate) struct Stored {
     pub(crate) reservations: BTreeMap<InstanceId, Reservation>,
     pub(crate) machines: BTreeMap<MachineId, MachineReport>,
     pub(crate) desired: BTreeMap<String, LocationDesired>,
+    pub(crate) away: BTreeMap<DeploymentName, Vec<Away>>,
     pub(crate) history: History,
 }
 
@@ -84,6 +86,7 @@ impl Disk {
         let (reservations, _) = store.list_json::<Reservation>(INSTANCES).await.context(context)?;
         let (machines, _) = store.list_json::<MachineReport>(MACHINES).await.context(context)?;
         let (desired, _) = store.list_json::<LocationDesired>(DESIRED).await.context(context)?;
+        let (away, _) = store.list_json::<Vec<Away>>(AWAY).await.context(context)?;
         let (ran, _) = store.list_json::<Ran>(RAN).await.context(context)?;
         let mut ran: Vec<(u64, InstanceId, MachineId)> = ran
             .into_iter()
@@ -106,6 +109,10 @@ impl Disk {
             desired: desired
                 .into_iter()
                 .filter_map(|(key, item, _)| Some((key.strip_prefix(DESIRED)?.to_string(), item)))
+                .collect(),
+            away: away
+                .into_iter()
+                .filter_map(|(key, away, _)| Some((key.strip_prefix(AWAY)?.parse().ok()?, away)))
                 .collect(),
             history,
         })
@@ -162,6 +169,21 @@ impl Disk {
             self.store.delete(&format!("{MACHINES}{machine}")).await?;
         }
         Ok(())
+    }
+
+    /// Writes which parts go elsewhere; removes what is none.
+    pub(crate) async fn away(&self, changes: &[(DeploymentName, Option<Vec<Away>>)]) -> anyhow::Result<()> {
+        let mut txn = Txn::new();
+        for (name, away) in changes {
+            txn = match away {
+                Some(away) => txn.put_json(format!("{AWAY}{name}"), away)?,
+                None => txn.delete(format!("{AWAY}{name}")),
+            };
+            if txn.ops.len() >= MAX_OPS || txn.size_bytes() >= MAX_BYTES {
+                self.write(std::mem::take(&mut txn)).await?;
+            }
+        }
+        self.write(txn).await
     }
 
     /// What changed of the global scheduler's wish, to be written: what is too much for one transaction is. It is only

@@ -19,6 +19,7 @@ use tokio::{sync::Notify, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    choice,
     config::Config,
     http,
     live::Live,
@@ -42,6 +43,8 @@ pub(crate) struct Scheduler {
     pub(crate) reconcile: Notify,
     /// Wakes the report to the global scheduler.
     pub(crate) report: Notify,
+    /// Wakes the choice of what goes to other locations.
+    pub(crate) granted: Notify,
     pub(crate) epoch: u64,
     pub(crate) machine_token: String,
     pub(crate) log_token: String,
@@ -70,6 +73,7 @@ impl Scheduler {
         self.publish_routes(&live);
         drop(live);
         self.reconcile.notify_one();
+        self.granted.notify_one();
     }
 
     /// Computes the routes and publishes them. Called with the state locked, so that an older one never follows a
@@ -145,6 +149,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     tasks.spawn(serve(listen, http::router(scheduler.clone()), shutdown.clone()));
     tasks.spawn(clock(scheduler.clone()));
     tasks.spawn(reconcile::run(scheduler.clone()));
+    tasks.spawn(choice::run(scheduler.clone()));
     tasks.spawn(upstream::watch(scheduler.clone()));
     tasks.spawn(upstream::report(scheduler));
     let mut result = Ok(());
@@ -187,6 +192,7 @@ async fn open(config: Config, shutdown: CancellationToken) -> anyhow::Result<Sch
         attempts: BTreeMap::new(),
         wishes: BTreeMap::new(),
         remote: BTreeMap::new(),
+        away: stored.away,
         prewarms: BTreeMap::new(),
         warm: BTreeMap::new(),
     };
@@ -203,6 +209,7 @@ async fn open(config: Config, shutdown: CancellationToken) -> anyhow::Result<Sch
         disk,
         reconcile: Notify::new(),
         report: Notify::new(),
+        granted: Notify::new(),
         epoch: unix_epoch(),
         machine_token_hash: TokenHash::of(&machine_token),
         log_token_hash: TokenHash::of(&log_token),

@@ -120,6 +120,7 @@ fn compose(scheduler: &Scheduler) -> Option<LocationReport> {
         placements: placement_statuses(&live.state, &live.plan),
         attempts: attempt_statuses(&live.state, &live.plan),
         prewarms: prewarm_statuses(&live.state),
+        traffic: live.choice.traffic.clone(),
     })
 }
 

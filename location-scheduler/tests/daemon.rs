@@ -4,6 +4,8 @@
 
 #[path = "daemon/bed.rs"]
 mod bed;
+#[path = "daemon/choice.rs"]
+mod choice;
 #[path = "daemon/global.rs"]
 mod global;
 #[path = "daemon/machine.rs"]

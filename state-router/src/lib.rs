@@ -1,5 +1,5 @@
 //! The state router of a machine: follows its location's routes, programs the data plane with them, and tells the
-//! BGP daemon what to announce.
+//! BGP daemon what to announce, and the location scheduler how many new connections come.
 //!
 //! The data plane is pinned in the kernel, so nothing stops when this process is killed. A snapshot of the routes on
 //! disk lets a new process serve before, and without, its location scheduler.
@@ -14,6 +14,7 @@ mod plane;
 mod routes;
 mod shares;
 mod trace;
+mod traffic;
 
 use std::time::Duration;
 
@@ -75,6 +76,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let metrics = metrics::serve(config.listen, config.pin_dir.clone(), plane.names(), shutdown.clone());
     let mut bgp = config.bgp.clone().map(Bgp::new);
     let mut routes = Routes::load(config.data_dir.join("routes.log"));
+    let (machine, pin_dir) = (config.machine.clone(), config.pin_dir.clone());
+    let traffic = tokio::spawn(traffic::run(client.clone(), machine, pin_dir, shutdown.clone()));
     let mut watcher = Watcher::<RouteRecord>::new(client, Client::ROUTES_PATH);
     let mut failing = false;
 
@@ -130,6 +133,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     if let Some(flow_log) = flow_log {
         flow_log.await.context("the flow log panicked")?;
     }
+    traffic.await.context("the counting of new connections panicked")?;
     metrics.await.context("the metrics' listener panicked")
 }
 

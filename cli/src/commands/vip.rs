@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use anyplace_api::{Client, DeploymentView, RoutesView};
-use anyplace_model::{DeploymentName, LocationId, Port, Protocol, Route, vips};
+use anyplace_model::{DeploymentName, LocationId, Port, Protocol, Route, Traffic, vips};
 use anyplace_state_router::{Backend, BackendState, Flow, Hop, Owner, Shares, Step, Trace, shares, trace};
 use serde::Serialize;
 
@@ -40,6 +40,8 @@ struct Entered {
     withdrawn: bool,
     /// Why its table isn't known.
     problem: Option<String>,
+    /// What it says of new connections, where the deployment says how many an instance should have.
+    traffic: Option<Traffic>,
     #[serde(flatten)]
     shares: Option<Shares>,
 }
@@ -135,13 +137,17 @@ fn description(
         let entered = there.map(|it| {
             let shares = known.get(&it.location).map(|route| {
                 let mut shares = shares(route);
-                shares.backends.iter_mut().for_each(|backend| say_more(backend, deployment));
+                shares
+                    .backends
+                    .iter_mut()
+                    .for_each(|backend| say_more(backend, deployment, it.traffic.as_ref()));
                 shares
             });
             let problem = it.problem.clone().or_else(|| {
                 shares.is_none().then(|| "it has not been told of this virtual IP yet".to_owned())
             });
-            Entered { location: it.location.clone(), withdrawn: it.withdrawn, problem, shares }
+            let (location, traffic) = (it.location.clone(), it.traffic.clone());
+            Entered { location, withdrawn: it.withdrawn, problem, traffic, shares }
         });
         Vip { vip, ports: deployment.spec.ports.clone(), locations: entered.collect() }
     };
@@ -149,9 +155,17 @@ fn description(
     Ok(Description { deployment: deployment.name.clone(), vips })
 }
 
-/// What the instance's machine says about it, where it takes no connections.
-fn say_more(backend: &mut Backend, deployment: &DeploymentView) {
-    let Owner::Instance { instance, .. } = &backend.owner else { return };
+/// What the instance's machine says about it, where it takes no connections; what another location grants.
+fn say_more(backend: &mut Backend, deployment: &DeploymentView, traffic: Option<&Traffic>) {
+    let instance = match &backend.owner {
+        Owner::Instance { instance, .. } => instance,
+        Owner::Location { location, .. } => {
+            if let Some(quota) = traffic.and_then(|traffic| traffic.grant.quotas.get(location)) {
+                backend.why += &format!("; grants {quota:.1} new connections a second");
+            }
+            return;
+        }
+    };
     // Status and route are of two moments; where the route has it ready, the status is the older.
     if backend.state == BackendState::Ready {
         return;
@@ -183,7 +197,10 @@ fn describe_text(deployment: &DeploymentView, description: &Description) -> Stri
             let withdrawn = if entered.withdrawn { " (withdrawn: no client's packet does)" } else { "" };
             text += &format!("\nEntering at {}{withdrawn}:", entered.location);
             match (&entered.shares, &entered.problem) {
-                (Some(shares), _) => text += &format!(" {} buckets\n{}\n", shares.buckets, table(shares)),
+                (Some(shares), _) => {
+                    let traffic = entered.traffic.as_ref().map(traffic_text).unwrap_or_default();
+                    text += &format!(" {} buckets\n{traffic}{}\n", shares.buckets, table(shares));
+                }
                 (None, problem) => {
                     text += &format!(" not known: {}\n", problem.as_deref().unwrap_or_default());
                 }
@@ -216,6 +233,21 @@ fn table(shares: &Shares) -> String {
         ]);
     }
     if table.is_empty() { "  nobody serves it".into() } else { table.to_string() }
+}
+
+/// What enters, and why some of it may go elsewhere.
+fn traffic_text(traffic: &Traffic) -> String {
+    let Traffic { entering, asked, capacity, grant, .. } = traffic;
+    let rule = if grant.quotas.is_empty() {
+        "all may stay".into()
+    } else {
+        let quotas = grant.quotas.iter().map(|(location, quota)| format!("{location} {quota:.1}"));
+        format!("granted are {}", quotas.collect::<Vec<_>>().join(", "))
+    };
+    format!(
+        "  New connections a second: {entering:.1} enter, {asked:.1} are asked for, instances here can serve {capacity:.1}; \
+         {rule}\n"
+    )
 }
 
 fn port_text(port: &Port) -> String {

@@ -13,9 +13,9 @@ use anyplace_api::{
     LocationRoutes, LocationShare, LogQuery, NewToken, Problem, RoutesView, TokenRequest, WatchQuery,
 };
 use anyplace_model::{
-    Advert, AttemptId, Bytes, DeploymentSpec, Endpoint, Explanation, FULL_WEIGHT, GpuBlock, InstancePhase,
-    InstanceStatus, Isolation, JobPhase, JobSpec, LocationExplanation, LocationRecord, LocationSettings,
-    MilliCpu, ReasonCode, Refusal, RemoteLocation, Route, Workload,
+    Advert, AttemptId, Away, Bytes, DeploymentSpec, Endpoint, Explanation, FULL_WEIGHT, GpuBlock,
+    InstancePhase, InstanceStatus, Isolation, JobPhase, JobSpec, LocationExplanation, LocationRecord,
+    LocationSettings, MilliCpu, ReasonCode, Refusal, RemoteLocation, Route, Span, Traffic, Workload,
 };
 use anyplace_service::{Failure, Feed, Json, Query};
 use axum::{
@@ -236,12 +236,15 @@ async fn routes(State(state): State<Shared>, Path(name): Path<String>) -> Result
         weight: FULL_WEIGHT,
     };
     let local = vec![endpoint(1, true, false), endpoint(2, true, true), endpoint(3, false, false)];
-    let ams = RemoteLocation {
-        location: "ams".parse().unwrap(),
+    let remote = |name: &str, number: u8| RemoteLocation {
+        location: name.parse().unwrap(),
         distance_km: 9_340.4,
         ready: 1,
-        ingress: vec![Ipv4Addr::new(10, 1, 1, 1)],
+        ingress: vec![Ipv4Addr::new(10, number, 1, 1)],
     };
+    // What exceeds Amsterdam goes to Tokyo.
+    let busy = view.spec.connections_per_second().is_some();
+    let away = Away { since_ms: 100, spans: vec![Span { parts: 192, to: Some("nrt".parse().unwrap()) }] };
     let vips: Vec<_> = anyplace_model::vips(view.vip, view.vip6).collect();
     let routes = |local: Vec<Endpoint>, remote: Vec<RemoteLocation>| {
         let ports = &view.spec.ports;
@@ -250,7 +253,7 @@ async fn routes(State(state): State<Shared>, Path(name): Path<String>) -> Result
             ports: ports.clone(),
             local: local.clone(),
             remote: remote.clone(),
-            away: Vec::new(),
+            away: if busy && !local.is_empty() { vec![away.clone()] } else { Vec::new() },
         };
         vips.iter().map(route).collect::<Vec<_>>()
     };
@@ -258,17 +261,27 @@ async fn routes(State(state): State<Shared>, Path(name): Path<String>) -> Result
         location: name.parse().unwrap(),
         withdrawn: name == "nrt",
         routes,
+        traffic: (name == "ams" && busy).then(traffic),
         problem: problem.map(Into::into),
     };
     Ok(Json(RoutesView {
         deployment: view.name.clone(),
         locations: vec![
-            location("ams", routes(local, vec![]), None),
+            location("ams", routes(local, if busy { vec![remote("nrt", 2)] } else { vec![] }), None),
             location("gru", vec![], Some("its location scheduler has stopped reporting")),
-            location("nrt", routes(vec![], vec![ams]), None),
+            location("nrt", routes(vec![], vec![remote("ams", 1)]), None),
         ],
         vips,
     }))
+}
+
+/// Of a location that sends some of what enters to another.
+fn traffic() -> Traffic {
+    serde_json::from_value(serde_json::json!({
+        "entering": 80.0, "asked": 100.8, "capacity": 20.0, "away": {"nrt": 192},
+        "grant": {"revision": 3, "asked": 100.8, "quotas": {"ams": 20.0, "nrt": 81.5}},
+    }))
+    .unwrap()
 }
 
 async fn submit(State(state): State<Shared>, Json(spec): Json<JobSpec>) -> Result<Json<JobView>, Failure> {

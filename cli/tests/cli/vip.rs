@@ -50,6 +50,31 @@ fn describe_says_who_has_which_share_and_why() {
 }
 
 #[test]
+fn describe_says_what_enters_and_what_may_go_elsewhere() {
+    let (home, _fake, registry) = hello();
+    registry.push(&home, "busy:v1").ok();
+    let spec = "kind: Deployment\nname: busy\nimage: busy:v1\nresources: {memory: 32Mi}\nports: [{port: 80}]\n\
+                load: {metric: connections_per_second, target: 20}\n";
+    home.run(&["apply", "-f", &home.file("busy.yaml", spec), "--wait"]).ok();
+    let text = home.run(&["vip", "describe", "busy", "--location", "ams"]).ok();
+    let line = "  New connections a second: 80.0 enter, 100.8 are asked for, instances here can serve 20.0; granted are ams 20.0, \
+                nrt 81.5";
+    assert!(text.lines().any(|it| it == line), "{text}");
+    let tokyo = text.lines().find(|line| line.contains("location nrt")).unwrap();
+    assert!(tokyo.contains("75.0%"), "{text}");
+    assert!(
+        tokyo.contains("has a share of 75.0% of what enters here; grants 81.5 new connections a second"),
+        "{text}"
+    );
+    let data = home.json(&["vip", "describe", "busy"]);
+    let locations = &data["vips"][0]["locations"];
+    assert_eq!(
+        (&locations[0]["traffic"]["entering"], &locations[2]["traffic"]),
+        (&80.0.into(), &Value::Null)
+    );
+}
+
+#[test]
 fn describe_and_trace_are_data_too() {
     let (home, _fake, _registry) = hello();
     let described = home.json(&["vip", "describe", "hello"]);

@@ -4,7 +4,7 @@ use std::{net::IpAddr, time::Duration};
 
 use anyplace_model::{
     DeploymentName, DeploymentSpec, Explanation, InstanceId, JobName, JobSpec, LocationId, LocationRecord,
-    LocationReport, LocationSettings, MachineId, MachineRecord, MachineReport, Prewarm, Route,
+    LocationReport, LocationSettings, MachineId, MachineRecord, MachineReport, Prewarm, Route, TrafficReport,
 };
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use serde::{Serialize, de::DeserializeOwned};
@@ -340,6 +340,15 @@ impl Client {
     /// Tells the location scheduler what a machine has.
     pub async fn report_machine(&self, report: &MachineReport) -> Result<(), ClientError> {
         self.no_content(Method::PUT, &format!("/v1/machines/{}/report", report.machine), Some(report)).await
+    }
+
+    /// Tells the location scheduler how many new connections enter at a machine.
+    pub async fn report_traffic(
+        &self,
+        machine: &MachineId,
+        report: &TrafficReport,
+    ) -> Result<(), ClientError> {
+        self.no_content(Method::PUT, &format!("/v1/machines/{machine}/traffic"), Some(report)).await
     }
 
     /// The location's machines.

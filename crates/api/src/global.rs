@@ -31,7 +31,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use anyplace_model::{
     Advert, DeploymentName, DeploymentSpec, ImageState, InstanceStatus, JobPhase, JobSpec, LocationId,
-    MachineId, Prewarm, Refusal, Route,
+    MachineId, Prewarm, Refusal, Route, Traffic,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -126,6 +126,9 @@ pub struct LocationRoutes {
     pub withdrawn: bool,
     /// One for each virtual IP that the location knows.
     pub routes: Vec<Route>,
+    /// What it said last of the deployment's new connections; none where load moves nothing to other locations.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traffic: Option<Traffic>,
     /// Why the location couldn't be asked; its routers keep the last routes.
     pub problem: Option<String>,
 }

@@ -31,6 +31,11 @@ pub struct Demand {
 }
 
 impl Demand {
+    /// Goes on with what was asked for before a restart, as if its peak had been measured just now.
+    pub fn remembered(now_ms: u64, asked: f64) -> Self {
+        Self { asked, peaks: VecDeque::from([(now_ms, asked / ASKED)]) }
+    }
+
     /// Takes in new connections a second, as measured lately. Returns what to ask for, in the same unit.
     pub fn measured(&mut self, now_ms: u64, rate: f64) -> f64 {
         while self.peaks.back().is_some_and(|(_, peak)| *peak <= rate) {
@@ -70,5 +75,13 @@ mod tests {
         assert!(demand.measured(61_000, 20.0) > asked);
         assert!(demand.measured(80_000, 20.0) < 30.0, "falls after a while");
         assert_eq!(demand.measured(99_000, 0.0), 0.0);
+    }
+
+    #[test]
+    fn what_was_asked_for_before_a_restart_is_held_like_a_peak() {
+        let mut demand = Demand::remembered(1_000, 126.0);
+        assert_eq!(demand.measured(2_000, 0.0), 126.0);
+        assert_eq!(demand.measured(11_000, 50.0), 126.0);
+        assert!(demand.measured(12_000, 50.0) < 70.0);
     }
 }

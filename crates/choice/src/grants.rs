@@ -45,6 +45,7 @@ pub struct Grant {
 #[derive(Debug, Clone, Default)]
 pub struct Ledger {
     rows: Vec<Row>,
+    first_revision: u64,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -55,10 +56,25 @@ struct Row {
 }
 
 impl Ledger {
-    /// Goes on with grants that ingresses have: after a restart, those that they report.
-    pub fn remembered(grants: impl IntoIterator<Item = Grant>) -> Self {
-        let row = |grant: Grant| Row { outstanding: grant.quotas.clone(), grant };
-        Self { rows: grants.into_iter().map(row).collect() }
+    /// An empty one, whose revisions are at least this: more than any of an earlier ledger, which ingresses may know.
+    pub fn starting_at(first_revision: u64) -> Self {
+        Self { rows: Vec::new(), first_revision }
+    }
+
+    /// Goes on with a grant that an ingress says it has, where that is newer than what is known here: an earlier ledger
+    /// made it.
+    pub fn adopt(&mut self, ingress: usize, grant: &Grant) {
+        if self.rows.len() <= ingress {
+            self.rows.resize_with(ingress + 1, Row::default);
+        }
+        let row = &mut self.rows[ingress];
+        if grant.revision > row.grant.revision {
+            for (site, quota) in &grant.quotas {
+                let most = row.outstanding.entry(*site).or_default();
+                *most = most.max(*quota);
+            }
+            row.grant = grant.clone();
+        }
     }
 
     /// The grant of an ingress.
@@ -69,7 +85,7 @@ impl Ledger {
     /// Takes a step towards the best; returns whose grant changed.
     pub fn round(&mut self, view: &View<'_>) -> Vec<usize> {
         let sites = view.asked.len();
-        self.rows.resize_with(sites, Row::default);
+        self.rows.resize_with(sites.max(self.rows.len()), Row::default);
         for (row, known) in self.rows.iter_mut().zip(view.known) {
             if row.grant.revision == *known {
                 row.outstanding.clone_from(&row.grant.quotas);
@@ -95,7 +111,7 @@ impl Ledger {
         let mut changed = Vec::new();
         for site in order {
             let next = plan.step(site, &now[site], &target[site], &used[site], &mut free);
-            if self.rows[site].set(site, next, view.asked[site]) {
+            if self.rows[site].set(site, next, view.asked[site], self.first_revision) {
                 changed.push(site);
             }
         }
@@ -130,7 +146,7 @@ impl Row {
         if self.grant.quotas.is_empty() { Flow::from([(here, need)]) } else { self.grant.quotas.clone() }
     }
 
-    fn set(&mut self, here: usize, mut quotas: Flow, asked: f64) -> bool {
+    fn set(&mut self, here: usize, mut quotas: Flow, asked: f64, first_revision: u64) -> bool {
         quotas.retain(|_, quota| *quota > NOTHING);
         if quotas.keys().all(|site| *site == here) && quotas.values().sum::<f64>() >= asked {
             quotas.clear();
@@ -147,7 +163,8 @@ impl Row {
             let most = self.outstanding.entry(*site).or_default();
             *most = most.max(*quota);
         }
-        self.grant = Grant { revision: self.grant.revision + 1, asked, quotas };
+        let revision = (self.grant.revision + 1).max(first_revision);
+        self.grant = Grant { revision, asked, quotas };
         true
     }
 }
@@ -306,6 +323,33 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// A new ledger hears of grants that an earlier one made, and makes none that was meant for others.
+    #[test]
+    fn a_new_ledger_goes_on_with_what_ingresses_have() {
+        let (asked, capacity) = ([150.0, 0.0, 60.0], [100.0, 100.0, 100.0]);
+        let away = vec![Vec::new(); 3];
+        let round = |ledger: &mut Ledger, known: &[u64]| {
+            let view = View { asked: &asked, away: &away, known, capacity: &capacity, latency_ms: &latency };
+            ledger.round(&view)
+        };
+        let mut first = Ledger::starting_at(7);
+        assert_eq!(round(&mut first, &[0; 3]), [0]);
+        let grant = first.grant(0).unwrap().clone();
+        assert_eq!(grant.revision, 7);
+        assert!(grant.quotas[&1] > 50.0);
+        let mut second = Ledger::starting_at(1_000);
+        second.adopt(0, &grant);
+        assert_eq!(second.grant(0), Some(&grant));
+        assert_eq!(round(&mut second, &[7, 0, 0]), [] as [usize; 0]);
+        second.adopt(0, &Grant { revision: 6, ..Grant::default() });
+        assert_eq!(second.grant(0), Some(&grant), "older ones change nothing");
+        let more = [170.0, 0.0, 60.0];
+        let view =
+            View { asked: &more, away: &away, known: &[7, 0, 0], capacity: &capacity, latency_ms: &latency };
+        assert_eq!(second.round(&view), [0]);
+        assert_eq!(second.grant(0).unwrap().revision, 1_000);
     }
 
     #[test]

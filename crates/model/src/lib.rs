@@ -11,11 +11,13 @@ mod location;
 mod machine;
 mod naming;
 mod off_peak;
+mod place;
 mod prewarm;
 mod quantity;
 mod reason;
 mod route;
 mod spec;
+mod traffic;
 mod validate;
 mod workload;
 
@@ -29,6 +31,7 @@ pub use location::{
 pub use machine::{Assignment, Condition, Gpu, ImageState, MachineDesired, MachineRecord, MachineReport};
 pub use naming::{GATEWAY, GATEWAY6, INSTANCE_NET6, container_mac, host_interface, instance_address6};
 pub use off_peak::{InvalidWindow, OffPeakWindow};
+pub use place::distance_km;
 pub use prewarm::{PRIORITY_AWAITED, PRIORITY_MAX, Prewarm};
 pub use quantity::{Bytes, DurationMs, InvalidQuantity, MilliCpu};
 pub use reason::{Explanation, LocationExplanation, ReasonCode, Refusal};
@@ -38,4 +41,5 @@ pub use spec::{
     JobSpec, LoadMetric, LoadTarget, PlacementConstraints, Port, Protocol, Resources, SchedulingPolicy, Spec,
     TcpCheck,
 };
+pub use traffic::{Grant, Traffic, TrafficReport};
 pub use workload::{AttemptId, Workload};

@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::{
-    AttemptId, AttemptStatus, Bytes, DeploymentName, DeploymentSpec, ImageState, InstanceStatus, Isolation,
-    JobSpec, LocationId, MachineId, MilliCpu, OffPeakWindow, Port, Prewarm, Refusal,
+    AttemptId, AttemptStatus, Bytes, DeploymentName, DeploymentSpec, Grant, ImageState, InstanceStatus,
+    Isolation, JobSpec, LocationId, MachineId, MilliCpu, OffPeakWindow, Port, Prewarm, Refusal, Traffic,
 };
 
 /// Free blocks of one size on GPUs of one model.
@@ -123,6 +123,13 @@ pub enum LocationDesired {
     Prewarm(Prewarm),
     /// Where else a deployment is served. Key `routes/<deployment>`.
     Route(RemoteRoute),
+    /// What may go where of a deployment's new connections. Key `grants/<deployment>`.
+    Grant {
+        /// The deployment.
+        deployment: DeploymentName,
+        /// What it may send where.
+        grant: Grant,
+    },
     /// Key `settings`.
     Settings {
         /// The operator's settings.
@@ -177,6 +184,9 @@ pub struct RemoteRoute {
     pub vip6: Option<Ipv6Addr>,
     /// Its ports.
     pub ports: Vec<Port>,
+    /// New connections a second that an instance should have; none where load moves nothing to other locations.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connections_per_second: Option<f64>,
     /// Locations with ready instances, alive and not withdrawn, by name.
     pub backends: Vec<RemoteBackend>,
 }
@@ -231,6 +241,10 @@ pub struct LocationReport {
     /// How far each wished image is on the machines chosen for it.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub prewarms: BTreeMap<String, BTreeMap<MachineId, ImageState>>,
+    /// New connections of the deployments that say how many an instance should have. One that isn't in it is as it was:
+    /// after a start nothing has been measured for a moment.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub traffic: BTreeMap<DeploymentName, Traffic>,
 }
 
 /// What became of a placement.

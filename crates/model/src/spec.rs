@@ -217,6 +217,14 @@ pub struct Instances {
     pub max: Option<u32>,
 }
 
+impl DeploymentSpec {
+    /// New connections a second that an instance should have, where the spec says it.
+    pub fn connections_per_second(&self) -> Option<f64> {
+        let load = self.load.as_ref().filter(|load| load.metric == LoadMetric::ConnectionsPerSecond)?;
+        Some(load.target)
+    }
+}
+
 impl Default for Instances {
     fn default() -> Self {
         Self { min: 1, max: None }
@@ -344,7 +352,7 @@ pub struct ExecCheck {
 pub struct LoadTarget {
     /// What is counted.
     pub metric: LoadMetric,
-    /// The load that an instance should have: requests, requests/s, or percent of its CPU.
+    /// The load that an instance should have: requests, connections/s, requests/s, or percent of its CPU.
     pub target: f64,
 }
 
@@ -354,6 +362,9 @@ pub struct LoadTarget {
 pub enum LoadMetric {
     /// Open connections or requests at once.
     Concurrency,
+    /// New TCP connections each second. Where more enter a location than its instances should have, the rest goes to
+    /// other locations.
+    ConnectionsPerSecond,
     /// Requests each second.
     RequestsPerSecond,
     /// Percent of the CPU that it asked for.

@@ -3,7 +3,7 @@
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use anyplace_api::{ErrorCode, LocationRoutes, Problem, RoutesView};
-use anyplace_model::{DeploymentName, LocationId, Route};
+use anyplace_model::{DeploymentName, LocationId, Route, Traffic};
 use anyplace_service::{Failure, Json};
 use axum::extract::State;
 use futures_util::{StreamExt as _, stream};
@@ -20,6 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 struct Source {
     location: LocationId,
     withdrawn: bool,
+    traffic: Option<Traffic>,
     address: Result<(String, String), String>,
 }
 
@@ -36,24 +37,25 @@ pub(super) async fn of_deployment(
         let record = &world.deployments.get(&name).ok_or_else(|| unknown_deployment(&name))?.value;
         let vips: Vec<IpAddr> = record.vips().collect();
         let joined = world.locations.iter().filter(|(_, location)| location.known.is_some());
-        (vips, joined.map(|(id, location)| source(id, location)).collect::<Vec<_>>())
+        (vips, joined.map(|(id, location)| source(id, location, &name)).collect::<Vec<_>>())
     };
     let asked = stream::iter(sources).map(|source| ask(&app, source, &vips)).buffered(CONCURRENCY);
     let locations = asked.collect().await;
     Ok(Json(RoutesView { deployment: name, vips, locations }))
 }
 
-fn source(id: &LocationId, location: &LocationState) -> Source {
+fn source(id: &LocationId, location: &LocationState, name: &DeploymentName) -> Source {
     let address = match &location.observed {
         None => Err("it has not reported since the global scheduler started".into()),
         Some(_) if !location.is_alive() => Err("its location scheduler has stopped reporting".into()),
         Some(observed) => Ok((observed.advertise.clone(), observed.log_token.clone())),
     };
-    Source { location: id.clone(), withdrawn: location.settings.withdrawn, address }
+    let traffic = location.observed.as_ref().and_then(|observed| observed.traffic.get(name)).cloned();
+    Source { location: id.clone(), withdrawn: location.settings.withdrawn, traffic, address }
 }
 
 async fn ask(app: &App, source: Source, vips: &[IpAddr]) -> LocationRoutes {
-    let Source { location, withdrawn, address } = source;
+    let Source { location, withdrawn, traffic, address } = source;
     let answer = match address {
         Ok((address, token)) => match tokio::time::timeout(PATIENCE, fetch(app, &address, token, vips)).await
         {
@@ -66,7 +68,7 @@ async fn ask(app: &App, source: Source, vips: &[IpAddr]) -> LocationRoutes {
         Ok(routes) => (routes, None),
         Err(problem) => (Vec::new(), Some(problem)),
     };
-    LocationRoutes { location, withdrawn, routes, problem }
+    LocationRoutes { location, withdrawn, routes, traffic, problem }
 }
 
 async fn fetch(app: &App, address: &str, token: String, vips: &[IpAddr]) -> Result<Vec<Route>, String> {

@@ -11,9 +11,9 @@ use std::{
 use anyplace_api::{Client, Role, TokenRequest, TokenScope, WatchEvent, Watcher};
 use anyplace_global_scheduler::Config;
 use anyplace_model::{
-    Advert, AttemptStatus, Bytes, DeploymentSpec, ImageState, InstancePhase, InstanceStatus, Isolation,
-    JobSpec, LocationDesired, LocationReport, MachineId, MilliCpu, PlacementStatus, ReasonCode, Refusal,
-    RemoteRoute, Workload,
+    Advert, AttemptStatus, Bytes, DeploymentName, DeploymentSpec, ImageState, InstancePhase, InstanceStatus,
+    Isolation, JobSpec, LocationDesired, LocationReport, MachineId, MilliCpu, PlacementStatus, ReasonCode,
+    Refusal, RemoteRoute, Traffic, Workload,
 };
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
@@ -157,6 +157,8 @@ pub(crate) struct Script {
     pub(crate) advertise: Option<String>,
     /// How far wished images are on its machines.
     pub(crate) prewarms: BTreeMap<String, BTreeMap<MachineId, ImageState>>,
+    /// What it says of new connections.
+    pub(crate) traffic: BTreeMap<DeploymentName, Traffic>,
     /// What it was told to have.
     pub(crate) desired: BTreeMap<String, LocationDesired>,
 }
@@ -272,6 +274,7 @@ fn make_report(name: &str, epoch: u64, sequence: u64, advert: &Advert, script: &
         placements: Vec::new(),
         attempts: script.foreign.clone(),
         prewarms: script.prewarms.clone(),
+        traffic: script.traffic.clone(),
     };
     for desired in script.desired.values() {
         match desired {

@@ -1,4 +1,4 @@
-//! Decides which machine runs which instance (pure).
+//! Decides which machine runs which instance, and which parts of new connections go to other locations (pure).
 //!
 //! One [`State`] goes in; a [`Plan`], routes, an advert and statuses come out. Nothing here reads a clock, draws
 //! random numbers, or does I/O: time is a field of the state, and instance names are the caller's.
@@ -11,6 +11,7 @@ mod plan;
 mod refusal;
 mod room;
 mod routes;
+mod sharing;
 mod state;
 mod status;
 
@@ -18,7 +19,8 @@ pub use advert::advert;
 pub use packing::{Ask, Cost, Fit, Free, Gpu, GpuSet, Lack, Mix, Models, Packer};
 pub use plan::{Change, Plan, Start, Verdict, plan};
 pub use room::FreeRoom;
-pub use routes::{distance_km, routes, stamp};
+pub use routes::{routes, stamp};
+pub use sharing::{Sharing, capacity};
 pub use state::{Life, Machine, Reservation, Site, Stage, State, Timing};
 pub use status::{
     attempt_statuses, desired, ingress, instance_statuses, placement_statuses, prewarm_statuses,

@@ -7,13 +7,10 @@ use std::{
 
 use anyplace_model::{
     Announcement, DeploymentName, Endpoint, FULL_WEIGHT, Placement, Port, RemoteLocation, RemoteRoute, Route,
-    RouteRecord,
+    RouteRecord, distance_km,
 };
 
 use crate::state::{Observed, Site, Stage, State};
-
-/// Mean radius of the earth in kilometres.
-const EARTH_RADIUS_KM: f64 = 6_371.0;
 
 /// The routes now, by the key of the routers' watch.
 pub fn routes(state: &State) -> BTreeMap<String, RouteRecord> {
@@ -53,15 +50,6 @@ pub fn stamp(records: &mut BTreeMap<String, RouteRecord>, last: &BTreeMap<String
             };
         }
     }
-}
-
-/// Great-circle distance between two places in degrees north and east (haversine).
-pub fn distance_km(from: (f64, f64), to: (f64, f64)) -> f64 {
-    let (from_north, to_north) = (from.0.to_radians(), to.0.to_radians());
-    let north = ((to_north - from_north) / 2.0).sin();
-    let east = ((to.1 - from.1).to_radians() / 2.0).sin();
-    let chord = north * north + from_north.cos() * to_north.cos() * east * east;
-    2.0 * EARTH_RADIUS_KM * chord.clamp(0.0, 1.0).sqrt().asin()
 }
 
 fn vips(state: &State) -> BTreeMap<IpAddr, Route> {
@@ -113,6 +101,11 @@ fn vips(state: &State) -> BTreeMap<IpAddr, Route> {
             });
         }
     }
+    for (vip, name) in &owners {
+        if let (Some(away), Some(route)) = (state.away.get(*name), vips.get_mut(vip)) {
+            route.away.clone_from(away);
+        }
+    }
     for (name, remote) in &state.remote {
         for vip in remote.vips().filter(|vip| owners.get(vip) == Some(&name)) {
             if let Some(route) = vips.get_mut(&vip) {
@@ -146,17 +139,4 @@ fn elsewhere(site: &Site, remote: &RemoteRoute) -> Vec<RemoteLocation> {
     locations
         .sort_by(|a, b| a.distance_km.total_cmp(&b.distance_km).then_with(|| a.location.cmp(&b.location)));
     locations
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn distances_are_those_of_the_globe() {
-        let (ams, nrt) = ((52.31, 4.76), (35.76, 140.39));
-        assert!((distance_km(ams, nrt) - 9_340.0).abs() < 60.0, "{}", distance_km(ams, nrt));
-        assert!(distance_km(ams, ams) < 0.001);
-        assert!((distance_km((0.0, 179.5), (0.0, -179.5)) - 111.2).abs() < 0.5, "across the date line");
-    }
 }

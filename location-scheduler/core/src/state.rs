@@ -6,8 +6,8 @@ use std::{
 };
 
 use anyplace_model::{
-    Assignment, AttemptId, DeploymentName, InstanceId, InstanceStatus, JobSpec, LocationId, LocationSettings,
-    MachineId, MachineReport, OffPeakWindow, Placement, Prewarm, RemoteRoute, Workload,
+    Assignment, AttemptId, Away, DeploymentName, InstanceId, InstanceStatus, JobSpec, LocationId,
+    LocationSettings, MachineId, MachineReport, OffPeakWindow, Placement, Prewarm, RemoteRoute, Workload,
 };
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -39,6 +39,8 @@ pub struct State {
     pub wishes: BTreeMap<String, Prewarm>,
     /// Where else deployments are served.
     pub remote: BTreeMap<DeploymentName, RemoteRoute>,
+    /// Which parts of deployments' new connections go to other locations, and did before; the newest first.
+    pub away: BTreeMap<DeploymentName, Vec<Away>>,
     /// Machines that the last plan had fetch the images of waiting attempts.
     pub prewarms: BTreeMap<AttemptId, MachineId>,
     /// Images that the last plan had machines keep warm, with their priorities.

@@ -7,17 +7,14 @@ use std::{
 };
 
 use anyplace_api::{Client, WatchEvent, Watcher};
-use anyplace_model::{Endpoint, RouteRecord};
+use anyplace_model::{Away, Endpoint, Route, RouteRecord};
 
 #[derive(Clone, Default)]
 pub(crate) struct View(BTreeMap<String, RouteRecord>);
 
 impl View {
     pub(crate) fn endpoints(&self, vip: &str) -> Vec<Endpoint> {
-        match self.0.get(&format!("vips/{vip}")) {
-            Some(RouteRecord::Vip(route)) => route.local.clone(),
-            _ => Vec::new(),
-        }
+        self.route(vip).map_or(Vec::new(), |route| route.local.clone())
     }
 
     pub(crate) fn ready_endpoints(&self, vip: &str) -> Vec<Endpoint> {
@@ -30,6 +27,22 @@ impl View {
 
     pub(crate) fn draining(&self, vip: &str) -> usize {
         self.endpoints(vip).iter().filter(|endpoint| endpoint.draining).count()
+    }
+
+    fn route(&self, vip: &str) -> Option<&Route> {
+        match self.0.get(&format!("vips/{vip}")) {
+            Some(RouteRecord::Vip(route)) => Some(route),
+            _ => None,
+        }
+    }
+
+    /// What goes to other locations, and did before.
+    pub(crate) fn away(&self, vip: &str) -> Vec<Away> {
+        self.route(vip).map_or(Vec::new(), |route| route.away.clone())
+    }
+
+    pub(crate) fn parts(&self, vip: &str, location: &str) -> u16 {
+        self.route(vip).map_or(0, |route| route.parts_to(&location.parse().unwrap()))
     }
 
     /// How many prefixes are announced, once it is known.

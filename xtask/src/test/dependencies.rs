@@ -20,12 +20,19 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("anyplace-ebpf", &["anyplace-ebpf-common"]),
     ("anyplace-ebpf-model", &["anyplace-ebpf-common"]),
     ("anyplace-global-core", &["anyplace-model"]),
-    ("anyplace-location-core", &["anyplace-model"]),
+    ("anyplace-location-core", &["anyplace-choice", "anyplace-model"]),
     ("anyplace-registry-core", &["anyplace-model"]),
     ("anyplace-router-core", &["anyplace-model"]),
     (
         "anyplace-global-scheduler",
-        &["anyplace-api", "anyplace-global-core", "anyplace-model", "anyplace-service", "anyplace-store"],
+        &[
+            "anyplace-api",
+            "anyplace-choice",
+            "anyplace-global-core",
+            "anyplace-model",
+            "anyplace-service",
+            "anyplace-store",
+        ],
     ),
     (
         "anyplace-location-scheduler",

@@ -157,6 +157,7 @@ impl World {
             placements: BTreeMap::new(),
             attempts: BTreeMap::new(),
             remote: BTreeMap::new(),
+            away: BTreeMap::new(),
             prewarms: BTreeMap::new(),
             warm: BTreeMap::new(),
             wishes: BTreeMap::new(),

@@ -1,0 +1,103 @@
+//! The ledger: what locations say of new connections, and what they are granted.
+
+use anyplace_model::{Grant, LocationDesired, LocationId, Traffic};
+use serde_json::json;
+
+use crate::support::{Bed, FakeLocation, advert, deployment, eventually};
+
+fn load() -> anyplace_model::DeploymentSpec {
+    deployment(json!({"load": {"metric": "connections_per_second", "target": 20}}))
+}
+
+fn say(location: &FakeLocation, asked: f64, capacity: f64) {
+    let mut script = location.script.lock().unwrap();
+    let traffic = script.traffic.entry("hello".parse().unwrap()).or_default();
+    (traffic.entering, traffic.asked, traffic.capacity) = (asked / 1.26, asked, capacity);
+}
+
+fn granted(location: &FakeLocation) -> Option<Grant> {
+    match location.script.lock().unwrap().desired.get("grants/hello") {
+        Some(LocationDesired::Grant { deployment, grant }) => {
+            assert_eq!(deployment.as_str(), "hello");
+            Some(grant.clone())
+        }
+        _ => None,
+    }
+}
+
+fn quota(grant: &Grant, location: &str) -> f64 {
+    grant.quotas.get(&location.parse::<LocationId>().unwrap()).copied().unwrap_or(0.0)
+}
+
+/// As a location does with its grant: it says that it knows it, and sends its parts so.
+fn obey(location: &FakeLocation) {
+    let grant = granted(location).unwrap();
+    location.script.lock().unwrap().traffic.get_mut("hello").unwrap().grant = grant;
+}
+
+async fn bed() -> (Bed, FakeLocation, FakeLocation, FakeLocation) {
+    let bed = Bed::start().await;
+    let at = |latitude, longitude| anyplace_model::Advert { latitude, longitude, ..advert() };
+    let ams = bed.location_with("ams", at(52.3, 4.8)).await;
+    let fra = bed.location_with("fra", at(50.0, 8.6)).await;
+    let nrt = bed.location_with("nrt", at(35.8, 140.4)).await;
+    (bed, ams, fra, nrt)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_exceeds_a_location_is_granted_by_the_nearest_and_survives_a_restart() {
+    let (mut bed, ams, fra, nrt) = bed().await;
+    bed.admin.apply_deployment(&load()).await.unwrap();
+    eventually("locations learn the load", || async {
+        ams.route("hello").is_some_and(|route| route.connections_per_second == Some(20.0))
+    })
+    .await;
+    say(&fra, 10.0, 60.0);
+    say(&nrt, 10.0, 500.0);
+    say(&ams, 100.0, 20.0);
+    eventually("a grant for Amsterdam", || async {
+        granted(&ams).is_some_and(|grant| grant.quotas.values().sum::<f64>() >= 100.0)
+    })
+    .await;
+    let grant = granted(&ams).unwrap();
+    assert!(quota(&grant, "ams") < 20.01, "{grant:?}");
+    assert!((40.0..50.01).contains(&quota(&grant, "fra")), "what Frankfurt has left: {grant:?}");
+    assert!(quota(&grant, "nrt") > 0.0, "the rest: {grant:?}");
+    assert_eq!((granted(&fra), granted(&nrt)), (None, None), "who needs nothing from others has no grant");
+    obey(&ams);
+
+    // Whoever made the grants is gone and comes back; the same grants hold, and later ones are newer.
+    bed.restart().await;
+    eventually("the grant is back", || async { granted(&ams) == Some(grant.clone()) }).await;
+    say(&ams, 150.0, 20.0);
+    eventually("more", || async { granted(&ams).is_some_and(|it| it.quotas.values().sum::<f64>() >= 150.0) })
+        .await;
+    assert!(granted(&ams).unwrap().revision > grant.revision, "newer");
+    bed.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_withdrawn_location_grants_nothing_and_without_a_load_there_are_no_grants() {
+    let (mut bed, ams, fra, nrt) = bed().await;
+    bed.admin.apply_deployment(&load()).await.unwrap();
+    say(&fra, 0.0, 500.0);
+    say(&nrt, 0.0, 500.0);
+    say(&ams, 100.0, 20.0);
+    eventually("Frankfurt's grant", || async { granted(&ams).is_some_and(|it| quota(&it, "fra") > 70.0) })
+        .await;
+    let settings = anyplace_model::LocationSettings { withdrawn: true, ..Default::default() };
+    bed.admin.set_location(&"fra".parse().unwrap(), &settings).await.unwrap();
+    eventually("Tokyo's instead", || async {
+        obey(&ams);
+        granted(&ams).is_some_and(|it| quota(&it, "fra") == 0.0 && quota(&it, "nrt") > 70.0)
+    })
+    .await;
+    let view = bed.admin.routes(&"hello".parse().unwrap()).await.unwrap();
+    let said: Vec<Option<f64>> =
+        view.locations.iter().map(|it| it.traffic.as_ref().map(|traffic: &Traffic| traffic.asked)).collect();
+    assert_eq!(said, [Some(100.0), Some(0.0), Some(0.0)], "what locations said is shown");
+
+    bed.admin.apply_deployment(&deployment(json!({}))).await.unwrap();
+    eventually("no grants", || async { granted(&ams).is_none() }).await;
+    bed.stop().await;
+}
