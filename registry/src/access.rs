@@ -238,6 +238,10 @@ impl Access {
                 let message = match bad {
                     Bad::Foreign => "this token was not made here; get one from /auth/token",
                     Bad::Expired => "this token has expired; get another from /auth/token",
+                    Bad::Early => {
+                        "this token is of a later time than this registry's clock: it was set back, or another registry's \
+                         clock is off; get another from /auth/token, and set the clocks"
+                    }
                 };
                 self.unauthorized(headers, &Need::Identity, message, Some("invalid_token"))
             })?;
@@ -334,12 +338,14 @@ impl Access {
 
     /// A token with what `who` may do of these scopes.
     fn token(&self, who: &Who, scopes: &[Scope]) -> Answer<String> {
+        let issued_s = now_s();
         let claims = Claims {
             account: who.account.clone(),
             team: who.team.clone(),
             // Also those that allow nothing: see `Who::asked_for`.
             scopes: scopes.iter().map(|scope| who.granted(scope)).collect(),
-            expires_s: now_s() + self.config.token_ttl_s,
+            issued_s,
+            expires_s: issued_s.saturating_add(self.config.token_ttl_s),
         };
         self.signer.sign(&claims).map_err(|error| crate::errors::internal("making a token", error))
     }

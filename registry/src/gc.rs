@@ -36,7 +36,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::access::Audit;
 use crate::config::Config;
-use crate::storage::{Note, Storage};
+use crate::storage::{Ages, Note, Storage};
 pub use report::{GcPhase, GcReport, GcSeen, GcSpared, GcStatus};
 use run::Context;
 pub use settings::{GcConfig, RetentionConfig, RuleConfig};
@@ -110,6 +110,7 @@ impl Totals {
 /// A collection that may go on.
 struct Begun {
     report: GcReport,
+    ages: Ages,
     one: OwnedMutexGuard<()>,
 }
 
@@ -184,6 +185,8 @@ impl Collector {
 
     /// Removes what is left over, and collects if it is time.
     async fn check(&self) -> anyhow::Result<Option<GcReport>> {
+        // Also for those that start later: what nobody looked at, they don't count.
+        self.storage.now().await?;
         let stale = hold::remove_stale(&self.storage).await?;
         if stale > 0 {
             tracing::info!(stale, "removed markers of collections that didn't come to their end");
@@ -195,7 +198,7 @@ impl Collector {
         }
         if let Some((last, ended)) = self.storage.note::<GcReport>(Note::LastCollection).await? {
             let wait = if last.phase == GcPhase::Failed { every.min(RETRY_AFTER) } else { every };
-            if self.storage.now().await?.duration_since(ended).unwrap_or_default() < wait {
+            if self.storage.ages().await?.of_past(ended) < wait {
                 return Ok(None);
             }
         }
@@ -244,11 +247,11 @@ impl Collector {
     async fn begin(&self, dry_run: bool) -> Result<Begun, NotBegun> {
         let one = self.one.clone().try_lock_owned();
         let one = one.map_err(|_| NotBegun::Busy("in this registry".to_owned()))?;
-        let now = self.storage.now().await?;
+        let ages = self.storage.ages().await?;
         let run = hex::encode(rand::random::<[u8; 8]>());
         if !dry_run {
             if let Some((lease, put)) = self.storage.note::<Lease>(Note::Lease).await?
-                && now.duration_since(put).unwrap_or_default() < LEASE
+                && ages.of_past(put) < LEASE
             {
                 return Err(NotBegun::Busy(lease.run));
             }
@@ -260,16 +263,16 @@ impl Collector {
                 put => put?,
             }
         }
-        let started = Timestamp::try_from(now).context("the store's time is no time")?;
+        let started = Timestamp::try_from(ages.now()).context("the store's time is no time")?;
         let report = GcReport::new(run, dry_run, started);
         if let Ok(mut running) = self.running.lock() {
             *running = Some(report.clone());
         }
-        Ok(Begun { report, one })
+        Ok(Begun { report, ages, one })
     }
 
     async fn go_on(&self, begun: Begun) -> GcReport {
-        let Begun { report, one } = begun;
+        let Begun { report, ages, one } = begun;
         let (run, dry_run) = (report.run.clone(), report.dry_run);
         let renewing = async {
             loop {
@@ -283,7 +286,7 @@ impl Collector {
         };
         let outcome = tokio::select! {
             biased;
-            outcome = self.work(&report) => outcome,
+            outcome = self.work(&report, ages) => outcome,
             () = renewing => Ok(()),
         };
         let now = self.storage.now().await.ok().and_then(|now| Timestamp::try_from(now).ok());
@@ -322,7 +325,7 @@ impl Collector {
         finished
     }
 
-    async fn work(&self, report: &GcReport) -> anyhow::Result<()> {
+    async fn work(&self, report: &GcReport, ages: Ages) -> anyhow::Result<()> {
         let in_use = match self.rules.is_empty() {
             true => None,
             false => match in_use::fetch(&self.retention).await {
@@ -344,7 +347,7 @@ impl Collector {
         let context = Context {
             storage: &self.storage,
             run: report.run.clone(),
-            now: report.started.into(),
+            ages,
             grace_ms: self.gc.grace.0,
             window: self.window(),
             dry_run: report.dry_run,

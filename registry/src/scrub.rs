@@ -147,7 +147,7 @@ impl Scrubber {
         let Some((_, ended)) = self.storage.note::<ScrubReport>(Note::LastScrub).await? else {
             return Ok(true);
         };
-        Ok(self.storage.now().await?.duration_since(ended).unwrap_or_default() >= every)
+        Ok(self.storage.ages().await?.of_past(ended) >= every)
     }
 
     /// Begins a scrub, or goes on with the one that was interrupted, in the background; none if one runs already.

@@ -13,7 +13,7 @@
 //! - `repositories/<name>/_trash/<when>-<random>`: deleted, and can be brought back
 //! - `gc/deleting/<algorithm>/<digest>/<run>`: a collector is about to delete this content, or links to it
 //! - `quarantine/<algorithm>/<digest>-<random>`: content that turned out wrong
-//! - `gc/clock`: written to read the store's own time
+//! - `gc/clock`: written to read the store's own time; `gc/skipped`: what ages leave out of it (see `clock`)
 //! - `reserve`: blocks that deletions get where a disk is full (see `room`); only in a folder
 //! - `access/...`: accounts, teams, the key of tokens
 //! - `uploads/<id>...`, `data/<upload>/...`: uploads in progress, and what became of them (see `uploads`)
@@ -28,6 +28,7 @@
 //! entry is put first, then the blobs' markers are waited for, then their links looked for.
 
 mod bucket;
+mod clock;
 mod collect;
 mod content;
 mod documents;
@@ -48,8 +49,8 @@ mod tags;
 mod tests;
 
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
-use std::time::{Duration, SystemTime};
+use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use anyplace_images::Digest;
@@ -58,12 +59,12 @@ use futures_util::stream::BoxStream;
 use object_store::multipart::MultipartStore;
 use object_store::path::Path;
 use object_store::{GetResultPayload, ObjectStore, ObjectStoreExt as _, PutMode};
-use tokio::time::Instant;
 
 use crate::config::Config;
 #[cfg(test)]
 pub(crate) use bucket::LIST_MAX_BYTES;
 pub(crate) use bucket::Segment;
+pub(crate) use clock::Ages;
 pub(crate) use collect::{Marked, Note, Trashed, TrashedItem};
 pub(crate) use content::Content;
 pub(crate) use error::{Error, Result, is_full};
@@ -109,8 +110,7 @@ struct Inner {
     room: Arc<Room>,
     /// Whether the store can put an object only if there is none, so that one of several writers wins.
     conditional: bool,
-    /// The store's time, and when it was read.
-    clock: OnceLock<(SystemTime, Instant)>,
+    clock: clock::Clock,
     /// Age from which a link is renewed when a client asks for the blob: a quarter of the collectors' grace.
     renew_after: Duration,
 }
@@ -150,7 +150,7 @@ impl Storage {
         name: String,
         renew_after: Duration,
     ) -> anyhow::Result<Storage> {
-        let clock = OnceLock::new();
+        let clock = clock::Clock::default();
         let (room, conditional) = match &place {
             // A file can be made only where there is none. Nothing else is written, for the disk may be full.
             Place::Folder(folder) => (Room::in_folder(folder), true),
@@ -160,7 +160,7 @@ impl Storage {
         let inner = Inner { objects, bulk, name, place, room, conditional, clock, renew_after };
         let storage = Storage { inner: Arc::new(inner) };
         storage.check_format().await?;
-        storage.now().await?;
+        storage.learn_clock().await?;
         Ok(storage)
     }
 

@@ -35,6 +35,7 @@ const PACKAGES: &[(&str, Sign, &str)] = &[
     ("containerd", Program("ctr"), "the tests and benches with another engine"),
     ("docker.io", Program("dockerd"), "the tests with another engine"),
     ("skopeo", Program("skopeo"), "the tests and benches with another client"),
+    ("faketime", Program("faketime"), "the registry's tests with clocks that are set"),
     ("curl", Program("curl"), "looking at the platform from outside"),
     ("procps", Program("ps"), "looking at the platform from outside"),
     ("tzdata", File("/usr/share/zoneinfo/Asia/Tokyo"), "the locations' time zones"),

@@ -6,10 +6,12 @@
 //! - [`marks`]: what was seen in use, within a bound of memory
 //! - [`pattern`]: names with `*`
 //! - [`access`]: who may do what
+//! - [`clock`]: ages by a clock that may be wrong
 //!
 //! Digests are whatever type the caller has. This crate must not know about HTTP, disks or object stores.
 
 pub mod access;
+pub mod clock;
 pub mod marks;
 pub mod pattern;
 pub mod plan;

@@ -13,6 +13,8 @@ use sha2::Sha256;
 
 /// Longer ones are none of ours.
 const TOKEN_MAX_BYTES: usize = 16 << 10;
+/// How far the clocks of registries on one store may differ, in seconds.
+const AHEAD_MAX_S: u64 = 120;
 
 /// What a token says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,6 +25,8 @@ pub(crate) struct Claims {
     pub(crate) team: Option<String>,
     /// What it allows.
     pub(crate) scopes: Vec<Scope>,
+    /// When it was made, in seconds since 1970.
+    pub(crate) issued_s: u64,
     /// Until when, in seconds since 1970.
     pub(crate) expires_s: u64,
 }
@@ -32,6 +36,8 @@ pub(crate) struct Claims {
 pub(crate) enum Bad {
     Foreign,
     Expired,
+    /// It is to be made yet: a clock was set back since, or another registry's is ahead.
+    Early,
 }
 
 /// Signs and reads tokens.
@@ -57,6 +63,10 @@ impl Signer {
         // Compares in constant time.
         self.0.clone().chain_update(payload).verify_slice(&decode(signature)?).map_err(|_| Bad::Foreign)?;
         let claims: Claims = serde_json::from_slice(&decode(payload)?).map_err(|_| Bad::Foreign)?;
+        if claims.issued_s > now_s.saturating_add(AHEAD_MAX_S) {
+            // It would be good for longer than tokens are.
+            return Err(Bad::Early);
+        }
         if claims.expires_s <= now_s { Err(Bad::Expired) } else { Ok(claims) }
     }
 }
@@ -72,18 +82,21 @@ mod tests {
             account: "ana".into(),
             team: None,
             scopes: vec!["repository:a:pull".parse().unwrap()],
-            expires_s: 100,
+            issued_s: 1_000,
+            expires_s: 1_300,
         };
         let token = signer.sign(&claims).unwrap();
-        assert_eq!(signer.read(&token, 99), Ok(claims));
-        assert_eq!(signer.read(&token, 100), Err(Bad::Expired));
-        assert_eq!(Signer::new(&[8; 64]).read(&token, 0), Err(Bad::Foreign));
+        assert_eq!(signer.read(&token, 1_299), Ok(claims.clone()));
+        assert_eq!(signer.read(&token, 1_300), Err(Bad::Expired));
+        assert_eq!(signer.read(&token, 1_000 - AHEAD_MAX_S), Ok(claims));
+        assert_eq!(signer.read(&token, 999 - AHEAD_MAX_S), Err(Bad::Early));
+        assert_eq!(Signer::new(&[8; 64]).read(&token, 1_000), Err(Bad::Foreign));
         for at in 0..token.len() {
             let mut bytes = token.clone().into_bytes();
             bytes[at] = if bytes[at] == b'A' { b'B' } else { b'A' };
             let changed = String::from_utf8(bytes).unwrap();
             // The last character of each part may carry bits that mean nothing; the decoder refuses those.
-            assert_eq!(signer.read(&changed, 0), Err(Bad::Foreign), "byte {at}");
+            assert_eq!(signer.read(&changed, 1_000), Err(Bad::Foreign), "byte {at}");
         }
         for text in ["", ".", "a.b", &"x".repeat(TOKEN_MAX_BYTES + 1)] {
             assert_eq!(signer.read(text, 0), Err(Bad::Foreign));

@@ -11,6 +11,7 @@ use std::sync::Mutex;
 use std::task::Poll;
 use std::time::Duration;
 
+use anyplace_registry_core::clock::TOLERANCE_MS;
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use tokio::time::Instant;
 
@@ -39,12 +40,17 @@ impl Hold {
         let since = Instant::now();
         let hold = Hold { marked, since, unsure: Mutex::default() };
         let put = async |marked: Marked| cx.storage.put_marker(&marked, &cx.run).await;
-        let outcome = stream::iter(hold.marked.clone()).map(put).buffered(AT_ONCE).try_collect::<()>().await;
-        if let Err(error) = outcome {
-            hold.close(cx).await;
-            return Err(error.into());
+        let opening = async {
+            stream::iter(hold.marked.clone()).map(put).buffered(AT_ONCE).try_collect::<()>().await?;
+            goes_on(cx).await
+        };
+        match opening.await {
+            Ok(()) => Ok(hold),
+            Err(error) => {
+                hold.close(cx).await;
+                Err(error)
+            }
         }
-        Ok(hold)
     }
 
     /// Does a deletion at one of the marked, as long as it isn't too late: each of its requests begins in time, or not at
@@ -101,16 +107,34 @@ impl Hold {
     }
 }
 
+/// Whether the store's clock is after the collection's start. What was put before the markers, after the clock was set back,
+/// would look old.
+async fn goes_on(cx: &Context<'_>) -> anyhow::Result<()> {
+    let now = cx.storage.now().await?;
+    #[cfg(test)]
+    if crate::storage::mutant::is(crate::storage::mutant::Mutant::NoLookAtClock) {
+        return Ok(());
+    }
+    let back = cx.ages.now().duration_since(now).unwrap_or_default();
+    anyhow::ensure!(
+        back <= Duration::from_millis(TOLERANCE_MS),
+        "the store's clock was set back by {} s while the collection ran, so ages aren't known; nothing more is deleted, \
+         and the next collection goes on",
+        back.as_secs()
+    );
+    Ok(())
+}
+
 /// Removes the markers that nobody can be behind any more, and says how many there were.
 pub(super) async fn remove_stale(storage: &crate::storage::Storage) -> Result<u64> {
     let markers = storage.markers().await?;
     if markers.is_empty() {
         return Ok(0);
     }
-    let now = storage.now().await?;
+    let ages = storage.ages().await?;
     let mut removed = 0;
     for marker in markers {
-        if now.duration_since(marker.put).unwrap_or_default() >= STALE_AFTER {
+        if ages.of_past(marker.put) >= STALE_AFTER {
             removed += u64::from(storage.remove_stale_marker(&marker).await?);
         }
     }

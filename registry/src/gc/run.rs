@@ -21,7 +21,7 @@ use super::report::{GcPhase, GcReport};
 use super::retain::{self, Basis};
 use super::sweep;
 use crate::access::{self, Audit};
-use crate::storage::{Link, Storage, Trashed};
+use crate::storage::{Ages, Link, Storage, Trashed};
 
 /// Candidates that are kept at once; about 10 MiB.
 const CANDIDATES_MAX: usize = 1 << 16;
@@ -37,8 +37,8 @@ pub(super) struct Context<'a> {
     pub(super) storage: &'a Storage,
     /// Its name.
     pub(super) run: String,
-    /// When it began, by the store's clock.
-    pub(super) now: SystemTime,
+    /// Ages when it began.
+    pub(super) ages: Ages,
     pub(super) grace_ms: u64,
     pub(super) window: Duration,
     pub(super) dry_run: bool,
@@ -55,7 +55,7 @@ pub(super) struct Context<'a> {
 impl Context<'_> {
     /// Milliseconds from then to the start of the collection; none if it was after.
     pub(super) fn age_ms(&self, put: SystemTime) -> Option<u64> {
-        self.now.duration_since(put).ok().map(|age| age.as_millis() as u64)
+        self.ages.of(put).map(|age| age.as_millis() as u64)
     }
 
     /// Changes the report.

@@ -1,4 +1,4 @@
-//! What collectors need: markers, the list of repositories, the trash, and the store's own time.
+//! What collectors need: markers, the list of repositories, and the trash.
 //!
 //! Keys, besides those that `storage` lists:
 //! - `gc/deleting/tags/<repository>/_tag/<tag>/<run>`: a marker at a tag
@@ -12,7 +12,6 @@ use bytes::Bytes;
 use futures_util::TryStreamExt as _;
 use object_store::path::Path;
 use serde::{Deserialize, Serialize};
-use tokio::time::Instant;
 
 use super::{Error, ManifestEntry, Result, Storage, keys};
 
@@ -27,7 +26,7 @@ pub(crate) enum Marked {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Marker {
     key: Path,
-    /// When it was put, by the store's clock; compare with [`Storage::now`].
+    /// When it was put, by the store's clock; [`Storage::ages`] tells how old that is.
     pub(crate) put: SystemTime,
 }
 
@@ -45,7 +44,7 @@ pub(crate) enum Trashed {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct TrashedItem {
     pub(crate) id: String,
-    /// When it was deleted, by the store's clock; compare with [`Storage::now`].
+    /// When it was deleted, by the store's clock; [`Storage::ages`] tells how old that is.
     pub(crate) deleted: SystemTime,
     pub(crate) what: Trashed,
 }
@@ -70,37 +69,23 @@ pub(crate) enum Note {
     Scrub,
     /// The last scrub's report.
     LastScrub,
+    /// What ages leave out of the store's time.
+    Skipped,
 }
 
 impl Note {
-    fn key(self) -> Path {
+    pub(super) fn key(self) -> Path {
         Path::from(match self {
             Note::Lease => "gc/lease",
             Note::LastCollection => "gc/last",
             Note::Scrub => "scrub/position",
             Note::LastScrub => "scrub/last",
+            Note::Skipped => "gc/skipped",
         })
     }
 }
 
 impl Storage {
-    /// The store's own time: what it says is the time of an object that is written now. Ages are differences of its
-    /// times, so this machine's clock doesn't matter.
-    pub(crate) async fn now(&self) -> Result<SystemTime> {
-        let key = Path::from("gc/clock");
-        self.put_reserved(&key, Bytes::new()).await?;
-        let meta =
-            self.head(&key).await?.ok_or_else(|| Error::damaged(&key, "gone right after it was written"))?;
-        let now = meta.last_modified.into();
-        let _ = self.inner.clock.set((now, Instant::now()));
-        Ok(now)
-    }
-
-    /// About the store's own time, without asking: what it was at the start, and what passed here since.
-    pub(super) fn about_now(&self) -> SystemTime {
-        self.inner.clock.get().map_or_else(SystemTime::now, |(then, read)| *then + read.elapsed())
-    }
-
     /// Puts a marker; writers wait until it is removed.
     pub(crate) async fn put_marker(&self, marked: &Marked, run: &str) -> Result<()> {
         self.put_reserved(&marker_key(marked, run), Bytes::new()).await

@@ -21,7 +21,7 @@ pub(crate) struct Content {
     pub(crate) digest: Digest,
     /// Bytes.
     pub(crate) size: u64,
-    /// When it was stored, by the store's clock; compare with [`Storage::now`].
+    /// When it was stored, by the store's clock; [`Storage::ages`] tells how old that is.
     pub(crate) stored: SystemTime,
 }
 

@@ -7,6 +7,10 @@ use crate::errors::Refusal;
 /// What errors of a folder call their store: ours, and object_store's.
 const FOLDERS: [&str; 2] = [super::folder::NAME, "LocalFileSystem"];
 
+/// How Amazon S3, Azure and Google say that a request is of another time than theirs.
+const REFUSED_FOR_CLOCK: [&str; 4] =
+    ["RequestTimeTooSkewed", "RequestExpired", "Request date header too old", "in a reasonable timeframe"];
+
 /// Result of storage operations.
 pub(crate) type Result<T> = std::result::Result<T, Error>;
 
@@ -75,6 +79,9 @@ impl From<Error> for Refusal {
                 Refusal::new(StatusCode::INSUFFICIENT_STORAGE, "DENIED", message)
             }
             Error::Collecting { .. } => Refusal::unavailable(error.to_string()),
+            Error::Store { ref cause, .. } if is_for_clock(&describe_chain(cause)) => Refusal::unavailable(
+                "the registry's storage refuses its requests since its clock is off; its operator has to set it",
+            ),
             Error::Store { operation, .. } => {
                 let message = format!("the registry's storage can't {operation} just now; its log says why");
                 Refusal::unavailable(message)
@@ -104,8 +111,13 @@ fn any_io(error: &(dyn std::error::Error + 'static), is_such: impl Fn(&std::io::
     false
 }
 
-/// The error with its causes, and what to check.
-fn describe(error: &object_store::Error) -> String {
+/// Whether a store refused a request since it is signed for another time, by what the error says.
+fn is_for_clock(text: &str) -> bool {
+    REFUSED_FOR_CLOCK.iter().any(|code| text.contains(code))
+}
+
+/// The error with its causes.
+fn describe_chain(error: &object_store::Error) -> String {
     let mut text = error.to_string();
     let mut cause = std::error::Error::source(error);
     while let Some(error) = cause {
@@ -116,7 +128,18 @@ fn describe(error: &object_store::Error) -> String {
         }
         cause = error.source();
     }
+    text
+}
+
+/// The error with its causes, and what to check.
+fn describe(error: &object_store::Error) -> String {
+    let text = describe_chain(error);
     match error {
+        _ if is_for_clock(&text) => {
+            format!(
+                "{text}; this machine's clock is off by more than the store takes: set it, such as by NTP"
+            )
+        }
         object_store::Error::Unauthenticated { .. } | object_store::Error::PermissionDenied { .. } => {
             format!("{text}; check the credentials in [storage], and what they may do")
         }

@@ -26,7 +26,7 @@ pub(super) const LINK_TRIES: usize = 5;
 pub(crate) struct Link {
     pub(crate) repository: String,
     pub(crate) digest: Digest,
-    /// When it was last put, by the store's clock; compare with [`Storage::now`].
+    /// When it was last put, by the store's clock; [`Storage::ages`] tells how old that is.
     pub(crate) put: SystemTime,
 }
 
@@ -50,7 +50,7 @@ impl Storage {
     /// that gets old is renewed, or a collector could come between this answer and the manifest.
     pub(crate) async fn blob_size_renewed(&self, repository: &str, digest: &Digest) -> Result<Option<u64>> {
         let Some(put) = self.link(repository, digest).await? else { return Ok(None) };
-        if self.about_now().duration_since(put).unwrap_or_default() < self.inner.renew_after {
+        if self.inner.clock.about_now().duration_since(put).unwrap_or_default() < self.inner.renew_after {
             return self.content_size(digest).await;
         }
         Ok(match self.put_link(repository, digest).await? {

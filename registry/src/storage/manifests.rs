@@ -45,7 +45,7 @@ pub(crate) struct NewManifest {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ManifestInfo {
     pub(crate) digest: Digest,
-    /// When it was last put, by the store's clock; compare with [`Storage::now`].
+    /// When it was last put, by the store's clock; [`Storage::ages`] tells how old that is.
     pub(crate) put: SystemTime,
     /// Its put isn't over: it can't be read yet, but what it names is in use. One that is older than a request can
     /// take is left over from a crash.

@@ -16,6 +16,8 @@ pub(crate) enum Mutant {
     NoSecondLinks,
     /// Collectors go on however long their marker is there.
     NoDeadline,
+    /// Collectors don't look whether the clock was set back.
+    NoLookAtClock,
     /// Pushes don't look for their manifest after the tags.
     NoLookAfterTags,
     /// Deletes don't look for tags again after the manifest is gone.

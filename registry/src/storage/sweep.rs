@@ -5,7 +5,7 @@
 //! states are looked at first, and content last.
 
 use std::collections::{HashMap, HashSet};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use futures_util::TryStreamExt as _;
 use object_store::path::Path;
@@ -38,22 +38,22 @@ impl Storage {
     /// Removes uploads that nobody went on with for `abandoned_after`, and data that has been nobody's for
     /// `unused_after`, which must be longer than any one request takes.
     pub(crate) async fn sweep(&self, abandoned_after: Duration, unused_after: Duration) -> Result<Swept> {
-        let mut swept = Swept::default();
+        let (mut swept, ages) = (Swept::default(), self.ages().await?);
         let parts = match &self.inner.place {
             Place::Bucket(parts) => parts,
             Place::Folder(folder) => {
                 let dir = folder.join("uploads");
-                let sweeping = tokio::task::spawn_blocking(move || sweep_folder(&dir, abandoned_after)).await;
+                let sweeping =
+                    tokio::task::spawn_blocking(move || sweep_folder(&dir, abandoned_after, &ages)).await;
                 let swept = sweeping.unwrap_or_else(|e| Err(std::io::Error::other(e)));
                 let uploads = swept.map_err(|e| self.failed_io("sweep", "uploads", e))?;
                 return Ok(Swept { uploads, ..Swept::default() });
             }
         };
-        let now = self.now().await?;
-        let age = |put: SystemTime| now.duration_since(put).unwrap_or_default();
+        let is_older = |meta: &ObjectMeta, limit| ages.of(meta.last_modified.into()) > Some(limit);
         let mut in_progress = HashSet::new();
         for (id, keys) in self.by_upload("uploads").await? {
-            if keys.iter().all(|meta| age(meta.last_modified.into()) > abandoned_after) {
+            if keys.iter().all(|meta| is_older(meta, abandoned_after)) {
                 for meta in &keys {
                     self.remove(&meta.location).await?;
                 }
@@ -63,7 +63,7 @@ impl Storage {
             }
         }
         for begun in self.listed("parts").await? {
-            if age(begun.last_modified.into()) > unused_after {
+            if is_older(&begun, unused_after) {
                 if let Some(bytes) = self.read(&begun.location).await?
                     && let Ok(Begun { key, id }) = serde_json::from_slice(&bytes)
                     && let Err(error) = parts.abort_multipart(&Path::from(key), &id).await
@@ -77,7 +77,7 @@ impl Storage {
         let mut unused: HashMap<String, u64> = HashMap::new();
         for (id, keys) in self.by_upload("data").await? {
             if !in_progress.contains(&id) {
-                let old = keys.into_iter().filter(|meta| age(meta.last_modified.into()) > unused_after);
+                let old = keys.into_iter().filter(|meta| is_older(meta, unused_after));
                 unused.extend(old.map(|meta| (meta.location.to_string(), meta.size)));
             }
         }

@@ -13,7 +13,7 @@ use super::{Error, Marked, Result, Storage, keys};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct TagInfo {
     pub(crate) tag: String,
-    /// When it was last put, by the store's clock; compare with [`Storage::now`].
+    /// When it was last put, by the store's clock; [`Storage::ages`] tells how old that is.
     pub(crate) put: SystemTime,
 }
 

@@ -14,7 +14,7 @@ use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc as threads};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use anyplace_images::{Algorithm, Digest, Hasher};
 use bytes::Bytes;
@@ -22,7 +22,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
 use super::session::Unfinished;
-use crate::storage::Room;
+use crate::storage::{Ages, Room};
 
 /// After so many bytes, the kernel is told to begin writing them, so that little is left to do when they are synced.
 const WRITE_BACK_BYTES: u64 = 2 << 20;
@@ -241,14 +241,14 @@ impl Drop for LocalUpload {
 }
 
 /// Blocking: removes uploads that nobody went on with, and says how many.
-pub(crate) fn sweep(folder: &Path, abandoned_after: Duration) -> io::Result<u64> {
+pub(crate) fn sweep(folder: &Path, abandoned_after: Duration, ages: &Ages) -> io::Result<u64> {
     let mut swept = 0;
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
         let name = entry.file_name();
         let name = name.to_string_lossy();
         let Ok(metadata) = entry.metadata() else { continue };
-        let age = SystemTime::now().duration_since(metadata.modified()?).unwrap_or_default();
+        let age = ages.of(metadata.modified()?).unwrap_or_default();
         if let Some(id) = name.strip_suffix(STATE_SUFFIX) {
             // Its upload became content, and the crash came before the state was removed.
             if !folder.join(id).exists() && age > STATE_AGE_MIN {
@@ -467,7 +467,8 @@ mod tests {
         };
         let mut upload =
             LocalUpload::create(path.clone(), Algorithm::Sha256, Some("a/b".into()), room()).unwrap();
-        assert!(matches!(sweep(dir.path(), Duration::ZERO), Ok(0)), "it is in use");
+        let ages = Ages::at(std::time::SystemTime::now());
+        assert!(matches!(sweep(dir.path(), Duration::ZERO, &ages), Ok(0)), "it is in use");
         append(&mut upload, 0, Hasher::sha256(), b"first");
         drop(upload);
         // Bytes that were written and not acknowledged, and a record that was torn.

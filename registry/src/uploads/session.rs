@@ -92,7 +92,7 @@ impl Uploads {
             Place::Folder(folder) => {
                 let dir = folder.join("uploads");
                 std::fs::create_dir_all(&dir)
-                    .and_then(|()| local::sweep(&dir, ABANDONED_AFTER))
+                    .and_then(|()| local::sweep(&dir, ABANDONED_AFTER, &storage.ages_as_read()))
                     .with_context(|| format!("can't use {}; check data_dir", dir.display()))?;
                 KeptIn::Folder(dir)
             }

@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
+use crate::clock::SetClock;
+
 /// The child's folder.
 const CHILD: &str = "ANYPLACE_TEST_REGISTRY_TO_KILL";
 /// How long it may take to start on a busy machine.
@@ -38,11 +40,26 @@ impl Killable {
 
     /// Starts one at an address.
     pub(crate) async fn start_at(dir: &Path, address: &str, settings: &str) -> Killable {
-        let _ = std::fs::remove_file(dir.join("address"));
-        let config = format!("data_dir = '{}'\nlisten = '{address}'\n{settings}", dir.display());
-        std::fs::write(dir.join("registry.toml"), config).unwrap();
-        let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "killable::to_be_killed"]).env(CHILD, dir);
+        Killable::wait_for(dir, command(dir, address, settings)).await
+    }
+
+    /// Starts one that goes by this clock.
+    pub(crate) async fn start_by(clock: Option<&SetClock>, dir: &Path, settings: &str) -> Killable {
+        let mut command = command(dir, "127.0.0.1:0", settings);
+        clock.inspect(|clock| clock.show(&mut command));
+        Killable::wait_for(dir, command).await
+    }
+
+    /// Starts one that can't: what it says.
+    pub(crate) fn refused(clock: &SetClock, dir: &Path, settings: &str) -> String {
+        let mut command = command(dir, "127.0.0.1:0", settings);
+        clock.show(&mut command);
+        let output = command.output().unwrap();
+        assert!(!output.status.success());
+        String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+    }
+
+    async fn wait_for(dir: &Path, mut command: Command) -> Killable {
         #[allow(clippy::zombie_processes, reason = "kill and drop wait for it")]
         let mut child = command.stdout(Stdio::null()).spawn().unwrap();
         let begun = Instant::now();
@@ -66,6 +83,16 @@ impl Killable {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// What starts one, with its settings in its folder.
+fn command(dir: &Path, address: &str, settings: &str) -> Command {
+    let _ = std::fs::remove_file(dir.join("address"));
+    let config = format!("data_dir = '{}'\nlisten = '{address}'\n{settings}", dir.display());
+    std::fs::write(dir.join("registry.toml"), config).unwrap();
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "killable::to_be_killed"]).env(CHILD, dir);
+    command
 }
 
 impl Drop for Killable {

@@ -13,6 +13,7 @@ mod cache_pieces;
 mod cache_referrers;
 mod cache_slow;
 mod cache_tags;
+mod clock;
 mod connections;
 mod damage;
 mod fake;

@@ -88,31 +88,46 @@ pub(crate) async fn s3s() -> Store {
 
 /// Answers one request in `one_in` with an error that should be tried again, and late; counts them.
 pub(crate) async fn s3s_that_fails(one_in: u64, failures: Arc<AtomicU64>) -> Store {
+    let count = Arc::new(AtomicU64::new(0));
+    s3s_behind(move |_| {
+        let number = count.fetch_add(1, Ordering::SeqCst) + 1;
+        let fails = one_in > 0 && number.is_multiple_of(one_in);
+        let failures = failures.clone();
+        async move {
+            if !fails {
+                return None;
+            }
+            failures.fetch_add(1, Ordering::SeqCst);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            Some(([500, 503, 429][(number / one_in) as usize % 3], ""))
+        }
+    })
+    .await
+}
+
+/// s3s-fs, and before it something that may let a request wait, or answer it: with a status and a body.
+async fn s3s_behind<F: Future<Output = Option<(u16, &'static str)>> + Send>(
+    refuse: impl Fn(&hyper::Request<hyper::body::Incoming>) -> F + Send + Sync + 'static,
+) -> Store {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().join("s3");
     std::fs::create_dir_all(root.join(BUCKET)).unwrap();
     let mut builder = s3s::service::S3ServiceBuilder::new(s3s_fs::FileSystem::new(root).unwrap());
     builder.set_auth(s3s::auth::SimpleAuth::from_single("test", "secret"));
-    let service = builder.build();
-    let count = Arc::new(AtomicU64::new(0));
+    let (service, refuse) = (builder.build(), Arc::new(refuse));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let task = tokio::spawn(async move {
         loop {
             let Ok((socket, _)) = listener.accept().await else { return };
-            let (service, count, failures) = (service.clone(), count.clone(), failures.clone());
+            let (service, refuse) = (service.clone(), refuse.clone());
             let service = hyper::service::service_fn(move |request| {
-                let number = count.fetch_add(1, Ordering::SeqCst) + 1;
-                let fails = one_in > 0 && number.is_multiple_of(one_in);
-                let (service, failures) = (service.clone(), failures.clone());
+                let (service, refused) = (service.clone(), refuse(&request));
                 async move {
-                    if !fails {
+                    let Some((status, body)) = refused.await else {
                         return hyper::service::Service::call(&service, request).await;
-                    }
-                    failures.fetch_add(1, Ordering::SeqCst);
-                    tokio::time::sleep(Duration::from_millis(20)).await;
-                    let mut answer = hyper::Response::new(s3s::Body::empty());
-                    let status = [500, 503, 429][(number / one_in) as usize % 3];
+                    };
+                    let mut answer = hyper::Response::new(s3s::Body::from(body.to_owned()));
                     *answer.status_mut() = hyper::StatusCode::from_u16(status).unwrap();
                     Ok(answer)
                 }
@@ -126,13 +141,33 @@ pub(crate) async fn s3s_that_fails(one_in: u64, failures: Arc<AtomicU64>) -> Sto
     Store { address, task: Some(task), process: None, protocol: S3, dir }
 }
 
+/// One that refuses requests of another time than its own, as Amazon's does.
+pub(crate) async fn s3s_that_checks_the_time() -> Store {
+    s3s_behind(|request| {
+        let sent = request.headers().get("x-amz-date").and_then(|date| date.to_str().ok()).unwrap_or_default();
+        let sent = jiff::fmt::strtime::parse("%Y%m%dT%H%M%S%z", sent.replace('Z', "+0000")).unwrap();
+        let off = (sent.to_timestamp().unwrap().as_second() - jiff::Timestamp::now().as_second()).abs();
+        let answer = "<?xml version=\"1.0\" encoding=\"UTF-8\"?><Error><Code>RequestTimeTooSkewed</Code><Message>The \
+                      difference between the request time and the current time is too large.</Message></Error>";
+        async move { (off > 900).then_some((403, answer)) }
+    })
+    .await
+}
+
 /// moto; none, with the reason printed, where it is not installed.
 pub(crate) async fn moto() -> Option<Store> {
+    moto_with(|_| {}).await
+}
+
+/// The same, started as `prepare` says.
+pub(crate) async fn moto_with(prepare: impl FnOnce(&mut Command)) -> Option<Store> {
     let program = tool("moto/bin/moto_server")?;
+    let mut command = Command::new(program);
+    prepare(&mut command);
     let arguments =
         |port: u16| vec!["-H".to_owned(), "127.0.0.1".to_owned(), "-p".to_owned(), port.to_string()];
     let make_bucket = |http: &reqwest::Client, address| http.put(format!("http://{address}/{BUCKET}"));
-    Some(start(Command::new(program), arguments, S3, make_bucket).await)
+    Some(start(command, arguments, S3, make_bucket).await)
 }
 
 /// azurite; none, with the reason printed, where it is not installed.

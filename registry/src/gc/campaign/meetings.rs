@@ -46,6 +46,51 @@ fn a_collector_that_was_stopped_deletes_nothing_behind_a_marker_that_is_gone() {
     assert!(lost(Some(Mutant::NoDeadline)) > 0, "the test doesn't show what the deadline is for");
 }
 
+/// Sets the store's clock back by ten years at this turn of a collection, and pushes what it is about to delete. Says
+/// whether that is lost; none if the collection had ended by then.
+async fn set_back_at(turn: u32) -> Option<bool> {
+    let store = Stepped::new();
+    let (collecting, other) = (process(&store, false).await, process(&store, false).await);
+    let digest = Digest::of(b"late");
+    for content in [&b"late"[..], b"other"] {
+        other.storage.put_content(&Digest::of(content), content.into()).await.unwrap();
+        other.storage.put_link("a", &Digest::of(content)).await.unwrap();
+    }
+    store.pass(2 * DAY).await;
+    store.set_calm(false);
+    let mut collection = std::pin::pin!(collecting.collector.collect(false));
+    for _ in 0..turn {
+        if futures_util::poll!(collection.as_mut()).is_ready() {
+            return None;
+        }
+    }
+    store.set_calm(true);
+    store.set_clock(-10 * 365 * DAY.as_millis() as i64);
+    other.storage.now().await.unwrap();
+    let acknowledged = match other.storage.put_link("a", &digest).await {
+        Ok(Linked::Gone) => other.storage.put_content(&digest, Bytes::from_static(b"late")).await.is_ok(),
+        // A marker was there for too long.
+        linked => linked.is_ok(),
+    };
+    store.set_calm(false);
+    let _ = collection.await;
+    store.set_calm(true);
+    Some(acknowledged && other.storage.blob_size("a", &digest).await.unwrap().is_none())
+}
+
+#[test]
+fn a_push_under_a_clock_that_was_set_back_is_not_old() {
+    let lost = |mutant| {
+        mutant::set(mutant);
+        let outcomes: Vec<bool> = (1..).map_while(|turn| paused().block_on(set_back_at(turn))).collect();
+        mutant::set(None);
+        assert!(outcomes.len() > 50, "{}", outcomes.len());
+        outcomes.into_iter().filter(|lost| *lost).count()
+    };
+    assert_eq!(lost(None), 0);
+    assert!(lost(Some(Mutant::NoLookAtClock)) > 0, "the test doesn't show what the look is for");
+}
+
 /// A push of a manifest that is there, and a delete of it, in an order of this seed: whether a tag leads nowhere.
 async fn push_beside_a_delete(seed: u64) -> bool {
     let (store, dice) = (Stepped::new(), Dice::new(seed));

@@ -10,7 +10,7 @@ use std::fmt;
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, SystemTime};
@@ -26,6 +26,8 @@ use object_store::{
 };
 use tokio::time::Instant;
 
+use crate::storage::Storage;
+
 /// Keys in a page of a listing.
 const PAGE: usize = 2;
 
@@ -37,6 +39,8 @@ struct Shared {
     inner: InMemory,
     put: Mutex<BTreeMap<Path, SystemTime>>,
     began: Instant,
+    /// Ms that its clock is ahead of what it should be, or behind.
+    off_ms: AtomicI64,
     /// Requests take no turns.
     calm: AtomicBool,
     /// Grows when hours pass.
@@ -50,6 +54,7 @@ impl Stepped {
             inner: InMemory::new(),
             put: Mutex::default(),
             began: Instant::now(),
+            off_ms: AtomicI64::new(0),
             calm: AtomicBool::new(true),
             epoch: AtomicU64::new(0),
             requests: AtomicU64::new(0),
@@ -70,6 +75,11 @@ impl Stepped {
         tokio::time::advance(time).await;
     }
 
+    /// Sets its clock: so much more than it should be.
+    pub(super) fn set_clock(&self, off_ms: i64) {
+        self.0.off_ms.store(off_ms, Ordering::Relaxed);
+    }
+
     pub(super) fn requests(&self) -> u64 {
         self.0.requests.load(Ordering::Relaxed)
     }
@@ -77,7 +87,11 @@ impl Stepped {
     fn now(&self) -> SystemTime {
         // No two puts at the same time: their order would hang on random names.
         let order = Duration::from_micros(self.requests());
-        SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000) + self.0.began.elapsed() + order
+        let right =
+            SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000) + self.0.began.elapsed() + order;
+        let off_ms = self.0.off_ms.load(Ordering::Relaxed);
+        let off = Duration::from_millis(off_ms.unsigned_abs());
+        if off_ms < 0 { right - off } else { right + off }
     }
 
     fn stamped(&self, mut meta: ObjectMeta) -> ObjectMeta {
@@ -270,12 +284,27 @@ pub(super) struct Runner {
     pub(super) turns: Rc<RefCell<u64>>,
     pub(super) crashes: u64,
     pub(super) jumps: u64,
+    /// Whether it sets the store's clock, and how often it did.
+    pub(super) sets_clock: bool,
+    pub(super) looking: Vec<Storage>,
+    pub(super) settings: u64,
 }
 
 impl Runner {
     pub(super) fn new(store: Stepped, dice: Dice) -> Runner {
         let (waker, turns) = Default::default();
-        Runner { store, dice, tasks: Vec::new(), waker, turns, crashes: 0, jumps: 0 }
+        Runner {
+            store,
+            dice,
+            tasks: Vec::new(),
+            waker,
+            turns,
+            crashes: 0,
+            jumps: 0,
+            sets_clock: false,
+            looking: Vec::new(),
+            settings: 0,
+        }
     }
 
     pub(super) fn add(
@@ -316,6 +345,19 @@ impl Runner {
                     many => collectors[self.dice.below(many)],
                 };
                 self.tasks[at].stopped_until = *self.turns.borrow() + turns;
+            }
+            if rough && self.sets_clock && self.dice.one_in(300) {
+                self.settings += 1;
+                const HOUR_MS: i64 = 3_600_000;
+                let offs = [0, 0, 2 * HOUR_MS, 30 * HOUR_MS, 10 * 8_766 * HOUR_MS];
+                let off = offs[self.dice.below(5)];
+                self.store.set_clock(if self.dice.one_in(2) { -off } else { off });
+                // Registries look every five minutes; nobody sees a clock that was wrong for less.
+                self.store.set_calm(true);
+                for storage in &self.looking {
+                    storage.now().await.unwrap();
+                }
+                self.store.set_calm(false);
             }
             if rough && self.dice.one_in(400) {
                 let task = self.tasks.swap_remove(self.dice.below(self.tasks.len()));
