@@ -48,25 +48,30 @@ fn parse_range(header: Option<&str>, size: u64) -> Asked {
     let Some((first, last)) = spec.split_once('-') else { return Asked::All };
     let (first, last) = (first.trim(), last.trim());
     if first.is_empty() {
-        return match last.parse::<u64>() {
-            Ok(0) => Asked::Nothing,
-            Ok(_) if size == 0 => Asked::Nothing,
-            Ok(count) => Asked::Part(size.saturating_sub(count)..size),
-            Err(_) => Asked::All,
+        return match number(last) {
+            Some(0) => Asked::Nothing,
+            Some(_) if size == 0 => Asked::Nothing,
+            Some(count) => Asked::Part(size.saturating_sub(count)..size),
+            None => Asked::All,
         };
     }
-    let Ok(first) = first.parse::<u64>() else { return Asked::All };
+    let Some(first) = number(first) else { return Asked::All };
     let last = match last {
         "" => u64::MAX,
-        text => match text.parse::<u64>() {
-            Ok(last) => last,
-            Err(_) => return Asked::All,
+        text => match number(text) {
+            Some(last) => last,
+            None => return Asked::All,
         },
     };
     if first >= size || last < first {
         return Asked::Nothing;
     }
     Asked::Part(first..last.saturating_add(1).min(size))
+}
+
+/// A number of digits only: no sign, unlike in Rust.
+pub(crate) fn number(text: &str) -> Option<u64> {
+    text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok())?
 }
 
 #[cfg(test)]
@@ -90,6 +95,8 @@ mod tests {
             (Some("bytes=5-4"), 10, Asked::Nothing),
             (Some("bytes=0-1,3-4"), 10, Asked::All),
             (Some("bytes=x-"), 10, Asked::All),
+            (Some("bytes=+1-+5"), 10, Asked::All),
+            (Some("bytes=-+3"), 10, Asked::All),
             (Some("lines=0-1"), 10, Asked::All),
         ] {
             assert_eq!(parse_range(header, size), expected, "{header:?} of {size}");

@@ -19,6 +19,8 @@ mod counters;
 mod errors;
 mod gc;
 mod manifests;
+#[cfg(test)]
+mod mutations;
 mod references;
 mod referrers;
 mod remembered;

@@ -76,8 +76,10 @@ impl Pointer {
 
 /// Reads a manifest that came with this `Content-Type`, or says what is wrong with it.
 pub(crate) fn read(sent_type: Option<&str>, bytes: &[u8]) -> Result<Manifest, String> {
+    // What isn't known is passed over, and JSON is UTF-8 there too.
+    let text = std::str::from_utf8(bytes).map_err(|e| format!("the manifest isn't UTF-8: {e}"))?;
     let document: Document =
-        serde_json::from_slice(bytes).map_err(|e| format!("the manifest can't be understood: {e}"))?;
+        serde_json::from_str(text).map_err(|e| format!("the manifest can't be understood: {e}"))?;
     let sent =
         sent_type.and_then(|text| text.split(';').next()).map(str::trim).filter(|text| !text.is_empty());
     let own = document.media_type.as_deref().filter(|text| !text.is_empty());
@@ -176,6 +178,7 @@ mod tests {
             assert!(read(sent, format!("{{{fields}}}").as_bytes()).is_err(), "{fields}");
         }
         assert!(read(None, b"[]").is_err());
+        assert!(read(Some("a/b"), b"{\"x\":\"\xff\"}").is_err_and(|error| error.contains("UTF-8")));
     }
 
     #[test]

@@ -25,6 +25,7 @@ use serde::Deserialize;
 use crate::access::Who;
 use crate::access::limits::Taken;
 use crate::blobs::CONTENT_DIGEST;
+use crate::conditions::number;
 use crate::errors::{Answer, Refusal};
 use crate::routes::parse_digest;
 use crate::server::App;
@@ -221,13 +222,7 @@ fn check_range(
 ) -> Answer<Option<u64>> {
     let declared = length(headers)?;
     let Some(range) = headers.get(CONTENT_RANGE) else { return Ok(declared) };
-    let parsed = range.to_str().ok().and_then(|text| {
-        // `bytes=` and a total are no part of the specification's form, but some clients write them.
-        let text = text.strip_prefix("bytes=").or(text.strip_prefix("bytes ")).unwrap_or(text);
-        let (first, last) = text.split_once('/').map_or(text, |(range, _)| range).split_once('-')?;
-        let (first, last) = (first.trim().parse::<u64>().ok()?, last.trim().parse::<u64>().ok()?);
-        Some((first, last.checked_sub(first)?.checked_add(1)?))
-    });
+    let parsed = range.to_str().ok().and_then(parse_range);
     let (first, len) = parsed.ok_or_else(|| Refusal::upload_invalid("Content-Range: expected START-END"))?;
     if first != session.size() {
         let message = format!("the upload is at {}, the part starts at {first}", session.size());
@@ -249,6 +244,15 @@ fn check_range(
         return Err(Refusal::new(StatusCode::BAD_REQUEST, "SIZE_INVALID", message));
     }
     Ok(Some(len))
+}
+
+/// First byte and length of a `Content-Range`. `bytes=` and a total are no part of the specification's form, but some
+/// clients write them.
+pub(crate) fn parse_range(text: &str) -> Option<(u64, u64)> {
+    let text = text.strip_prefix("bytes=").or(text.strip_prefix("bytes ")).unwrap_or(text);
+    let (first, last) = text.split_once('/').map_or(text, |(range, _)| range).split_once('-')?;
+    let (first, last) = (number(first.trim())?, number(last.trim())?);
+    Some((first, last.checked_sub(first)?.checked_add(1)?))
 }
 
 fn length(headers: &HeaderMap) -> Answer<Option<u64>> {

@@ -17,6 +17,8 @@ pub mod erofs;
 mod error;
 pub mod manifest;
 pub mod mount;
+#[cfg(test)]
+mod mutations;
 mod pack;
 mod pieces;
 mod progress;

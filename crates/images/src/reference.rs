@@ -162,7 +162,7 @@ fn check_host(host: &str) -> Result<(), String> {
         Some((name, port)) => (name, Some(port)),
         None => (host, None),
     };
-    if port.is_some_and(|port| port.parse::<u16>().is_err()) {
+    if port.is_some_and(|port| digits(port).is_none_or(|port| port > u16::MAX.into())) {
         return Err(format!("`{host}` has no valid port after the `:`"));
     }
     let is_label =
@@ -171,6 +171,11 @@ fn check_host(host: &str) -> Result<(), String> {
         return Err(format!("`{host}` is no host name or IPv4 address"));
     }
     Ok(())
+}
+
+/// A number of digits only: no sign, unlike in Rust.
+pub(crate) fn digits(text: &str) -> Option<u64> {
+    text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok())?
 }
 
 /// `[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*`

@@ -1,6 +1,11 @@
-//! For tests: random numbers from a seed that is printed, and set again with `ANYPLACE_SEED`; and how long campaigns are.
+//! For tests: random numbers from a seed that is printed, and set again with `ANYPLACE_SEED`; how long campaigns are; and
+//! changes of inputs.
 //!
 //! No crate that ships may depend on this one.
+
+mod mutate;
+
+pub use mutate::{corpus, corpus_lines, correct_checksums, mutate};
 
 /// The variable that replays a run.
 const VARIABLE: &str = "ANYPLACE_SEED";

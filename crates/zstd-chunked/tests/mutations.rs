@@ -11,7 +11,7 @@ mod layer;
 
 use std::{collections::HashSet, path::Path};
 
-use anyplace_seed::Seed;
+use anyplace_seed::{Seed, correct_checksums, mutate};
 use layer::{packed_with, read_layer, round_trip};
 use zstd_chunked::{Digest, Limits, Options, Positions, Section, Toc, pack, read_tar_split};
 
@@ -19,58 +19,7 @@ use zstd_chunked::{Digest, Limits, Options, Positions, Section, Toc, pack, read_
 const MUTATIONS: usize = 3_000;
 
 fn corpus(kind: &str) -> Vec<(String, Vec<u8>)> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus").join(kind);
-    let mut files: Vec<_> = std::fs::read_dir(folder)
-        .unwrap()
-        .map(|entry| {
-            let path = entry.unwrap().path();
-            (path.file_name().unwrap().to_string_lossy().into_owned(), std::fs::read(&path).unwrap())
-        })
-        .collect();
-    files.sort();
-    assert!(!files.is_empty());
-    files
-}
-
-/// One to four changes: a bit, a byte, a number, a piece that is removed, doubled or moved.
-fn mutate(bytes: &[u8], random: &mut Seed) -> Vec<u8> {
-    let mut bytes = bytes.to_vec();
-    for _ in 0..=random.index(4) {
-        if bytes.is_empty() {
-            break;
-        }
-        let at = random.index(bytes.len());
-        let piece = at..(at + 1 + random.index(64)).min(bytes.len());
-        match random.index(7) {
-            0 => bytes[at] ^= 1 << random.index(8),
-            1 => bytes[at] = [0, b'0', b'9', b'"', b'/', b'.', b'-', 0xff][random.index(8)],
-            2 => {
-                // The next number becomes an extreme one.
-                if let Some(digit) = bytes[at..].iter().position(u8::is_ascii_digit) {
-                    let from = at + digit;
-                    let to = bytes[from..]
-                        .iter()
-                        .position(|byte| !byte.is_ascii_digit())
-                        .map_or(bytes.len(), |n| from + n);
-                    let number =
-                        ["0", "1", "-1", "4294967296", "18446744073709551615", "1e9"][random.index(6)];
-                    bytes.splice(from..to, number.bytes());
-                }
-            }
-            3 => drop(bytes.drain(piece)),
-            4 => {
-                let copy = bytes[piece].to_vec();
-                bytes.splice(at..at, copy);
-            }
-            5 => bytes.truncate(at),
-            _ => {
-                let copy = bytes[piece.clone()].to_vec();
-                let to = random.index(bytes.len() - copy.len() + 1);
-                bytes[to..to + copy.len()].copy_from_slice(&copy);
-            }
-        }
-    }
-    bytes
+    anyplace_seed::corpus(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus").join(kind))
 }
 
 /// What every reader of an accepted table relies on.
@@ -170,13 +119,5 @@ fn archives() {
         }
         println!("{name}: {tables} with table, {plain} plain");
         assert!(tables > 0);
-    }
-}
-
-fn correct_checksums(tar: &mut [u8]) {
-    for block in tar.chunks_exact_mut(512).filter(|block| &block[257..262] == b"ustar") {
-        block[148..156].fill(b' ');
-        let sum: u32 = block.iter().map(|&byte| u32::from(byte)).sum();
-        block[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
     }
 }

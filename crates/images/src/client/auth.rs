@@ -310,4 +310,18 @@ mod tests {
             })
         );
     }
+
+    #[test]
+    fn changed_challenges() {
+        crate::mutations::lines("challenges.txt", |text| {
+            let Some(Challenge::Bearer { realm, service, scope }) = parse(text) else { return };
+            // Nothing is made up, and nothing ends in the middle of a quote.
+            for value in [Some(realm), service, scope].into_iter().flatten() {
+                assert!(
+                    text.contains(&value)
+                        && (!value.contains('"') || !text.contains(&format!("\"{value}\"")))
+                );
+            }
+        });
+    }
 }

@@ -16,7 +16,7 @@ use super::retry::Backoff;
 use super::{Client, Target, check, header};
 use crate::digest::{Digest, Hasher};
 use crate::error::{Error, Result};
-use crate::reference::Reference;
+use crate::reference::{Reference, digits};
 
 /// A blob, or a range of one, that arrives.
 ///
@@ -255,10 +255,10 @@ impl BlobStream {
 fn parse_content_range(text: &str) -> Option<(u64, u64, Option<u64>)> {
     let (range, size) = text.strip_prefix("bytes ")?.split_once('/')?;
     let (first, last) = range.split_once('-')?;
-    let (first, last) = (first.trim().parse().ok()?, last.trim().parse::<u64>().ok()?);
+    let (first, last) = (digits(first.trim())?, digits(last.trim())?);
     let size = match size.trim() {
         "*" => None,
-        size => Some(size.parse().ok()?),
+        size => Some(digits(size)?),
     };
     (first <= last && last < size.unwrap_or(u64::MAX)).then_some((first, last, size))
 }
@@ -275,5 +275,18 @@ mod tests {
         {
             assert_eq!(parse_content_range(bad), None, "{bad}");
         }
+    }
+
+    #[test]
+    fn changed_content_ranges() {
+        crate::mutations::lines("content-ranges.txt", |text| {
+            let Some((first, last, size)) = parse_content_range(text) else { return };
+            assert!(first <= last && last < size.unwrap_or(u64::MAX), "{text}");
+            // Whoever wrote it meant these numbers.
+            let numbers = text.split(|c: char| !c.is_ascii_digit()).filter(|part| !part.is_empty());
+            let numbers: Vec<u64> = numbers.map(|part| part.parse().unwrap()).collect();
+            let read: Vec<u64> = [first, last].into_iter().chain(size).collect();
+            assert_eq!((numbers, text.contains('+')), (read, false), "{text}");
+        });
     }
 }

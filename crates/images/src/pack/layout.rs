@@ -213,6 +213,7 @@ fn index_archive(path: &Path) -> Result<HashMap<String, (u64, u64)>> {
         ))
     };
     let file = File::open(path).map_err(Error::io("reading", path))?;
+    let length = file.metadata().map_err(Error::io("reading", path))?.len();
     let mut archive = tar::Archive::new(file);
     let (mut files, mut links) = (HashMap::new(), Vec::new());
     for entry in archive.entries_with_seek().map_err(not_tar)? {
@@ -220,7 +221,11 @@ fn index_archive(path: &Path) -> Result<HashMap<String, (u64, u64)>> {
         let kind = entry.header().entry_type();
         let name = clean(Path::new(""), &entry.path().map_err(not_tar)?);
         if kind.is_file() {
-            files.insert(name, (entry.raw_file_position(), entry.size()));
+            let (offset, size) = (entry.raw_file_position(), entry.size());
+            if offset.saturating_add(size) > length {
+                return Err(invalid(format!("it ends in the middle of `{name}`; copy or make it again")));
+            }
+            files.insert(name, (offset, size));
         } else if let Some(target) = entry.link_name().map_err(not_tar)? {
             // `docker save` writes a layer that comes again as a link to where it came first.
             let base = if kind.is_symlink() { Path::new(&name).parent() } else { None };
@@ -250,4 +255,32 @@ fn clean(base: &Path, path: &Path) -> String {
         }
     }
     parts.join("/")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn changed_archives() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("archive.tar");
+        crate::mutations::files("archives", |kept, bytes| {
+            std::fs::write(&path, bytes).unwrap();
+            let found = Layout::open(&path).and_then(|layout| layout.find(None));
+            let Ok(found) = found else {
+                assert!(!kept, "{found:?}");
+                return false;
+            };
+            for manifest in &found.manifests {
+                assert_eq!(manifest.digest, manifest.digest.same_of(&manifest.bytes));
+            }
+            for blob in &found.blobs {
+                let Blob::File(blob) = blob else { panic!("{blob:?} isn't in the archive") };
+                // All of it is there.
+                assert!(blob.offset + blob.size <= bytes.len() as u64, "{blob:?}");
+            }
+            true
+        });
+    }
 }

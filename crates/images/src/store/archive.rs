@@ -220,6 +220,7 @@ fn invalid(reason: &'static str) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use super::super::entry::Shape;
     use super::*;
 
     #[test]
@@ -238,5 +239,39 @@ mod tests {
         assert_eq!(time("12.5"), Some((12, 500_000_000)));
         assert_eq!(time("12"), Some((12, 0)));
         assert_eq!(time("x"), None);
+    }
+
+    #[test]
+    fn changed_archives() {
+        crate::mutations::files("tar", |kept, bytes| {
+            let mut archive = Archive::new(bytes);
+            let (mut entries, mut contents) = (0, 0);
+            let ended = loop {
+                let entry = match archive.next_entry() {
+                    Ok(Some(entry)) => entry,
+                    Ok(None) => break true,
+                    Err(_) => break false,
+                };
+                entries += 1;
+                // All that an entry says it has is there.
+                let Ok(read) = io::copy(&mut archive, &mut io::sink()) else { break false };
+                assert_eq!(read, entry.size);
+                contents += read;
+                match super::super::entry::read(entry) {
+                    Ok(Shape::Entry(entry) | Shape::File(entry, _)) => {
+                        let parts: Vec<&[u8]> = entry.path.split(|byte| *byte == b'/').collect();
+                        let is_root = entry.path.is_empty();
+                        let leads_away =
+                            |part: &&[u8]| part.is_empty() || **part == b"."[..] || **part == b".."[..];
+                        assert!(is_root || !parts.iter().any(leads_away), "{:?}", entry.path);
+                        assert!(entry.mode <= 0o7777 && entry.mtime_ns < 1_000_000_000);
+                        assert!(!entry.path.contains(&0) && entry.path.len() < 4_096);
+                    }
+                    Err(error) => assert!(!kept, "{error}"),
+                }
+            };
+            assert!(contents <= bytes.len() as u64 && entries <= bytes.len() / BLOCK);
+            ended
+        });
     }
 }

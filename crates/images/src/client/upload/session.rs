@@ -14,6 +14,7 @@ use crate::client::{ANSWER_TIMEOUT, Client, Target, check, header};
 use crate::error::{Error, Result};
 use crate::progress::{Item, SharedProgress};
 use crate::push::journal::Entry;
+use crate::reference::digits;
 
 /// Largest part of an upload: proxies in front of registries commonly stop at 500 MB.
 const PART_MAX_BYTES: u64 = 500_000_000;
@@ -370,8 +371,9 @@ fn next_location(base: &Url, from: &Url, location: &str) -> std::result::Result<
 /// Bytes that `0-N` acknowledges. Registries write `0-0` for none at all, and would for one: that one is sent again.
 fn parse_range(text: &str) -> Option<u64> {
     let (first, last) = text.trim().trim_start_matches("bytes=").split_once('-')?;
-    let last: u64 = last.trim().parse().ok()?;
-    (first.trim() == "0").then_some(if last == 0 { 0 } else { last + 1 })
+    let last = digits(last.trim())?;
+    let acknowledged = if last == 0 { 0 } else { last.checked_add(1)? };
+    (first.trim() == "0").then_some(acknowledged)
 }
 
 #[cfg(test)]
@@ -406,5 +408,15 @@ mod tests {
         ] {
             assert_eq!(parse_range(text), expected, "{text}");
         }
+    }
+
+    #[test]
+    fn changed_ranges() {
+        crate::mutations::lines("upload-ranges.txt", |text| {
+            let Some(acknowledged) = parse_range(text) else { return };
+            let last: u128 = text.rsplit('-').next().unwrap().trim().parse().unwrap();
+            let expected = if last == 0 { 0 } else { last + 1 };
+            assert_eq!((u128::from(acknowledged), text.contains('+')), (expected, false), "{text}");
+        });
     }
 }
