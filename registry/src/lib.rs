@@ -28,6 +28,7 @@ mod routes;
 mod scrub;
 mod server;
 mod storage;
+mod stored;
 mod tags;
 mod unread;
 mod uploads;

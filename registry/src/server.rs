@@ -27,6 +27,7 @@ use crate::gc::{Afterwards, Collector};
 use crate::remembered::Remembered;
 use crate::scrub::{Repair, Scrubber};
 use crate::storage::Storage;
+use crate::stored::Stored;
 use crate::uploads::{CHUNK_MAX_BYTES, Uploads};
 use crate::upstream::Cache;
 use crate::{admin, connections, routes};
@@ -46,6 +47,7 @@ pub(crate) struct App {
     pub(crate) cache: Option<Cache>,
     pub(crate) remembered: Remembered,
     pub(crate) counters: Arc<Counters>,
+    pub(crate) stored: Stored,
     pub(crate) collector: Arc<Collector>,
     pub(crate) scrubber: Arc<Scrubber>,
     /// Cancelled when the shutdown begins: what runs ends, nothing new starts.
@@ -100,6 +102,7 @@ impl Server {
             let repair = cache.is_some().then(|| repair(app.clone()));
             let scrubber = Scrubber::new(storage.clone(), &config, repair, draining.clone());
             let (access, scrubber) = (Arc::new(access), Arc::new(scrubber));
+            let stored = Stored::default();
             collector.do_afterwards(recount(access.clone(), storage.clone(), uploads.clone()));
             App {
                 access,
@@ -109,6 +112,7 @@ impl Server {
                 cache,
                 remembered,
                 counters,
+                stored,
                 collector,
                 scrubber,
                 draining,
@@ -141,6 +145,7 @@ impl Server {
         let (access, storage, uploads) =
             (self.app.access.clone(), self.app.storage.clone(), self.app.uploads.clone());
         let (collector, scrubber) = (self.app.collector.clone(), self.app.scrubber.clone());
+        let app = self.app.clone();
         let counting = from_fn_with_state(self.app.clone(), count);
         let managing = access::http::routes().merge(admin::routes()).route_layer(counting);
         let router = Router::new()
@@ -152,7 +157,9 @@ impl Server {
         let serving = connections::serve(self.listener, router, counters, draining.clone(), self.drain);
         let keeping_up = access.run(storage, uploads, draining.clone());
         let background = async {
-            tokio::join!(collector.run_by_itself(), scrubber.run_by_itself());
+            let App { stored, storage, uploads, access, draining, .. } = &*app;
+            let counting = stored.run_by_itself(storage, uploads, &access.accounts, draining);
+            tokio::join!(collector.run_by_itself(), scrubber.run_by_itself(), counting);
             std::future::pending::<()>().await;
         };
         let told = async {
@@ -230,12 +237,12 @@ async fn count(State(app): State<Arc<App>>, request: Request, next: Next) -> Res
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> String {
-    let cache = app.cache.as_ref().map(|cache| cache.counters().render()).unwrap_or_default();
+    let cache = app.cache.as_ref().map(|cache| cache.counters().render() + &cache.use_of_room());
     let mut more: Vec<_> = app.access.counters().into_iter().collect();
     more.extend(app.uploads.counters());
     more.extend(app.collector.counters());
     more.extend(app.scrubber.counters());
-    app.counters.render(&more) + &cache
+    app.counters.render(&more) + &app.stored.render() + &cache.unwrap_or_default()
 }
 
 /// Gets damaged content from the cache's upstreams.

@@ -21,6 +21,7 @@ mod remote;
 mod tags;
 mod whole;
 
+use std::fmt::Write as _;
 use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
@@ -83,6 +84,24 @@ struct Inner {
 }
 
 impl Cache {
+    /// What it takes of its budgets, as Prometheus reads it.
+    pub(crate) fn use_of_room(&self) -> String {
+        let Inner { pieces, memory, .. } = &*self.inner;
+        let mut text = String::new();
+        for (name, help, value) in [
+            ("disk_bytes", "Bytes of pieces on disk", pieces.used()),
+            ("disk_budget_bytes", "Most bytes of pieces on disk", pieces.budget()),
+            ("record_bytes", "Bytes of manifests, tags and lists of pieces on disk", pieces.records.used()),
+            ("memory_bytes", "Bytes of pieces in memory", memory.used() as u64),
+            ("memory_budget_bytes", "Most bytes of pieces in memory", memory.budget() as u64),
+        ] {
+            let name = format!("anyplace_registry_cache_{name}");
+            // Writing to a string can't fail.
+            let _ = write!(text, "# HELP {name} {help}.\n# TYPE {name} gauge\n{name} {value}\n");
+        }
+        text
+    }
+
     /// A cache of the configured upstreams, if there are any.
     pub(crate) async fn open(config: &Config) -> anyhow::Result<Option<Cache>> {
         if config.upstreams.is_empty() {

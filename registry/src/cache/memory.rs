@@ -249,6 +249,11 @@ impl Memory {
         lease
     }
 
+    /// Most bytes in use.
+    pub(crate) fn budget(&self) -> usize {
+        self.budget
+    }
+
     /// Bytes in use by pieces.
     pub(crate) fn used(&self) -> usize {
         self.usage.used.load(Ordering::SeqCst)

@@ -402,8 +402,12 @@ impl Pieces {
         self.incoming.fetch_sub(size, Ordering::SeqCst);
     }
 
+    /// Most bytes of pieces on disk.
+    pub(crate) fn budget(&self) -> u64 {
+        self.budget
+    }
+
     /// Bytes of pieces on disk.
-    #[cfg(test)]
     pub(crate) fn used(&self) -> u64 {
         self.used.load(Ordering::SeqCst)
     }

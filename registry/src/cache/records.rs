@@ -71,6 +71,11 @@ impl Records {
         })
     }
 
+    /// Bytes on disk.
+    pub(crate) fn used(&self) -> u64 {
+        self.queue().bytes
+    }
+
     /// All keys that begin so.
     pub(crate) fn keys(&self, prefix: &str) -> Vec<String> {
         self.queue().files.keys().filter(|key| key.starts_with(prefix)).map(|key| key.to_string()).collect()
