@@ -1,6 +1,7 @@
 //! Online garbage collection: takes away what nothing needs while pushes, mounts and deletes go on.
 //!
-//! A collection has three parts (`run`): it reads each repository's manifests, lets go what rules don't keep (`retain`),
+//! A collection has three parts (`run`): it reads each repository's manifests, lets go tags that lead nowhere and what
+//! rules don't keep (`retain`),
 //! and marks what the rest needs; it removes old links that nothing needs; it deletes content that has no link
 //! (`sweep`). Each removal happens behind a marker (`hold`), after a second look; the protocol, and why it needs neither
 //! locks nor conditional writes, is in `storage` and in `docs/decisions/0004-online-gc.md`.

@@ -193,6 +193,7 @@ async fn interleave(seed: u64, totals: &Totals) {
         let report = quiet.collector.collect(false).await.unwrap();
         assert_eq!(report.phase, GcPhase::Done, "{report:?}");
         check.promises(&quiet.storage).await;
+        check.tags(&quiet.storage).await;
         if time == SETTLED {
             check.deletions(&client(99, &quiet)).await;
         }

@@ -76,8 +76,7 @@ async fn expel_tags(
     batch: &[(String, String)],
     basis: &Basis,
 ) -> anyhow::Result<bool> {
-    let mark = |tag: &String| Marked::Tag { repository: repository.to_owned(), tag: tag.clone() };
-    let hold = Hold::open(cx, batch.iter().map(|(tag, _)| mark(tag)).collect()).await?;
+    let hold = Hold::open(cx, batch.iter().map(|(tag, _)| mark(repository, tag)).collect()).await?;
     let expel = async |(tag, reason): (String, String)| -> anyhow::Result<bool> {
         let put = cx.storage.tag_put(repository, &tag).await?;
         let digest = cx.storage.whole_tag(repository, &tag).await?;
@@ -89,7 +88,7 @@ async fn expel_tags(
             let what = Trashed::Tag { tag: tag.clone(), digest: digest.clone() };
             cx.storage.put_trash(repository, &what).await?;
         }
-        hold.delete(&mark(&tag), cx.storage.delete_tag(repository, &tag)).await?;
+        hold.delete(&mark(repository, &tag), cx.storage.delete_tag(repository, &tag)).await?;
         cx.record(repository, &tag, &digest);
         cx.report(|report| report.plan.tags.push(named(repository, &tag, &reason)));
         Ok(true)
@@ -98,6 +97,59 @@ async fn expel_tags(
         stream::iter(batch.to_vec()).map(expel).buffer_unordered(AT_ONCE).try_collect::<Vec<bool>>().await;
     hold.close(cx).await;
     Ok(went?.into_iter().all(|went| went))
+}
+
+/// Removes tags whose manifest is gone: a delete that ended between its looks for tags leaves such, if a push of the same
+/// manifest ran beside it. `there` are the repository's manifests.
+pub(super) async fn expel_dangling(
+    cx: &Context<'_>,
+    repository: &str,
+    there: &BTreeSet<&Digest>,
+) -> anyhow::Result<()> {
+    let read = async |tag: String| Ok::<_, Error>((cx.storage.whole_tag(repository, &tag).await?, tag));
+    let tags = cx.storage.tags(repository).await?;
+    let mut read = stream::iter(tags).map(read).buffered(AT_ONCE);
+    let mut dangling = Vec::new();
+    while let Some((digest, tag)) = read.try_next().await? {
+        if digest.is_some_and(|digest| !there.contains(&digest)) {
+            dangling.push(tag);
+        }
+    }
+    drop(read);
+    for batch in dangling.chunks(MARKED_MAX) {
+        let hold = match cx.dry_run {
+            true => None,
+            false => Some(Hold::open(cx, batch.iter().map(|tag| mark(repository, tag)).collect()).await?),
+        };
+        let expel = async |tag: String| -> anyhow::Result<()> {
+            // A push puts the manifest before the tag, and looks for the tag behind the marker.
+            let Some(digest) = cx.storage.whole_tag(repository, &tag).await? else {
+                return Ok(());
+            };
+            if cx.storage.has_manifest(repository, &digest).await? {
+                return Ok(());
+            }
+            if let Some(hold) = &hold {
+                if !cx.window.is_zero() {
+                    let what = Trashed::Tag { tag: tag.clone(), digest: digest.clone() };
+                    cx.storage.put_trash(repository, &what).await?;
+                }
+                let deletion = cx.storage.delete_tag(repository, &tag);
+                hold.delete(&mark(repository, &tag), deletion).await?;
+                cx.record(repository, &tag, &digest);
+            }
+            let reason = format!("its manifest {digest} is gone");
+            cx.report(|report| report.plan.tags.push(named(repository, &tag, &reason)));
+            Ok(())
+        };
+        let expelled =
+            stream::iter(batch.to_vec()).map(expel).buffer_unordered(AT_ONCE).try_collect::<()>().await;
+        if let Some(hold) = hold {
+            hold.close(cx).await;
+        }
+        expelled?;
+    }
+    Ok(())
 }
 
 async fn expel_manifests(
@@ -193,6 +245,10 @@ fn levels(reasons: &BTreeMap<&Digest, String>, basis: &Basis) -> Vec<Vec<Digest>
         }
     }
     levels
+}
+
+fn mark(repository: &str, tag: &str) -> Marked {
+    Marked::Tag { repository: repository.to_owned(), tag: tag.to_owned() }
 }
 
 fn named(repository: &str, name: &str, reason: &str) -> Going {

@@ -139,19 +139,21 @@ async fn read(cx: &Context<'_>, repository: &str, needed: &mut Marks) -> anyhow:
         }
     }
     let mut basis = Basis { tags: BTreeMap::new(), manifests: BTreeMap::new() };
-    // What a deletion that can't be understood keeps isn't known.
-    let mut clear = damaged.is_empty();
+    // It can't be undone, whatever it was, so it keeps nothing; the others keep what they need.
     for item in damaged {
         cx.report(|report| {
             report.problem(format!(
-                "nothing is collected in {repository}: `repositories/{repository}/_trash/{}` is damaged ({}); it goes \
-                 when the time for undoing is over, or delete it",
+                "`repositories/{repository}/_trash/{}` is damaged ({}): that deletion can't be undone; it goes when its time \
+                 is over",
                 item.id, item.reason
             ));
         });
     }
+    let mut clear = true;
     let mut digests: BTreeSet<Digest> = infos.iter().map(|info| info.digest.clone()).collect();
     cx.report(|report| report.seen.manifests += digests.len() as u64);
+    let whole = infos.iter().filter(|info| info.pending.is_none());
+    retain::expel_dangling(cx, repository, &whole.map(|info| &info.digest).collect()).await?;
     digests.extend(trash.iter().filter_map(|item| match &item.what {
         Trashed::Manifest { digest, .. } => Some(digest.clone()),
         Trashed::Tag { .. } => None,

@@ -100,8 +100,8 @@ impl Claim<'_> {
     async fn learn(&mut self, cx: &Context<'_>) -> anyhow::Result<()> {
         // Manifests before the trash: a deletion puts into the trash first. Back from the trash, links are renewed.
         let infos = cx.storage.manifests(self.repository).await?;
-        let (trash, damaged) = cx.storage.trash_and_damaged(self.repository).await?;
-        self.unclear |= !damaged.is_empty();
+        // One that can't be understood brings nothing back, so it keeps nothing.
+        let trash = cx.storage.trash(self.repository).await?;
         let mut unknown = BTreeSet::new();
         let trashed = trash.into_iter().filter_map(|item| match item.what {
             Trashed::Manifest { digest, .. } => Some(digest),

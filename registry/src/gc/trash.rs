@@ -62,7 +62,8 @@ pub(crate) async fn delete_tag(
 /// Deletes a manifest and the tags that lead to it, which are given back; none if there was no such manifest.
 ///
 /// A push beside this puts its manifest, then its tags, then looks for the manifest again; this looks for tags, takes the
-/// manifest away, then looks for tags again. Whoever comes second sees the other, so no tag is left that leads nowhere.
+/// manifest away, then looks for tags again. Whoever comes second sees the other, so no tag is left that leads nowhere. If it
+/// ends before the second look, the next collection takes such a tag away.
 pub(crate) async fn delete_manifest(
     storage: &Storage,
     repository: &str,

@@ -207,9 +207,16 @@ impl Storage {
         &self,
         meta: object_store::ObjectMeta,
     ) -> Result<Option<std::result::Result<TrashedItem, DamagedItem>>> {
-        let Some(bytes) = self.read(&meta.location).await? else { return Ok(None) };
         let (id, deleted) =
             (meta.location.filename().unwrap_or_default().to_owned(), meta.last_modified.into());
+        let bytes = match self.read(&meta.location).await {
+            Ok(None) => return Ok(None),
+            Ok(Some(bytes)) => bytes,
+            Err(error) if error.is_lost() || matches!(error, Error::Damaged { .. }) => {
+                return Ok(Some(Err(DamagedItem { id, deleted, reason: error.to_string() })));
+            }
+            Err(error) => return Err(error),
+        };
         Ok(Some(match serde_json::from_slice(&bytes) {
             Ok(what) => Ok(TrashedItem { id, deleted, what }),
             Err(error) => Err(DamagedItem { id, deleted, reason: error.to_string() }),

@@ -127,6 +127,52 @@ async fn what_nothing_needs_goes_after_the_grace_and_what_was_deleted_comes_back
 }
 
 #[tokio::test]
+async fn a_damaged_deletion_is_told_and_keeps_nothing_from_being_collected() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = Registry::start(dir.path()).await;
+    let trash = dir.path().join("repositories/app/_trash");
+    let mut damaged = std::collections::BTreeSet::new();
+    let damages: [&dyn Fn(&Path); 2] = [
+        &|file| std::fs::write(file, "{\"manifest\":{\"digest\":\"sha2").unwrap(),
+        // More than any deletion has, so it isn't even read.
+        &|file| File::options().write(true).open(file).unwrap().set_len(17 << 20).unwrap(),
+    ];
+    for (number, damage) in damages.into_iter().enumerate() {
+        let (lost, _) = registry.put_image("app", &format!("lost-{number}"), &format!("lost {number}")).await;
+        let path = format!("/v2/app/manifests/{lost}");
+        assert!(registry.request(Method::DELETE, &path).send().await.unwrap().status().is_success());
+        for file in std::fs::read_dir(&trash).unwrap().map(|file| file.unwrap().path()) {
+            if damaged.insert(file.clone()) {
+                damage(&file);
+            }
+        }
+    }
+    let (kept, _) = registry.put_image("app", "kept", "kept").await;
+    let (gone, _) = registry.put_image("app", "gone", "gone").await;
+    let path = format!("/v2/app/manifests/{gone}");
+    assert!(registry.request(Method::DELETE, &path).send().await.unwrap().status().is_success());
+    let orphan = registry.put_blob("app", b"orphan").await;
+    age(dir.path(), 25 * HOUR);
+
+    let report = collect(&registry, false).await;
+    let told = report.problems.iter().filter(|problem| problem.contains("app/_trash/")).count();
+    assert_eq!((told, report.spared.unclear), (4, 0), "{report:?}");
+    // The orphan, and two images that can't come back: manifest, configuration and layer each.
+    assert_eq!((report.plan.links.count, report.plan.content.count), (7, 7), "{report:?}");
+    assert!(!exists(&registry, &format!("/v2/app/blobs/{orphan}")).await);
+    assert!(exists(&registry, &format!("/v2/app/manifests/{kept}")).await);
+    let undelete = json!({ "repository": "app", "tag": "gone" });
+    let (status, body) = post(&registry, "/v1/undelete", undelete).await;
+    assert_eq!(status, StatusCode::OK, "{body}");
+    let layer = registry.request(Method::GET, &format!("/v2/app/blobs/{}", Digest::of(b"gone")));
+    assert_eq!(layer.send().await.unwrap().bytes().await.unwrap(), "gone");
+    age(dir.path(), 8 * 24 * HOUR);
+    let report = collect(&registry, false).await;
+    assert_eq!((report.trash_emptied, report.problems.len()), (4, 0), "{report:?}");
+    registry.stop().await;
+}
+
+#[tokio::test]
 async fn rules_let_tags_go_unless_they_are_in_use_and_only_when_that_is_known() {
     let dir = tempfile::tempdir().unwrap();
     let in_use = dir.path().join("in-use.json");

@@ -94,7 +94,7 @@ async fn a_damaged_tag_manifest_or_deletion_stops_only_itself() {
     assert_eq!(status(&registry, Method::GET, "/v2/app/manifests/v3").await, 404);
     assert_eq!(status(&registry, Method::GET, &format!("/v2/app/manifests/{two}")).await, 200);
 
-    // A deletion: collections go on, and leave alone what it may keep.
+    // A deletion: it can't be undone, and collections go on.
     std::fs::remove_dir_all(at.join("_trash")).unwrap();
     assert_eq!(status(&registry, Method::DELETE, &format!("/v2/app/manifests/{two}")).await, 202);
     std::fs::write(only_file(&at.join("_trash")), GARBAGE).unwrap();

@@ -129,3 +129,54 @@ fn a_push_beside_a_delete_leaves_no_tag_that_leads_nowhere() {
         assert!(dangling(Some(mutant)) > 0, "the test doesn't show what {mutant:?} leaves out");
     }
 }
+
+/// A delete that a crash ends after `end` turns, with a push of the same manifest after `begin` of them: whether a tag leads
+/// nowhere then, and whether one does after a collection. None if the delete had ended by then.
+async fn crash_of_a_delete_at(begin: u32, end: u32) -> Option<(bool, bool)> {
+    let store = Stepped::new();
+    let (deleting, other) = (process(&store, false).await, process(&store, false).await);
+    let json = r#"{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[]}"#;
+    let (bytes, digest) = (Bytes::from_static(json.as_bytes()), Digest::of(json.as_bytes()));
+    let manifest = NewManifest::of(references::read(None, &bytes).unwrap(), bytes);
+    other.storage.put_tagged_manifest("a", &digest, manifest.clone(), &["old"]).await.unwrap();
+    {
+        let deletion = super::super::delete_manifest(&deleting.storage, "a", &digest, WINDOW);
+        let mut deletion = std::pin::pin!(deletion);
+        for turn in 0..end {
+            if turn == begin {
+                other.storage.put_tagged_manifest("a", &digest, manifest.clone(), &["new"]).await.unwrap();
+            }
+            store.set_calm(false);
+            if futures_util::poll!(deletion.as_mut()).is_ready() {
+                return None;
+            }
+            store.set_calm(true);
+        }
+    }
+    let dangles = async || {
+        let tags = other.storage.tags("a").await.unwrap();
+        !tags.is_empty() && !other.storage.has_manifest("a", &digest).await.unwrap()
+    };
+    let before = dangles().await;
+    let report = other.collector.collect(false).await.unwrap();
+    assert_eq!((report.phase, report.plan.tags.count), (GcPhase::Done, u64::from(before)), "{report:?}");
+    let after = dangles().await;
+    if before {
+        // The tag was to go into the trash with its manifest, and comes back with it.
+        super::super::undelete(&other.storage, "a", super::super::Named::Tag("new")).await.unwrap();
+        assert!(other.storage.has_manifest("a", &digest).await.unwrap());
+    }
+    Some((before, after))
+}
+
+#[test]
+fn a_delete_that_ends_in_the_middle_leaves_no_tag_that_leads_nowhere() {
+    let at = |begin, end| paused().block_on(crash_of_a_delete_at(begin, end));
+    let outcomes =
+        (0..).map_while(|begin| Some((begin, at(begin, begin + 1)?))).flat_map(|(begin, first)| {
+            std::iter::once(first).chain((begin + 2..).map_while(move |end| at(begin, end)))
+        });
+    let outcomes: Vec<_> = outcomes.collect();
+    assert!(outcomes.iter().any(|(before, _)| *before), "no such tag in {} crashes", outcomes.len());
+    assert!(outcomes.iter().all(|(_, after)| !after), "{outcomes:?}");
+}
