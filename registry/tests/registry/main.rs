@@ -5,6 +5,7 @@
 mod access;
 mod api;
 mod bucket_down;
+mod bucket_slow;
 mod cache;
 mod cache_campaigns;
 mod cache_faults;

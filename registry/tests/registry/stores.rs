@@ -11,10 +11,11 @@ pub(crate) mod garage;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use anyplace_seed::Seed;
 use base64::prelude::{BASE64_STANDARD, Engine as _};
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use hyper_util::rt::TokioIo;
@@ -139,6 +140,28 @@ async fn s3s_behind<F: Future<Output = Option<(u16, &'static str)>> + Send>(
         }
     });
     Store { address, task: Some(task), process: None, protocol: S3, dir }
+}
+
+/// One that takes 2 to 8 s for every other request while it is slow, and never answers one in 25.
+pub(crate) async fn s3s_that_is_slow(slow: Arc<AtomicBool>, seed: Seed) -> Store {
+    let seed = Mutex::new(seed);
+    s3s_behind(move |_| {
+        let fate = {
+            let mut seed = seed.lock().unwrap();
+            let wait_ms = if seed.one_in(2) { 2_000 + seed.below(6_001) } else { 0 };
+            (Duration::from_millis(wait_ms), seed.one_in(25))
+        };
+        let slow = slow.load(Ordering::SeqCst);
+        async move {
+            let (wait, never) = slow.then_some(fate)?;
+            tokio::time::sleep(wait).await;
+            if never {
+                std::future::pending::<()>().await;
+            }
+            None
+        }
+    })
+    .await
 }
 
 /// One that refuses requests of another time than its own, as Amazon's does.
