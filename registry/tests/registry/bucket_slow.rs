@@ -1,4 +1,4 @@
-//! A bucket that takes seconds for most of what is asked, and never answers some. What is asked of the registry takes its time, or is
+//! A bucket that takes seconds for some of what is asked, and never answers a little. What is asked of the registry takes its time, or is
 //! answered with 503 and tried again; nothing that was acknowledged is lost, and pushes go on.
 
 use std::sync::Arc;

@@ -25,6 +25,10 @@ pub(crate) fn age(dir: &Path, time: Duration) {
             age(&path, time);
             continue;
         }
+        // When the registry looked last: if that were long ago too, it would know nothing of the time between.
+        if path.ends_with("gc/clock") {
+            continue;
+        }
         let file = File::options().append(true).open(&path).unwrap();
         let modified: SystemTime = file.metadata().unwrap().modified().unwrap();
         file.set_modified(modified - time).unwrap();

@@ -142,14 +142,14 @@ async fn s3s_behind<F: Future<Output = Option<(u16, &'static str)>> + Send>(
     Store { address, task: Some(task), process: None, protocol: S3, dir }
 }
 
-/// One that takes 2 to 8 s for every other request while it is slow, and never answers one in 25.
+/// One that takes 2 to 8 s for one request in eight while it is slow, and never answers one in 60.
 pub(crate) async fn s3s_that_is_slow(slow: Arc<AtomicBool>, seed: Seed) -> Store {
     let seed = Mutex::new(seed);
     s3s_behind(move |_| {
         let fate = {
             let mut seed = seed.lock().unwrap();
-            let wait_ms = if seed.one_in(2) { 2_000 + seed.below(6_001) } else { 0 };
-            (Duration::from_millis(wait_ms), seed.one_in(25))
+            let wait_ms = if seed.one_in(8) { 2_000 + seed.below(6_001) } else { 0 };
+            (Duration::from_millis(wait_ms), seed.one_in(60))
         };
         let slow = slow.load(Ordering::SeqCst);
         async move {
