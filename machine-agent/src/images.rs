@@ -102,8 +102,7 @@ impl Images {
         });
         let begun = Instant::now();
         let options = PullOptions { progress, class };
-        let client = self.client.with_patience(class.patience());
-        let image = self.store.pull(&name, &client, &options).await.map_err(|error| explain(&error))?;
+        let image = self.store.pull(&name, &self.client, &options).await.map_err(|error| explain(&error))?;
         if image.stats.layers > 0 {
             let (stats, ms) = (image.stats, begun.elapsed().as_millis());
             tracing::info!(reference, ?class, ms, ?stats, "fetched an image");

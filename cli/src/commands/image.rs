@@ -10,8 +10,8 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use anyplace_images::{
-    ImageSpec, Options, PackOptions, PullClass, PullOptions, PullStats, PulledImage, Reference, Source,
-    Store, pack_with,
+    ImageSpec, Options, PackOptions, Patience, PullClass, PullOptions, PullStats, PulledImage, Reference,
+    Source, Store, pack_with,
 };
 use anyplace_model::Bytes;
 use serde::Serialize;
@@ -63,7 +63,7 @@ async fn pull(session: &Session, folder: &Path, args: ImagePullArgs) -> anyhow::
     if let Some(target) = args.mount.as_deref().filter(|target| !target.is_dir()) {
         bail!("--mount: {} is no folder; make it first", target.display());
     }
-    let client = session.registry()?.with_patience(PullClass::Live.patience());
+    let client = session.registry()?.with_patience(Patience::LONG);
     let store = Store::open(folder, Options::default())?;
     let options = PullOptions { progress: progress::for_stderr(), class: PullClass::Live };
     let begun = Instant::now();

@@ -195,14 +195,17 @@ pub enum Error {
 
     /// An image that nothing waits for has no room.
     #[error(
-        "no room for an image that nothing uses yet: what is in use or kept warm leaves {lacking_bytes} bytes too few{}; \
-         raise `image_budget`, or let another image go with `anyplace prewarm rm`",
-        .budget_bytes.map(|bytes| format!(" of the `image_budget` of {bytes}")).unwrap_or_default()
+        "no room for an image that nothing uses yet: what is in use or kept warm leaves {lacking_bytes} bytes too few{}, \
+         or let another image go with `anyplace prewarm rm`",
+        .budget_bytes.map_or_else(
+            || " on the disk; free some of it".to_owned(),
+            |bytes| format!(" of the `image_budget` of {bytes}; raise `image_budget`"),
+        )
     )]
     NoRoom {
         /// How many bytes more there would have to be.
         lacking_bytes: u64,
-        /// Bytes that all images may take, if that is bounded.
+        /// Bytes that all images may take, if that is what lacks; none where it is room on the disk.
         budget_bytes: Option<u64>,
     },
 

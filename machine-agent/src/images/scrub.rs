@@ -4,9 +4,9 @@
 use std::time::{Duration, SystemTime};
 
 use anyplace_images::{NoProgress, PullClass, PullOptions, Scrubbed};
+use anyplace_service::ScrubConfig;
 
 use super::Images;
-use crate::config::ScrubConfig;
 
 /// How often it is looked whether it is time, and how soon what failed is tried again.
 const CHECK_EVERY: Duration = Duration::from_secs(60);
@@ -53,8 +53,7 @@ impl Images {
             return;
         }
         let options = PullOptions { progress: NoProgress::shared(), class: PullClass::Live };
-        let client = self.client.with_patience(PullClass::Live.patience());
-        if let Err(error) = self.store.repair(&client, &options).await {
+        if let Err(error) = self.store.repair(&self.client, &options).await {
             tracing::warn!(%error, "can't fetch anew what was damaged; it is tried again");
         }
     }

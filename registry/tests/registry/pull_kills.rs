@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyplace_images::{
-    Client, Credentials, Digest, ImageSpec, NoProgress, Options, PullClass, PullOptions, Reference, Source,
+    Client, Credentials, Digest, ImageSpec, NoProgress, Options, Patience, PullOptions, Reference, Source,
     Store, pack, push,
 };
 use anyplace_seed::{Seed, rounds};
@@ -82,8 +82,8 @@ async fn no_pull_fails_that_has_a_healthy_copy() {
     let mut origin = Killable::start_at(&at("origin"), FREE, "").await;
     let client_of = |url: &str, name: &str| {
         let credentials = Credentials::from_file(&dir.path().join(name).join("credentials")).unwrap();
-        // As machines and commands pull.
-        Client::new(url, Some(credentials)).unwrap().with_patience(PullClass::Live.patience())
+        // As commands pull; machines try again by themselves, however often it takes.
+        Client::new(url, Some(credentials)).unwrap().with_patience(Patience::LONG)
     };
     let progress = NoProgress::shared();
     let mut images = BTreeMap::new();

@@ -29,8 +29,7 @@ pub struct Patience {
 impl Patience {
     /// For services that can use a copy of their own, or are asked again anyway: about 1.5 s.
     pub const SHORT: Patience = Patience { retries: 4 };
-    /// For what nobody wants to start again for a short break of the network, or a restart: a person's command, and pulls
-    /// that something waits for. About 30 s.
+    /// For what nobody wants to start again for a short break of the network, or a restart: a person's command. About 30 s.
     pub const LONG: Patience = Patience { retries: 9 };
     /// Every failure is reported at once.
     pub const NONE: Patience = Patience { retries: 0 };

@@ -10,7 +10,6 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use super::Lane;
 use super::objects::lock;
-use crate::client::Patience;
 use crate::error::{Error, Result};
 
 /// Whom a pull is for.
@@ -21,16 +20,6 @@ pub enum PullClass {
     Live,
     /// Nothing waits for it: it leaves network and CPU to live pulls.
     Prewarm,
-}
-
-impl PullClass {
-    /// How long such a pull bears a registry that is away: prewarming has time, and is tried again anyway.
-    pub fn patience(self) -> Patience {
-        match self {
-            PullClass::Live => Patience::LONG,
-            PullClass::Prewarm => Patience::SHORT,
-        }
-    }
 }
 
 /// The priority of a pull, which rises when something live waits for what was only prewarmed.

@@ -123,7 +123,7 @@ impl Store {
             self.inner.touch(reference, &image)?;
             return Ok(image);
         }
-        match self.inner.fetch_from_any(reference, client, options).await {
+        match self.inner.fetch_from_any(reference, reference, client, options).await {
             Err(error) if error.is_unreachable() => match self.find(reference)? {
                 Some(mut image) => {
                     tracing::warn!(%reference, %error, digest = %image.digest, "using the image that is here");
@@ -159,7 +159,7 @@ impl Inner {
             for layer in &manifest.layers {
                 options.progress.skipped(&item(layer), layer.size);
             }
-            self.list(name, &image, None).await?;
+            self.list(name, &image, None, options.class).await?;
             return Ok(image);
         }
         let (inner, id, class) = (self.clone(), raw.digest.clone(), options.class);
@@ -185,7 +185,7 @@ impl Inner {
         };
         match pull.run_in_room(&digest, &raw).await {
             Ok(image) => {
-                self.list(name, &image, Some((pull.writing, pull.pins))).await?;
+                self.list(name, &image, Some((pull.writing, pull.pins)), options.class).await?;
                 Ok(image)
             }
             Err(error) => {
@@ -225,6 +225,7 @@ impl Inner {
         reference: &Reference,
         image: &PulledImage,
         written: Option<(Arc<Writing>, Arc<Pins>)>,
+        class: PullClass,
     ) -> Result<()> {
         let record = StoredImage {
             reference: reference.canonical(),
@@ -259,7 +260,7 @@ impl Inner {
             }
             drop(hold);
             // An image that is used may exceed the budget by what layers without a table turned out to have.
-            if let Err(error) = inner.evict(PullClass::Live) {
+            if let Err(error) = inner.evict(class) {
                 tracing::error!(%error, "can't make room in the image store");
             }
             // Last of all: whoever waits may want to open the store again.

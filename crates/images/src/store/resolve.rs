@@ -1,9 +1,6 @@
 //! From what a name means to the manifest for this machine, and whom to ask.
 
 use std::sync::Arc;
-use std::time::Duration;
-
-use tokio::time::Instant;
 
 use super::objects::lock;
 use super::{Inner, PullOptions, PulledImage};
@@ -15,39 +12,27 @@ use crate::reference::Reference;
 /// Deepest nesting of indexes that is followed.
 const INDEX_DEPTH_MAX: usize = 3;
 
-/// How long several registries are asked in turn before it is said that all are away: as long as one is.
-const AWAY_MAX: Duration = Duration::from_secs(30);
-/// The pause before they are asked again.
-const AWAY_PAUSE: Duration = Duration::from_secs(1);
-
 impl Inner {
-    /// Fetches an image from the first of the client's registries that isn't away. What one has sent stays.
+    /// Fetches an image from the first of the client's registries that isn't away, and lists it under a name, usually the
+    /// same. What one has sent stays.
     pub(super) async fn fetch_from_any(
         self: &Arc<Self>,
         reference: &Reference,
+        name: &Reference,
         client: &Client,
         options: &PullOptions,
     ) -> Result<PulledImage> {
-        let clients = client.in_order(reference);
-        if clients.len() == 1 {
-            return self.fetch_as(reference, reference, client, options).await;
-        }
-        let (begun, patience) = (Instant::now(), client.patience());
-        loop {
-            let mut error = Error::Cancelled;
-            for client in &clients {
-                let client = client.with_patience(patience.min(Patience::SHORT));
-                match self.fetch_as(reference, reference, &client, options).await {
-                    Err(away) if away.is_unreachable() => error = away,
-                    other => return other,
-                }
+        let (clients, mut error) = (client.in_order(reference), Error::Cancelled);
+        for client in &clients {
+            match self.fetch_as(reference, name, client, options).await {
+                Err(away) if away.is_unreachable() => error = away,
+                other => return other,
+            }
+            if clients.len() > 1 {
                 tracing::warn!(%reference, %error, "a registry is away");
             }
-            if patience <= Patience::SHORT || self.is_named(reference) || begun.elapsed() >= AWAY_MAX {
-                return Err(error);
-            }
-            tokio::time::sleep(AWAY_PAUSE).await;
         }
+        Err(error)
     }
 
     /// The client that asks what a name means: what it meant last stands in for a registry that is away, so that there is
@@ -57,7 +42,7 @@ impl Inner {
         client.with_patience(if self.is_named(reference) { patience.min(Patience::SHORT) } else { patience })
     }
 
-    fn is_named(&self, reference: &Reference) -> bool {
+    pub(super) fn is_named(&self, reference: &Reference) -> bool {
         lock(&self.images).contains_key(&reference.canonical().to_string())
     }
 }

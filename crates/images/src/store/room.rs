@@ -127,7 +127,10 @@ impl Inner {
         room.expect(bytes);
         match self.evict(class)? {
             lacking_bytes if lacking_bytes > 0 && class == PullClass::Prewarm => {
-                Err(Error::NoRoom { lacking_bytes, budget_bytes: self.options.budget_bytes })
+                // The budget, or what is free on the disk: a larger budget mends only the one.
+                let over = self.total()? + self.coming.load(Ordering::SeqCst);
+                let budget_bytes = self.options.budget_bytes.filter(|budget| over > *budget);
+                Err(Error::NoRoom { lacking_bytes, budget_bytes })
             }
             _ => Ok(()),
         }

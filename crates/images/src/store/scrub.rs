@@ -127,9 +127,11 @@ impl Store {
         loop {
             let Some(image) = lock(&self.inner.scrub).lacking.first().cloned() else { return Ok(()) };
             let name = image.reference.at(&image.digest);
-            let fetched = match self.inner.is_listed(&image.manifest) {
+            // Somebody else may have pulled it since, or what the name means now.
+            let is_here = self.inner.is_listed(&image.manifest) || self.inner.is_named(&image.reference);
+            let fetched = match is_here {
                 true => Ok(()),
-                false => self.inner.fetch_as(&name, &image.reference, client, options).await.map(drop),
+                false => self.inner.fetch_from_any(&name, &image.reference, client, options).await.map(drop),
             };
             match fetched {
                 Err(error) if !error.is_not_found() => return Err(error),
