@@ -5,12 +5,6 @@
 //!      <----------- reply ----------------------------'
 //! ```
 
-#![allow(clippy::unwrap_used, reason = "a test's panic is its report")]
-#![allow(dead_code, reason = "the support module serves other tests too")]
-
-#[path = "support/namespaces.rs"]
-mod namespaces;
-
 use std::{
     fs,
     net::{IpAddr, Ipv4Addr, UdpSocket},
@@ -23,7 +17,8 @@ use std::{
 use anyplace_ebpf::{
     Bucket, Counter, DataPlane, Error, Instance, Meters, Options, Port, Protocol, VipKey, VipTable, XdpMode,
 };
-use namespaces::{BpfFs, Namespace, object, root_or_skip};
+
+use crate::namespaces::{BpfFs, Namespace, object, root_or_skip};
 
 /// Routers that take over from one another.
 const UPGRADES: usize = 100;

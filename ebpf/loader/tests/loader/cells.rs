@@ -3,32 +3,18 @@
 //! QUIC goes by its ports, like any datagram. Each row is what a client sends, built once for the VIP and once for the
 //! instance: the second is what the instance must get.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test's panic is its report")]
-
-#[allow(dead_code, reason = "each test file uses its own part")]
-#[path = "support/bed.rs"]
-mod bed;
-#[allow(dead_code, reason = "each test file uses its own part")]
-#[path = "support/namespaces.rs"]
-mod namespaces;
-#[allow(dead_code, reason = "each test file uses its own part")]
-#[path = "support/packets.rs"]
-mod packets;
-#[allow(dead_code, reason = "each test file uses its own part")]
-#[path = "support/packets6.rs"]
-mod packets6;
-
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyplace_ebpf::{Counter, VipTable, flow_hash, flow_hash6};
 use anyplace_ebpf_common as common;
 use anyplace_ebpf_model::instance6;
-use bed::*;
-use namespaces::root_or_skip;
-use packets::{
+
+use crate::bed::*;
+use crate::namespaces::root_or_skip;
+use crate::packets::{
     ACK, End, Ip, ROUTER_MAC, SYN, UPLINK_MAC, assert_checksums, gue_around, icmp, received, sent, tcp, udp,
 };
-use packets6::{End6, Ip6, icmp6, tcp6, udp6};
+use crate::packets6::{End6, Ip6, icmp6, tcp6, udp6};
 
 const CLIENT6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0x198, 0, 0, 0, 0, 9);
 /// A router on the client's way.

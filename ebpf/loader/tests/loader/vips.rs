@@ -1,15 +1,10 @@
 //! Many VIPs, shared tables, capacities, and what a restart makes of them.
 
-#![allow(clippy::unwrap_used, reason = "a test's panic is its report")]
-#![allow(dead_code, reason = "the support modules serve other tests too")]
-
-#[path = "support/namespaces.rs"]
-mod namespaces;
-
 use std::net::Ipv4Addr;
 
 use anyplace_ebpf::{Bucket, Capacity, DataPlane, Error, Options, Protocol, VipKey, VipTable};
-use namespaces::{BpfFs, Namespace, object, root_or_skip};
+
+use crate::namespaces::{BpfFs, Namespace, object, root_or_skip};
 
 /// More than a batch.
 const MANY: u32 = 10_000;

@@ -1,29 +1,15 @@
 //! IPv6 packet by packet: what the programs do with clients' packets for every kind of backend, and with answers.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test's panic is its report")]
-
-#[allow(dead_code, reason = "each test file uses its own part")]
-#[path = "support/bed.rs"]
-mod bed;
-#[allow(dead_code, reason = "each test file uses its own part")]
-#[path = "support/namespaces.rs"]
-mod namespaces;
-#[allow(dead_code, reason = "each test file uses its own part")]
-#[path = "support/packets.rs"]
-mod packets;
-#[allow(dead_code, reason = "each test file uses its own part")]
-#[path = "support/packets6.rs"]
-mod packets6;
-
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use anyplace_ebpf::{Counter, flow_hash6};
 use anyplace_ebpf_common as common;
 use anyplace_ebpf_model::instance6;
-use bed::*;
-use namespaces::root_or_skip;
-use packets::{ACK, Ip, SYN, assert_checksums, received, sent};
-use packets6::{End6, Ip6, frame6, gue6, icmp6, received6, sent6, tcp6, tcp6_with_segment_size, udp6};
+
+use crate::bed::*;
+use crate::namespaces::root_or_skip;
+use crate::packets::{ACK, Ip, ROUTER_MAC, SYN, assert_checksums, received, sent};
+use crate::packets6::{End6, Ip6, frame6, gue6, icmp6, received6, sent6, tcp6, tcp6_with_segment_size, udp6};
 
 const CLIENT6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0x198, 0, 0, 0, 0, 9);
 const ROUTER6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0x192, 0, 0, 0, 0, 7);
@@ -177,7 +163,7 @@ fn ingress_answers_and_refuses() {
 /// The packet as the instance gets it.
 fn inside(packet: &Ip6, instance: Ipv4Addr) -> Vec<u8> {
     let [a, b, c, d] = instance.octets();
-    frame6([0x02, 0x61, a, b, c, d], packets::ROUTER_MAC, packet)
+    frame6([0x02, 0x61, a, b, c, d], ROUTER_MAC, packet)
 }
 
 #[test]

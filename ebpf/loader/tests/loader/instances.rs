@@ -1,20 +1,5 @@
 //! Counters by VIP port and instance: what they count, and how long.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test's panic is its report")]
-
-#[allow(dead_code, reason = "each test file uses its own part")]
-#[path = "support/bed.rs"]
-mod bed;
-#[allow(dead_code, reason = "each test file uses its own part")]
-#[path = "support/namespaces.rs"]
-mod namespaces;
-#[allow(dead_code, reason = "each test file uses its own part")]
-#[path = "support/packets.rs"]
-mod packets;
-#[allow(dead_code, reason = "each test file uses its own part")]
-#[path = "support/packets6.rs"]
-mod packets6;
-
 use std::{
     collections::BTreeMap,
     net::{Ipv4Addr, Ipv6Addr},
@@ -22,10 +7,11 @@ use std::{
 
 use anyplace_ebpf::{Counter, Instance, Port, Protocol, VipKey};
 use anyplace_ebpf_common as common;
-use bed::*;
-use namespaces::root_or_skip;
-use packets::{ACK, SYN, gue, icmp, received, tcp, udp};
-use packets6::{gue6, tcp6};
+
+use crate::bed::*;
+use crate::namespaces::root_or_skip;
+use crate::packets::{ACK, SYN, gue, icmp, received, tcp, udp};
+use crate::packets6::{gue6, tcp6};
 
 const CLIENT6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0x198, 0, 0, 0, 0, 9);
 

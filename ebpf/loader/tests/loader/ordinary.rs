@@ -2,29 +2,15 @@
 //!
 //! Each runs through the kernel's BPF_PROG_TEST_RUN, with the maps as the loader fills them.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test's panic is its report")]
-
-#[allow(dead_code, reason = "each test file uses its own part")]
-#[path = "support/bed.rs"]
-mod bed;
-#[allow(dead_code, reason = "each test file uses its own part")]
-#[path = "support/namespaces.rs"]
-mod namespaces;
-#[allow(dead_code, reason = "each test file uses its own part")]
-#[path = "support/packets.rs"]
-mod packets;
-#[allow(dead_code, reason = "each test file uses its own part")]
-#[path = "support/packets6.rs"]
-mod packets6;
-
 use std::net::Ipv4Addr;
 
 use anyplace_ebpf::{Bucket, Counter, Protocol, VipTable, bucket_index, flow_hash};
 use anyplace_ebpf_common as common;
-use bed::*;
-use namespaces::root_or_skip;
-use packets::{
-    ACK, Ip, SYN, frame, gue, gue_raw, icmp, received, sent, tcp, tcp_with_segment_size, udp,
+
+use crate::bed::*;
+use crate::namespaces::root_or_skip;
+use crate::packets::{
+    self, ACK, Ip, SYN, frame, gue, gue_raw, icmp, received, sent, tcp, tcp_with_segment_size, udp,
     udp_without_checksum,
 };
 

@@ -1,19 +1,4 @@
-//! Fragments, IP options, ICMP, foreign senders and floods: packet by packet, as in `packets.rs`.
-
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test's panic is its report")]
-
-#[allow(dead_code, reason = "each test file uses its own part")]
-#[path = "support/bed.rs"]
-mod bed;
-#[allow(dead_code, reason = "each test file uses its own part")]
-#[path = "support/namespaces.rs"]
-mod namespaces;
-#[allow(dead_code, reason = "each test file uses its own part")]
-#[path = "support/packets.rs"]
-mod packets;
-#[allow(dead_code, reason = "each test file uses its own part")]
-#[path = "support/packets6.rs"]
-mod packets6;
+//! Fragments, IP options, ICMP, foreign senders and floods: packet by packet, as in `ordinary.rs`.
 
 use std::{
     io::Read as _,
@@ -24,9 +9,10 @@ use std::{
 use anyplace_ebpf::Counter;
 use anyplace_ebpf_common as common;
 use aya::maps::{HashMap, IterableMap as _, MapData};
-use bed::*;
-use namespaces::root_or_skip;
-use packets::{ACK, Ip, ROUTER_MAC, SYN, frame, gue, icmp, received, sent, tcp, udp};
+
+use crate::bed::*;
+use crate::namespaces::root_or_skip;
+use crate::packets::{ACK, Ip, ROUTER_MAC, SYN, frame, gue, icmp, received, sent, tcp, udp};
 
 /// Established flows that a flood must not touch.
 const ESTABLISHED: u32 = 32_768;

@@ -5,33 +5,13 @@
 //!
 //! `ANYPLACE_SEED` replays a run, `ANYPLACE_PACKETS` makes it longer.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test's panic is its report")]
-
-#[allow(dead_code, reason = "each test file uses its own part")]
-#[path = "support/bed.rs"]
-mod bed;
-#[allow(dead_code, reason = "each test file uses its own part")]
-#[path = "support/namespaces.rs"]
-mod namespaces;
-#[allow(dead_code, reason = "each test file uses its own part")]
-#[path = "support/packets.rs"]
-mod packets;
-#[allow(dead_code, reason = "each test file uses its own part")]
-#[path = "support/packets6.rs"]
-mod packets6;
-#[path = "support/random.rs"]
-mod random;
-#[path = "support/random6.rs"]
-mod random6;
-#[path = "support/world.rs"]
-mod world;
-
 use std::{fs, path::Path};
 
 use anyplace_ebpf_model::Program;
 use anyplace_seed::Seed;
-use namespaces::root_or_skip;
-use world::World;
+
+use crate::world::World;
+use crate::{namespaces::root_or_skip, random};
 
 /// Packets of an ordinary run.
 const PACKETS: usize = 200_000;

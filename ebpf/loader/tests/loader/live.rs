@@ -6,11 +6,6 @@
 //! ```
 //! The edge routes the VIP to m1, so m1 is the ingress machine of every packet.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test's panic is its report")]
-
-#[path = "support/namespaces.rs"]
-mod namespaces;
-
 use std::{
     io::{BufRead as _, BufReader, Write as _},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
@@ -22,7 +17,8 @@ use anyplace_ebpf::{
     Bucket, Counter, DataPlane, Error, Instance, Options, Port, Protocol, VipKey, VipTable, XdpMode,
 };
 use aya::maps::{HashMap, Map, MapData};
-use namespaces::{BpfFs, Namespace, object, root_or_skip};
+
+use crate::namespaces::{BpfFs, Namespace, object, root_or_skip};
 
 const VIP: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
 const C1: Ipv4Addr = Ipv4Addr::new(10, 1, 1, 65);

@@ -1,20 +1,5 @@
 //! Events of flows: of which packets, how many of them, and what is lost.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test's panic is its report")]
-
-#[allow(dead_code, reason = "each test file uses its own part")]
-#[path = "support/bed.rs"]
-mod bed;
-#[allow(dead_code, reason = "each test file uses its own part")]
-#[path = "support/namespaces.rs"]
-mod namespaces;
-#[allow(dead_code, reason = "each test file uses its own part")]
-#[path = "support/packets.rs"]
-mod packets;
-#[allow(dead_code, reason = "each test file uses its own part")]
-#[path = "support/packets6.rs"]
-mod packets6;
-
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     num::NonZeroU32,
@@ -23,10 +8,11 @@ use std::{
 
 use anyplace_ebpf::{FlowEvents, Outcome, Protocol};
 use anyplace_ebpf_common as common;
-use bed::*;
-use namespaces::root_or_skip;
-use packets::{ACK, SYN, gue, received, tcp, udp};
-use packets6::{gue6, received6, tcp6, udp6};
+
+use crate::bed::*;
+use crate::namespaces::root_or_skip;
+use crate::packets::{ACK, SYN, gue, received, tcp, udp};
+use crate::packets6::{gue6, received6, tcp6, udp6};
 
 const CLIENT6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0x198, 0, 0, 0, 0, 9);
 
