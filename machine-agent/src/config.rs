@@ -5,7 +5,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyplace_model::{Bytes, DurationMs, Gpu, MachineId, MilliCpu};
+use anyplace_model::{Bytes, Gpu, MachineId, MilliCpu};
+use anyplace_service::ScrubConfig;
 use ipnet::Ipv4Net;
 use serde::Deserialize;
 
@@ -108,23 +109,6 @@ impl Config {
     }
 }
 
-/// Reading everything that images have on disk again, so that what the disk spoilt is fetched anew.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct ScrubConfig {
-    /// How often everything is read; 0 for never.
-    pub every: DurationMs,
-    /// Most bytes that are read in a second.
-    pub rate: Bytes,
-}
-
-impl Default for ScrubConfig {
-    fn default() -> Self {
-        // As the registry's.
-        Self { every: DurationMs(30 * 24 * 3_600_000), rate: Bytes(32 << 20) }
-    }
-}
-
 /// What is kept from instances.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -157,6 +141,8 @@ fn default_cgroup_parent() -> String {
 
 #[cfg(test)]
 mod tests {
+    use anyplace_model::DurationMs;
+
     use super::*;
 
     #[test]

@@ -4,11 +4,11 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
 use anyplace_model::Bytes;
+use anyplace_service::ScrubConfig;
 use serde::Deserialize;
 
 use crate::access;
 use crate::gc::{GcConfig, RetentionConfig};
-use crate::scrub::ScrubConfig;
 use crate::storage::StorageConfig;
 use crate::uploads;
 

@@ -44,9 +44,10 @@ pub use admin::{
 };
 pub use anyplace_registry_core::access::Grant;
 pub use anyplace_registry_core::pattern::Pattern;
+pub use anyplace_service::ScrubConfig;
 pub use cache::counters::CacheCounters;
 pub use config::{CacheConfig, Config, UploadsConfig, Upstream};
 pub use gc::{GcConfig, GcPhase, GcReport, GcSeen, GcSpared, GcStatus, RetentionConfig, RuleConfig};
-pub use scrub::{ScrubConfig, ScrubFinding, ScrubOutcome, ScrubPhase, ScrubReport, ScrubStatus};
+pub use scrub::{ScrubFinding, ScrubOutcome, ScrubPhase, ScrubReport, ScrubStatus};
 pub use server::{Server, run};
 pub use storage::{Bucket, Container, StorageConfig};

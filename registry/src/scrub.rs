@@ -21,7 +21,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
 use anyplace_images::{Algorithm, Digest};
-use anyplace_model::{Bytes, DurationMs};
+use anyplace_service::ScrubConfig;
 use futures_util::StreamExt as _;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -41,29 +41,6 @@ const CHECK_EVERY: Duration = Duration::from_secs(600);
 const READ_TRIES: usize = 3;
 /// The wait before the next try.
 const READ_PAUSE: Duration = Duration::from_millis(500);
-
-/// Re-hashing of what is stored.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct ScrubConfig {
-    /// How often everything is read; 0 for never.
-    pub every: DurationMs,
-    /// Most bytes that are read in a second.
-    pub rate: Bytes,
-}
-
-impl Default for ScrubConfig {
-    fn default() -> Self {
-        ScrubConfig { every: DurationMs(30 * 24 * 3_600_000), rate: Bytes(32 << 20) }
-    }
-}
-
-impl ScrubConfig {
-    pub(crate) fn check(&self) -> anyhow::Result<()> {
-        anyhow::ensure!(self.rate.0 > 0, "scrub.rate is 0; to never scrub, set scrub.every = \"0s\"");
-        Ok(())
-    }
-}
 
 /// Gets content of a repository from elsewhere, and says whether it is stored here now.
 pub(crate) type Repair =
@@ -112,7 +89,7 @@ impl Scrubber {
         stop: CancellationToken,
     ) -> Scrubber {
         let (one, running, totals) = Default::default();
-        Scrubber { storage, config: config.scrub.clone(), repair, one, running, totals, stop }
+        Scrubber { storage, config: config.scrub, repair, one, running, totals, stop }
     }
 
     /// For `/metrics`.
@@ -274,8 +251,7 @@ impl Scrubber {
         };
         let found = match found {
             Ok(found) => found,
-            Err(error @ Error::Damaged { .. }) => Found::Wrong(0, error.to_string()),
-            Err(error) if error.is_lost() => Found::Wrong(0, error.to_string()),
+            Err(error) if error.is_damage() => Found::Wrong(0, error.to_string()),
             Err(error) => {
                 report.problem(format!("{digest} can't be read: {error}"));
                 return Ok(true);

@@ -97,7 +97,6 @@ impl Server {
             (Remembered::default(), Arc::default(), CancellationToken::new());
         let collector =
             Arc::new(Collector::new(storage.clone(), &config, access.audit.clone(), draining.clone())?);
-        config.scrub.check()?;
         let app = Arc::new_cyclic(|app: &Weak<App>| {
             let repair = cache.is_some().then(|| repair(app.clone()));
             let scrubber = Scrubber::new(storage.clone(), &config, repair, draining.clone());

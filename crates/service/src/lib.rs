@@ -10,6 +10,7 @@ mod files;
 mod http;
 mod retry;
 mod runtime;
+mod scrub;
 
 pub use auth::{TokenHash, bearer, generate_token, load_or_create_token, read_token};
 pub use config::{ConfigError, load_config};
@@ -18,3 +19,4 @@ pub use files::write_atomically;
 pub use http::{Failure, Json, Query, healthz, not_found, serve, text_stream};
 pub use retry::Backoff;
 pub use runtime::{init_logging, install_crypto_provider, shutdown_signal, unix_epoch};
+pub use scrub::ScrubConfig;

@@ -60,6 +60,11 @@ impl Error {
         Error::Damaged { key: key.to_string(), reason: reason.to_string() }
     }
 
+    /// Whether what is there is damaged, by its bytes or by what the disk said; asking again is of no use.
+    pub(crate) fn is_damage(&self) -> bool {
+        matches!(self, Error::Damaged { .. }) || self.is_lost()
+    }
+
     /// Whether the disk said that it has lost what is there, not that it can't be asked.
     pub(crate) fn is_lost(&self) -> bool {
         let codes = [libc::EIO, libc::EBADMSG, libc::EUCLEAN].map(Some);
