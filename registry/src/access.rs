@@ -266,7 +266,10 @@ impl Access {
         let now = Instant::now();
         self.logins.may_try(from, name, now).map_err(|wait| {
             self.logins_refused.fetch_add(1, Ordering::Relaxed);
-            let message = format!("too many wrong passwords for `{name}` from {from}; correct it, and wait");
+            let message = format!(
+                "too many wrong passwords for `{name}` from {from}; correct it, and try again in {} s",
+                wait.as_secs().max(1)
+            );
             Refusal::new(StatusCode::TOO_MANY_REQUESTS, "TOOMANYREQUESTS", message)
                 .header(RETRY_AFTER, wait.as_secs().max(1).to_string())
         })?;

@@ -218,9 +218,7 @@ async fn drop_uploads(State(app): State<Arc<App>>, request: Request) -> Response
         let dropped = app.uploads.drop_idle(repository.as_deref(), Duration::from_secs(idle_s)).await?;
         for upload in &dropped {
             app.access.record(&who, "drop-upload", &upload.repository, Some(&upload.id), None);
-        }
-        if !dropped.is_empty() {
-            app.access.count(&app.storage, &app.uploads).await;
+            app.access.quota(&upload.repository).give_back(upload.bytes);
         }
         Ok(Json(uploads::views(dropped)).into_response())
     };

@@ -241,7 +241,7 @@ impl Collector {
     /// Where a full disk has room again, for the next time.
     async fn take_back_room(&self) {
         if let Err(error) = self.storage.check_room().await {
-            tracing::warn!(%error, "pushes are refused until there is room");
+            tracing::warn!(%error, "pushes are refused until this is mended");
         }
     }
 
@@ -285,9 +285,21 @@ impl Collector {
                 }
             }
         };
+        // Who sees the end of a collection may push by the new counts; counting may take minutes, so the lease goes on.
+        let working = async {
+            let outcome = self.work(&report, ages).await;
+            if !dry_run
+                && self.freed()
+                && !self.stop.is_cancelled()
+                && let Some(afterwards) = self.afterwards.get()
+            {
+                afterwards().await;
+            }
+            outcome
+        };
         let outcome = tokio::select! {
             biased;
-            outcome = self.work(&report, ages) => outcome,
+            outcome = working => outcome,
             () = renewing => Ok(()),
         };
         let now = self.storage.now().await.ok().and_then(|now| Timestamp::try_from(now).ok());
@@ -308,11 +320,6 @@ impl Collector {
             }
             return finished;
         }
-        if (finished.plan.links.count > 0 || finished.uploads_abandoned > 0)
-            && let Some(afterwards) = self.afterwards.get()
-        {
-            afterwards().await;
-        }
         let noted = async {
             self.storage.remove_note(Note::Lease).await?;
             // Who sees that it ended may begin the next one.
@@ -324,6 +331,13 @@ impl Collector {
         }
         self.take_back_room().await;
         finished
+    }
+
+    /// Whether what goes on has taken anything that counts for quotas.
+    fn freed(&self) -> bool {
+        let running = self.running.lock().ok();
+        let running = running.as_ref().and_then(|running| running.as_ref());
+        running.is_some_and(|report| report.plan.links.count > 0 || report.uploads_abandoned > 0)
     }
 
     async fn work(&self, report: &GcReport, ages: Ages) -> anyhow::Result<()> {

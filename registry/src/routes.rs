@@ -42,7 +42,9 @@ pub(crate) async fn dispatch(State(app): State<Arc<App>>, request: Request) -> R
     let mut response = match allowed(&app, request).await {
         Ok(response) => response,
         Err(refusal) => {
-            unread.discard().await;
+            if let Some(unread) = unread {
+                unread.discard().await;
+            }
             refusal.into_response()
         }
     };

@@ -1,4 +1,4 @@
-//! What is stored, for the metrics: counted once an hour in a few listings, so that a scrape asks the store for nothing.
+//! What is stored, for the metrics: counted now and then, so that a scrape asks the store for nothing.
 //!
 //! By team, since anyone may read the metrics, and names of repositories are not for anyone: `anyplace registry du` has
 //! them. The [`TEAMS_MAX`] teams with most bytes have lines of their own, so labels are bounded.
@@ -18,8 +18,10 @@ use crate::access::accounts::{Accounts, Known};
 use crate::storage::{Result, Storage};
 use crate::uploads::{Unfinished, Uploads};
 
-/// How often it is counted. A listing of a bucket gives 1,000 objects for each request.
+/// How often it is counted in a folder, where that is a few listings.
 const COUNT_EVERY: Duration = Duration::from_secs(3600);
+/// How often in a bucket, where it takes a request for each content, and one for each 1,000 links.
+const COUNT_BUCKET_EVERY: Duration = Duration::from_secs(24 * 3600);
 /// When it is counted first, in peace after the start.
 const COUNT_FIRST: Duration = Duration::from_secs(5);
 /// Teams with lines of their own.
@@ -74,7 +76,7 @@ impl Stored {
     ) {
         let mut pause = COUNT_FIRST;
         while stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_some() {
-            pause = COUNT_EVERY;
+            pause = if storage.is_in_folder() { COUNT_EVERY } else { COUNT_BUCKET_EVERY };
             match stop.run_until_cancelled(count(storage, uploads, &accounts.known(), CONTENTS_MAX)).await {
                 None => return,
                 Some(Ok(count)) => *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(count),

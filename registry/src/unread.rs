@@ -14,7 +14,7 @@ use axum::extract::Request;
 use axum::http::header::EXPECT;
 use bytes::Bytes;
 use futures_util::StreamExt as _;
-use hyper::body::{Frame, SizeHint};
+use hyper::body::{Body as _, Frame, SizeHint};
 
 use crate::uploads::CHUNK_MAX_BYTES;
 
@@ -36,12 +36,15 @@ struct Inner {
 #[derive(Clone)]
 struct Watched(Arc<Mutex<Inner>>);
 
-/// The same request; what it leaves of its body can be discarded later.
-pub(crate) fn watch(request: Request) -> (Request, Unread) {
+/// The same request; what it leaves of its body, if it has any, can be discarded later.
+pub(crate) fn watch(request: Request) -> (Request, Option<Unread>) {
+    if request.body().is_end_stream() {
+        return (request, None);
+    }
     let (head, body) = request.into_parts();
     let body = Watched(Arc::new(Mutex::new(Inner { body, asked_for: false })));
     let expects_leave = head.headers.contains_key(EXPECT);
-    (Request::from_parts(head, Body::new(body.clone())), Unread { body, expects_leave })
+    (Request::from_parts(head, Body::new(body.clone())), Some(Unread { body, expects_leave }))
 }
 
 impl Unread {

@@ -117,6 +117,9 @@ pub(super) async fn expel_dangling(
     }
     drop(read);
     for batch in dangling.chunks(MARKED_MAX) {
+        if cx.stop.is_cancelled() {
+            break;
+        }
         let hold = match cx.dry_run {
             true => None,
             false => Some(Hold::open(cx, batch.iter().map(|tag| mark(repository, tag)).collect()).await?),

@@ -215,7 +215,7 @@ async fn retain(
     };
     let tags = stream::iter(infos).map(read).buffered(AT_ONCE).try_collect::<Vec<_>>().await;
     let tags = match tags {
-        Err(error @ crate::storage::Error::Damaged { .. }) => {
+        Err(error) if error.is_damage() => {
             cx.report(|report| {
                 report.problem(format!(
                     "no rule lets anything go in {repository}: {error}; push the tag again, or delete it"

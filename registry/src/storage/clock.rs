@@ -26,6 +26,8 @@ struct State {
     /// What it said, and when that was here.
     last: Option<(SystemTime, Instant)>,
     witnessed: Witnessed,
+    /// Whether what ages leave out has still to be written down.
+    unkept: bool,
     /// How far this machine's clock is ahead of it, in s, as the log was told.
     told_ahead_s: i64,
 }
@@ -112,11 +114,23 @@ impl Storage {
         let meta =
             self.head(&key).await?.ok_or_else(|| Error::damaged(&key, "gone right after it was written"))?;
         let now = SystemTime::from(meta.last_modified);
-        let (step, ages) = self.inner.clock.lock().see(now, asked);
-        if step != Step::Steady {
-            tell(step, &self.inner.name);
-            if let Err(error) = self.put_note(Note::Skipped, &ages.witnessed).await {
-                tracing::warn!(%error, "what ages leave out can't be kept; this process knows it");
+        let (step, ages, unkept) = {
+            let mut state = self.inner.clock.lock();
+            let (step, ages) = state.see(now, asked);
+            state.unkept |= step != Step::Steady;
+            (step, ages, state.unkept)
+        };
+        tell(step, &self.inner.name);
+        if unkept {
+            match self.put_note(Note::Skipped, &ages.witnessed).await {
+                // Another step may have come meanwhile.
+                Ok(()) => {
+                    let mut state = self.inner.clock.lock();
+                    state.unkept = state.witnessed != ages.witnessed;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "what ages leave out can't be kept; this process knows it, and tries again");
+                }
             }
         }
         Ok(ages)

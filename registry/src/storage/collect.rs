@@ -125,7 +125,15 @@ impl Storage {
     ) -> Result<Option<(T, SystemTime)>> {
         let key = note.key();
         let Some(meta) = self.head(&key).await? else { return Ok(None) };
-        let Some(bytes) = self.read(&key).await? else { return Ok(None) };
+        let bytes = match self.read(&key).await {
+            Ok(None) => return Ok(None),
+            Ok(Some(bytes)) => bytes,
+            Err(error) if error.is_damage() => {
+                tracing::error!(%key, %error, "a note is damaged, and forgotten");
+                return Ok(None);
+            }
+            Err(error) => return Err(error),
+        };
         match serde_json::from_slice(&bytes) {
             Ok(value) => Ok(Some((value, meta.last_modified.into()))),
             Err(error) => {
@@ -212,7 +220,7 @@ impl Storage {
         let bytes = match self.read(&meta.location).await {
             Ok(None) => return Ok(None),
             Ok(Some(bytes)) => bytes,
-            Err(error) if error.is_lost() || matches!(error, Error::Damaged { .. }) => {
+            Err(error) if error.is_damage() => {
                 return Ok(Some(Err(DamagedItem { id, deleted, reason: error.to_string() })));
             }
             Err(error) => return Err(error),

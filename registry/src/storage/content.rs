@@ -111,6 +111,11 @@ impl Storage {
         self.remove(&keys::content(digest)).await
     }
 
+    /// Whether content is files, of which a listing has the sizes.
+    pub(crate) fn is_in_folder(&self) -> bool {
+        matches!(self.inner.place, Place::Folder(_))
+    }
+
     /// The digests of the content whose digests begin with these two digits, sorted.
     pub(crate) async fn digests_in(&self, algorithm: Algorithm, digits: &str) -> Result<Vec<Digest>> {
         let prefix = Path::from(format!("blobs/{algorithm}/{digits}"));

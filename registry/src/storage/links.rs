@@ -53,10 +53,13 @@ impl Storage {
         if self.inner.clock.about_now().duration_since(put).unwrap_or_default() < self.inner.renew_after {
             return self.content_size(digest).await;
         }
-        Ok(match self.put_link(repository, digest).await? {
-            Linked::Yes(size) => Some(size),
-            Linked::Gone => None,
-        })
+        match self.put_link(repository, digest).await {
+            Ok(Linked::Yes(size)) => Ok(Some(size)),
+            Ok(Linked::Gone) => Ok(None),
+            // Whoever only reads needs no younger link; a manifest that comes too late is told that its blob is gone.
+            Err(Error::Full { .. }) => self.content_size(digest).await,
+            Err(error) => Err(error),
+        }
     }
 
     /// Bytes of the content, if the repository has it.

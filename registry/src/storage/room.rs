@@ -8,7 +8,8 @@
 //! that they don't take what is meant for deletions; they are taken back as soon as the disk has room.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write as _};
+use std::io;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -42,9 +43,15 @@ pub(crate) struct Room {
 impl Room {
     /// Blocking: room in a data folder.
     pub(super) fn in_folder(folder: &Path) -> Room {
-        let room = Room { reserve: Some(folder.join("reserve")), ..Room::elsewhere() };
+        let (reserve, whole) = (Some(folder.join("reserve")), AtomicBool::new(false));
+        let room = Room { reserve, whole, ..Room::elsewhere() };
         if let Err(error) = room.refill() {
-            tracing::warn!(%error, "no room can be kept for deletions on a full disk; pushes wait until there is some");
+            tracing::warn!(
+                %error,
+                folder = %folder.display(),
+                "no room can be kept for deletions on a full disk; pushes wait: make the disk larger, or free some by \
+                 `anyplace registry gc`"
+            );
         }
         room
     }
@@ -103,6 +110,10 @@ impl Room {
     pub(super) fn refill(&self) -> io::Result<()> {
         let Some(path) = &self.reserve else { return Ok(()) };
         let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        // Somebody else took it back meanwhile.
+        if self.is_whole() {
+            return Ok(());
+        }
         let file = self.have(|| OpenOptions::new().write(true).create(true).truncate(false).open(path))?;
         let before = file.metadata()?.len();
         let taken = self.have(|| allocate(&file)).and_then(|()| file.sync_all());
@@ -116,13 +127,13 @@ impl Room {
 }
 
 /// Gives the file its blocks.
-fn allocate(mut file: &File) -> io::Result<()> {
+fn allocate(file: &File) -> io::Result<()> {
     match fallocate(file, FallocateFlags::empty(), 0, RESERVE_BYTES as i64) {
         // By bytes that no file system packs.
         Err(Errno::EOPNOTSUPP) => {
             let mut noise = vec![0; RESERVE_BYTES as usize];
             rand::fill(&mut noise[..]);
-            file.write_all(&noise)
+            file.write_all_at(&noise, 0)
         }
         done => done.map_err(io::Error::from),
     }

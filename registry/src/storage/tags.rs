@@ -29,7 +29,7 @@ impl Storage {
     /// The digest that a tag leads to; none also where the tag is damaged, which the log says.
     pub(crate) async fn whole_tag(&self, repository: &str, tag: &str) -> Result<Option<Digest>> {
         match self.tag(repository, tag).await {
-            Err(error @ Error::Damaged { .. }) => {
+            Err(error) if error.is_damage() => {
                 tracing::error!(%error, "push the tag again, or delete it");
                 Ok(None)
             }

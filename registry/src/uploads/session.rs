@@ -52,7 +52,7 @@ pub(crate) struct Unfinished {
     pub(crate) id: String,
     /// Acknowledged.
     pub(crate) bytes: u64,
-    /// When anything was last written of it, by the store's clock; compare with [`Storage::now`].
+    /// When anything was last written of it, by the store's clock; [`Storage::ages`] tells how old that is.
     pub(crate) touched: SystemTime,
 }
 
@@ -130,14 +130,16 @@ impl Uploads {
         repository: Option<&str>,
         idle: Duration,
     ) -> storage::Result<Vec<Unfinished>> {
-        let (now, mut dropped) = (self.storage.now().await?, Vec::new());
+        let (ages, mut dropped) = (self.storage.ages().await?, Vec::new());
         for upload in self.unfinished().await? {
             if repository.is_some_and(|wanted| wanted != upload.repository)
-                || now.duration_since(upload.touched).unwrap_or_default() < idle
+                || ages.of(upload.touched).unwrap_or_default() < idle
             {
                 continue;
             }
             match self.resume(&upload.repository, &upload.id).await {
+                // It went on while others were dropped.
+                Ok(session) if session.size() != upload.bytes => {}
                 Ok(session) => {
                     self.discard(session).await;
                     dropped.push(upload);
@@ -406,8 +408,9 @@ fn conflict(id: &str) -> Refusal {
 }
 
 fn full(id: &str) -> Refusal {
-    let message =
-        format!("the upload `{id}` has as many parts as it may; begin another, and send longer ones");
+    let message = format!(
+        "the upload `{id}` has as many parts as it may; begin another, and send longer ones (at most `OCI-Chunk-Max-Length`)"
+    );
     Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, "SIZE_INVALID", message)
 }
 
