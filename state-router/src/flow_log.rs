@@ -30,6 +30,8 @@ use crate::{FlowLogConfig, plane::Names};
 const RETRY: Duration = Duration::from_secs(1);
 /// Events of one write: bounds what is in memory.
 const BATCH: usize = 256;
+/// Writes at the end: all that the ring buffer can hold. What comes meanwhile is the next router's.
+const LAST_BATCHES: usize = 16;
 
 /// A line.
 #[derive(Serialize)]
@@ -63,7 +65,11 @@ pub async fn run(events: FlowEvents, mut log: Log, names: Names, shutdown: Cance
             // Before reading: what comes meanwhile is told again.
             ready.clear_ready();
         }
-        loop {
+        for _ in 0..if ends { LAST_BATCHES } else { usize::MAX } {
+            // Events that come faster than they are written don't keep the router from ending.
+            if !ends && shutdown.is_cancelled() {
+                break;
+            }
             let lines = lines(events.get_mut(), &names);
             if lines.is_empty() {
                 break;

@@ -34,16 +34,17 @@ impl Change {
 
 /// The instances of this machine by their addresses, as the routes name them; to be read beside the router.
 #[derive(Debug, Clone, Default)]
-pub struct Names(Arc<Mutex<BTreeMap<Ipv4Addr, InstanceId>>>);
+pub struct Names(Arc<Mutex<Arc<BTreeMap<Ipv4Addr, InstanceId>>>>);
 
 impl Names {
     /// What is known now.
-    pub fn get(&self) -> BTreeMap<Ipv4Addr, InstanceId> {
+    pub fn get(&self) -> Arc<BTreeMap<Ipv4Addr, InstanceId>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn set(&self, address: Ipv4Addr, name: Option<&InstanceId>) {
         let mut names = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let names = Arc::make_mut(&mut names);
         match name {
             Some(name) => drop(names.insert(address, name.clone())),
             None => drop(names.remove(&address)),

@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyplace_api::Client;
-use anyplace_ebpf::Meters;
+use anyplace_ebpf::{Meters, VipKey};
 use anyplace_model::{MachineId, TrafficReport};
 use tokio_util::sync::CancellationToken;
 
@@ -22,8 +22,8 @@ const READING: u32 = 20;
 /// A report that takes longer is given up for a newer one.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Connections ever, by virtual IP.
-type Counts = BTreeMap<IpAddr, u64>;
+/// Connections ever, by port of a virtual IP: each is a counter of its own, which goes with the port.
+type Counts = BTreeMap<VipKey, u64>;
 
 /// Reports until the shutdown. Packets matter more: failures are logged, and tried again.
 pub(crate) async fn run(client: Client, machine: MachineId, pin_dir: PathBuf, shutdown: CancellationToken) {
@@ -49,8 +49,10 @@ pub(crate) async fn run(client: Client, machine: MachineId, pin_dir: PathBuf, sh
             }
         };
         let at = Instant::now();
-        let Some((before_at, before)) = last.replace((at, now.clone())) else { continue };
-        let report = TrafficReport { connections: rates(&before, &now, at - before_at) };
+        let connections = last.as_ref().map(|(before_at, before)| rates(before, &now, at - *before_at));
+        last = Some((at, now));
+        let Some(connections) = connections else { continue };
+        let report = TrafficReport { connections };
         let sent = tokio::select! {
             sent = tokio::time::timeout(PATIENCE, client.report_traffic(&machine, &report)) => sent,
             () = shutdown.cancelled() => return,
@@ -68,33 +70,51 @@ pub(crate) async fn run(client: Client, machine: MachineId, pin_dir: PathBuf, sh
 }
 
 fn counts(meters: &Meters) -> anyhow::Result<Counts> {
-    let mut counts = Counts::new();
-    for (key, counters) in meters.vips()? {
-        *counts.entry(key.address).or_default() += counters.connections;
-    }
-    Ok(counts)
+    Ok(meters.vips()?.into_iter().map(|(key, counters)| (key, counters.connections)).collect())
 }
 
 /// What came in between, a second; a counter that is smaller than before began anew.
 fn rates(before: &Counts, now: &Counts, time: Duration) -> BTreeMap<IpAddr, f64> {
     let seconds = time.as_secs_f64().max(1e-3);
-    let came = now.iter().map(|(vip, count)| {
-        let before = before.get(vip).copied().unwrap_or(0);
-        (*vip, count.checked_sub(before).unwrap_or(*count))
-    });
-    came.filter(|(_, count)| *count > 0).map(|(vip, count)| (vip, count as f64 / seconds)).collect()
+    let mut rates = BTreeMap::new();
+    for (key, count) in now {
+        let before = before.get(key).copied().unwrap_or(0);
+        let came = count.checked_sub(before).unwrap_or(*count);
+        if came > 0 {
+            *rates.entry(key.address).or_default() += came as f64 / seconds;
+        }
+    }
+    rates
 }
 
 #[cfg(test)]
 mod tests {
+    use anyplace_ebpf::Protocol;
+
     use super::*;
 
     #[test]
     fn rates_are_of_the_time_between_and_survive_a_counter_that_begins_anew() {
         let vip = |last: u8| IpAddr::from([203, 0, 113, last]);
-        let before = Counts::from([(vip(1), 100), (vip(2), 50), (vip(3), 7)]);
-        let now = Counts::from([(vip(1), 130), (vip(2), 20), (vip(3), 7), (vip(4), 10)]);
+        let key = |last: u8, port: u16| VipKey { address: vip(last), port, protocol: Protocol::Tcp };
+        let before = Counts::from([
+            (key(1, 80), 100),
+            (key(1, 443), 40),
+            (key(2, 80), 50),
+            (key(3, 80), 7),
+            (key(5, 80), 9_000),
+            (key(5, 443), 500),
+        ]);
+        let now = Counts::from([
+            (key(1, 80), 130),
+            (key(1, 443), 50),
+            (key(2, 80), 20),
+            (key(3, 80), 7),
+            (key(4, 80), 10),
+            // The other port is gone: what it counted isn't missing here.
+            (key(5, 443), 504),
+        ]);
         let rates = rates(&before, &now, Duration::from_millis(2_000));
-        assert_eq!(rates, BTreeMap::from([(vip(1), 15.0), (vip(2), 10.0), (vip(4), 5.0)]));
+        assert_eq!(rates, BTreeMap::from([(vip(1), 20.0), (vip(2), 10.0), (vip(4), 5.0), (vip(5), 2.0)]));
     }
 }
