@@ -43,15 +43,6 @@ impl Choice {
         self.entering.insert(machine, connections);
     }
 
-    pub(crate) fn knows(&self, machine: &MachineId) -> bool {
-        self.entering.contains_key(machine)
-    }
-
-    /// Machines whose routers have measured.
-    pub(crate) fn machines(&self) -> usize {
-        self.entering.len()
-    }
-
     pub(crate) fn forget(&mut self, machine: &MachineId) {
         self.entering.remove(machine);
     }

@@ -38,6 +38,8 @@ impl Demand {
 
     /// Takes in new connections a second, as measured lately. Returns what to ask for, in the same unit.
     pub fn measured(&mut self, now_ms: u64, rate: f64) -> f64 {
+        // After a clock was set back, what was measured before was measured now.
+        self.peaks.iter_mut().for_each(|(at, _)| *at = now_ms.min(*at));
         while self.peaks.back().is_some_and(|(_, peak)| *peak <= rate) {
             self.peaks.pop_back();
         }
@@ -82,6 +84,14 @@ mod tests {
         let mut demand = Demand::remembered(1_000, 126.0);
         assert_eq!(demand.measured(2_000, 0.0), 126.0);
         assert_eq!(demand.measured(11_000, 50.0), 126.0);
+        assert!(demand.measured(12_000, 50.0) < 70.0);
+    }
+
+    #[test]
+    fn a_clock_that_is_set_back_holds_a_peak_no_longer() {
+        let mut demand = Demand::default();
+        demand.measured(1_000_000, 100.0);
+        assert_eq!(demand.measured(1_000, 50.0), 126.0);
         assert!(demand.measured(12_000, 50.0) < 70.0);
     }
 }

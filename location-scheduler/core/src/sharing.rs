@@ -122,7 +122,8 @@ impl Sharing {
 pub fn capacity(route: &Route, each: f64, warm_ms: u64, now_ms: u64) -> f64 {
     let ready = route.local.iter().filter(|endpoint| endpoint.ready && !endpoint.draining);
     let counts = ready.map(|endpoint| match endpoint.began_ms {
-        began_ms if began_ms <= warm_ms => 1.0,
+        // In the future: a clock was set back.
+        began_ms if began_ms <= warm_ms || began_ms > now_ms => 1.0,
         began_ms => warmth(now_ms.saturating_sub(began_ms)),
     });
     each * counts.sum::<f64>()
@@ -218,5 +219,6 @@ mod tests {
         assert!((capacity(&route, 50.0, 0, 5_000) - 5.0).abs() < 1e-9);
         assert!((capacity(&route, 50.0, 0, 15_000) - 50.0).abs() < 1e-9);
         assert!((capacity(&route, 50.0, 6_000, 6_000) - 50.0).abs() < 1e-9);
+        assert!((capacity(&route, 50.0, 0, 1_000) - 50.0).abs() < 1e-9, "the clock was set back");
     }
 }
