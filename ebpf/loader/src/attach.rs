@@ -5,6 +5,7 @@
 
 use std::{
     fs, io,
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
 };
 
@@ -18,7 +19,7 @@ use aya::{
     sys::SyscallError,
 };
 
-use crate::Error;
+use crate::{Error, sys};
 
 /// How `ingress` came to its interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,9 +63,19 @@ impl Links {
         Ok(found)
     }
 
-    /// Removes a link, which detaches its program; one that isn't there is fine.
+    /// Detaches a program and removes its link; one that isn't there is fine.
     pub(crate) fn remove(&self, program: &str, interface: u32) -> Result<(), Error> {
         remove(&self.path(program, interface))
+    }
+
+    /// Detaches all programs and removes their links; a folder that isn't there is fine.
+    pub(crate) fn remove_all(&self) -> Result<(), Error> {
+        let failed = |source| Error::File { call: "readdir", path: self.0.clone(), source };
+        let entries = match fs::read_dir(&self.0) {
+            Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(()),
+            entries => entries.map_err(failed)?,
+        };
+        entries.into_iter().try_for_each(|entry| remove(&entry.map_err(failed)?.path()))
     }
 
     /// Attaches `ingress`, natively if the driver can.
@@ -180,7 +191,15 @@ fn pin(link: FdLink, path: &Path) -> Result<(), Error> {
     link.pin(path).map(drop).map_err(|source| link_error("BPF_OBJ_PIN", path, source))
 }
 
+/// Without its file the kernel frees a link, but later: until then the interface has the program, and refuses it.
 fn remove(path: &Path) -> Result<(), Error> {
+    match sys::open_pinned(path) {
+        Ok(link) => {
+            sys::detach_link(link.as_fd()).map_err(|source| link_error("BPF_LINK_DETACH", path, source))?
+        }
+        Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(source) => return Err(link_error("BPF_OBJ_GET", path, source)),
+    }
     match fs::remove_file(path) {
         Err(source) if source.kind() != io::ErrorKind::NotFound => {
             Err(Error::File { call: "unlink", path: path.into(), source })

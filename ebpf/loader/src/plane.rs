@@ -226,8 +226,9 @@ impl DataPlane {
     }
 }
 
-/// Removes a folder of maps and links, which detaches its programs; one that isn't there is fine.
+/// Detaches the programs of a folder of maps and links, and removes it; one that isn't there is fine.
 fn remove_folder(folder: &Path) -> Result<(), Error> {
+    Links::new(folder.join("links")).remove_all()?;
     match fs::remove_dir_all(folder) {
         Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
             Err(Error::File { call: "rmdir", path: folder.into(), source })

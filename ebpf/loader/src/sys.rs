@@ -1,7 +1,7 @@
 //! The few system calls that aya doesn't cover.
 //!
-//! `bpf(BPF_MAP_UPDATE_BATCH)` and the `memlock` line of `fdinfo` are described in linux/bpf.h and in the kernel's
-//! Documentation/bpf.
+//! `bpf(BPF_MAP_UPDATE_BATCH)`, `bpf(BPF_LINK_DETACH)` and the `memlock` line of `fdinfo` are described in linux/bpf.h and in
+//! the kernel's Documentation/bpf.
 
 use std::{
     ffi::CString,
@@ -22,7 +22,9 @@ const CAP_NET_ADMIN: u64 = 1 << 12;
 const CAP_SYS_ADMIN: u64 = 1 << 21;
 const CAP_BPF: u64 = 1 << 39;
 
+const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
+const BPF_LINK_DETACH: libc::c_long = 34;
 
 /// The part of `union bpf_attr` that batch calls use.
 #[repr(C)]
@@ -65,6 +67,45 @@ pub(crate) fn update_batch<K: Layout, V: Layout>(
         )
     };
     if result == 0 { Ok(()) } else { Err((attributes.count as usize, io::Error::last_os_error())) }
+}
+
+/// The part of `union bpf_attr` that opens what is pinned.
+#[repr(C)]
+struct PathAttributes {
+    path: u64,
+    fd: u32,
+    flags: u32,
+}
+
+/// Opens what is pinned at a path.
+pub(crate) fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attributes = PathAttributes { path: path.as_ptr() as u64, fd: 0, flags: 0 };
+    // SAFETY: the kernel reads the structure and the path, a valid string.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            BPF_OBJ_GET,
+            &raw mut attributes,
+            size_of::<PathAttributes>() as libc::c_long,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a descriptor that was just opened and belongs to nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(result as i32) })
+}
+
+/// Detaches a link's program before it returns; the link of an interface that is gone has none.
+pub(crate) fn detach_link(link: BorrowedFd<'_>) -> io::Result<()> {
+    // The part of `union bpf_attr` that this call uses.
+    let mut link = link.as_raw_fd() as u32;
+    // SAFETY: the kernel reads the number.
+    let result = unsafe {
+        libc::syscall(libc::SYS_bpf, BPF_LINK_DETACH, &raw mut link, size_of::<u32>() as libc::c_long)
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// A structure that the kernel wrote as bytes; `None` if it is of another length.

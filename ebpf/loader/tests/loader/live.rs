@@ -445,6 +445,27 @@ fn a_container_that_is_gone_leaves_nothing() {
     assert!(!machine.bpffs.path.join("anyplace/v2").exists());
 }
 
+#[test]
+fn what_was_removed_can_be_set_again_at_once() {
+    if !root_or_skip() {
+        return;
+    }
+    let edge = Namespace::new("edge");
+    let mut machine = Machine::new(&edge, 1);
+    for round in 0..20 {
+        let (plane, instance) = (machine.plane.as_mut().unwrap(), &machine.instance);
+        machine.host.enter(|| {
+            plane.remove_instance(instance.address).unwrap();
+            plane.set_instance(instance).unwrap_or_else(|error| panic!("round {round}: {error:?}"));
+        });
+    }
+    for _ in 0..5 {
+        machine.plane.take().unwrap().unload().unwrap();
+        machine.start();
+        assert_ne!(machine.plane().xdp_mode(), XdpMode::Adopted);
+    }
+}
+
 fn links(machine: &Machine) -> usize {
     std::fs::read_dir(machine.bpffs.path.join("anyplace/v2/links")).unwrap().count()
 }
