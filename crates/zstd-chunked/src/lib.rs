@@ -66,7 +66,7 @@ pub use footer::Footer;
 pub use limits::Limits;
 pub use names::clean_path;
 pub use pack::{Options, Packed, Stats, pack};
-pub use tar_split::{TarSplit, read_tar_split};
+pub use tar_split::{Span, SpanKind, TarSplit, read_tar_split};
 pub use time::Time;
 pub use toc::{Chunk, ChunkType, Entry, EntryType, File, Toc, read_toc};
 

@@ -6,6 +6,7 @@
 //! exactly the layer that the image's config names.
 
 mod line;
+mod spans;
 
 use std::{
     collections::HashMap,
@@ -14,6 +15,7 @@ use std::{
 
 use line::{Line, LineKind};
 pub(crate) use line::{write_file, write_segment};
+pub use spans::{Span, SpanKind};
 
 use crate::{
     Annotations, Digest, Entry, EntryType, Error, Limits, Result, Toc,

@@ -8,8 +8,8 @@ mod archive;
 mod layer;
 
 use archive::{Archive, Member};
-use layer::{packed_with, round_trip};
-use zstd_chunked::{EntryType, Options, Time, pack};
+use layer::{packed, packed_with, round_trip, section, tables};
+use zstd_chunked::{Digest, EntryType, Options, SpanKind, Time, pack};
 
 fn noise(size: usize, seed: u64) -> Vec<u8> {
     let mut state = seed;
@@ -138,6 +138,55 @@ fn a_change_moves_few_chunks() {
     let new = digests(&changed);
     let fetched: u64 = new.iter().filter(|chunk| !old.contains(chunk)).map(|(_, size)| size).sum();
     assert!(fetched < 4 << 20, "{fetched} bytes");
+}
+
+#[test]
+fn spans_cover_the_blob_and_equal_ones_have_equal_bytes() {
+    let large = noise(6 << 20, 6);
+    let mut changed = large.clone();
+    changed[3_000_000..3_000_010].fill(1);
+    let version = |large: &[u8], small: &[u8]| {
+        let mut archive = Archive::default();
+        for number in 0..20 {
+            archive.file(&number.to_string(), &noise(1 + 100 * number, 9));
+        }
+        archive
+            .link(b'2', "link", "target")
+            .file("v/large", large)
+            .dir("v/dir")
+            .file("v/empty", b"")
+            .file("v/small", small);
+        archive.file("v/zeros", &[0; 100_000]).file("v/same", b"same");
+        let (blob, packed) = packed(&archive.end());
+        let annotations = packed.annotations.unwrap();
+        let (toc, tar_split) = tables(&blob, &annotations).unwrap();
+        let (mut spans, end) = (Vec::new(), annotations.positions.data_end());
+        tar_split.spans(&toc, end, |span| spans.push(span)).unwrap();
+        let mut at = 0;
+        for span in &spans {
+            assert_eq!(span.range.start, at);
+            at = span.range.end;
+            let decoded = zstd::stream::decode_all(section(&blob, span.range.clone()).unwrap()).unwrap();
+            assert!(span.kind == SpanKind::Between || span.digest == Digest::of(&decoded));
+        }
+        assert_eq!(at, end);
+        (blob, spans)
+    };
+    let (old, new) = (version(&large, b"small"), version(&changed, b"other"));
+    let known: std::collections::HashMap<_, _> =
+        old.1.iter().map(|span| ((span.kind, span.digest), span.range.clone())).collect();
+    let (mut same, mut different) = (0, 0);
+    for span in &new.1 {
+        match known.get(&(span.kind, span.digest)) {
+            Some(range) => {
+                assert!(section(&old.0, range.clone()) == section(&new.0, span.range.clone()), "{span:?}");
+                same += 1;
+            }
+            None => different += 1,
+        }
+    }
+    // The chunks of the change, and the small file; no header differs.
+    assert!(same > 30 && (2..=4).contains(&different), "{same} {different}");
 }
 
 #[test]
