@@ -7,12 +7,15 @@ use axum::body::Body;
 use axum::http::header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG};
 use axum::http::{HeaderMap, HeaderName, StatusCode};
 use axum::response::{AppendHeaders, IntoResponse as _};
-use futures_util::StreamExt as _;
+use bytes::Bytes;
+use futures_util::stream::BoxStream;
+use futures_util::{StreamExt as _, TryStreamExt as _};
 use object_store::{GetResult, GetResultPayload};
 
 use crate::conditions::{Asked, asked_range, entity_tag, is_known};
 use crate::errors::{Answer, Refusal};
 use crate::server::App;
+use crate::storage::folder_error;
 use crate::upstream::Failure;
 
 pub(crate) const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
@@ -106,6 +109,15 @@ fn body_of(object: GetResult) -> Body {
     let range = object.range.clone();
     match object.payload {
         GetResultPayload::File(file, _) => Body::from_stream(mapped::stream(file, range)),
-        GetResultPayload::Stream(stream) => Body::from_stream(stream.boxed()),
+        GetResultPayload::Stream(stream) => Body::from_stream(stream),
+    }
+}
+
+/// The bytes of an object, for who looks at them.
+pub(crate) fn bytes_of(object: GetResult) -> BoxStream<'static, object_store::Result<Bytes>> {
+    let range = object.range.clone();
+    match object.payload {
+        GetResultPayload::File(file, _) => mapped::read(file, range).map_err(folder_error).boxed(),
+        GetResultPayload::Stream(stream) => stream,
     }
 }

@@ -16,6 +16,8 @@ pub(crate) struct Counters {
     pub(crate) draining_refused: AtomicU64,
     /// Parts of uploads over the longest that is taken.
     pub(crate) parts_refused: AtomicU64,
+    /// Bytes that uploads copied from the repository's blobs.
+    pub(crate) copied_bytes: AtomicU64,
     /// Manifests over the size or number of references that is taken.
     pub(crate) manifests_refused: AtomicU64,
     /// Manifests answered from memory.
@@ -37,6 +39,11 @@ impl Counters {
             ("connections_refused", "Connections over the bound", &self.connections_refused),
             ("draining_refused", "Requests refused while draining", &self.draining_refused),
             ("parts_refused", "Upload parts over the longest that is taken", &self.parts_refused),
+            (
+                "copied_bytes",
+                "Bytes of uploads that were copied from blobs that are here",
+                &self.copied_bytes,
+            ),
             ("manifests_refused", "Manifests over a bound", &self.manifests_refused),
             ("manifests_remembered", "Manifests answered from memory", &self.manifests_remembered),
             ("manifests_read", "Manifests answered from storage", &self.manifests_read),

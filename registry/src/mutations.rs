@@ -12,6 +12,7 @@ use axum::http::{HeaderMap, HeaderValue, header};
 use serde_json::Value;
 
 use crate::conditions::{Asked, asked_range};
+use crate::uploads::{Plan, Step};
 use crate::{references, uploads};
 
 /// Changed inputs for each that is kept, usually and in a whole campaign.
@@ -137,6 +138,35 @@ fn content_ranges() {
         let Some((Some(from), Some(to))) = range else { panic!("{text} is no range") };
         assert_eq!((u128::from(first), u128::from(length)), (from, to + 1 - from), "{text}");
     });
+}
+
+#[test]
+fn upload_steps() {
+    lines("upload-steps.txt", |line| {
+        let Ok(Plan { blobs, steps }) = Plan::parse(line) else { return };
+        let Ok(value) = serde_json::from_slice::<Value>(line) else { panic!("accepted, and no JSON") };
+        let text = String::from_utf8_lossy(line);
+        assert_eq!(texts(&blobs), value["blobs"].as_array().unwrap().iter().map(plain).collect::<Vec<_>>());
+        // Every step takes something, from a blob that is named, and nothing runs over.
+        let mut bytes = 0_u128;
+        for (step, written) in steps.iter().zip(value["steps"].as_array().unwrap()) {
+            let numbers: Vec<u64> = written.as_array().unwrap().iter().map(|n| n.as_u64().unwrap()).collect();
+            let length = u128::from(*numbers.last().unwrap());
+            bytes += length;
+            assert!(length > 0 && u128::from(step.bytes()) == length, "{text}");
+            if let [blob, offset, length] = numbers[..] {
+                assert!(blob < blobs.len() as u64 && offset.checked_add(length).is_some(), "{text}");
+                assert_eq!(*step, Step::Copy(blob as usize, offset..offset + length), "{text}");
+            } else {
+                assert_eq!(numbers.len(), 1, "{text}");
+            }
+        }
+        assert!(bytes <= u128::from(u64::MAX) && steps.len() <= 10_000 && blobs.len() <= 64, "{text}");
+    });
+}
+
+fn plain(text: &Value) -> String {
+    text.as_str().unwrap().to_owned()
 }
 
 #[test]

@@ -64,10 +64,13 @@ async fn allowed(app: &Arc<App>, mut request: Request) -> Answer {
     let method = request.method().clone();
     let endpoint = endpoint(app, &request, &path);
     let who = app.access.authorize(&request, &need(endpoint.as_ref(), &method, request.uri()))?;
-    if method == Method::GET || method == Method::HEAD {
+    let reads = method == Method::GET || method == Method::HEAD;
+    if !reads || matches!(endpoint, Some(Endpoint::Upload { .. })) {
+        request.extensions_mut().insert(who.clone());
+    }
+    if reads {
         return answer(app, request).await;
     }
-    request.extensions_mut().insert(who.clone());
     let response = answer(app, request).await?;
     if response.status().is_success() {
         let digest = response.headers().get(blobs::CONTENT_DIGEST).and_then(|value| value.to_str().ok());
@@ -211,7 +214,7 @@ async fn answer(app: &Arc<App>, request: Request) -> Answer {
         Endpoint::Upload { name, id } => {
             let name = checked(name)?;
             match method {
-                Method::GET => uploads::status(app, &name, id).await,
+                Method::GET => uploads::status(app, &name, id, request).await,
                 Method::PATCH => uploads::patch(app, &name, id, request).await,
                 Method::PUT => uploads::put(app, &name, id, request).await,
                 Method::DELETE => uploads::cancel(app, &name, id).await,

@@ -69,6 +69,7 @@ pub(crate) use collect::{Marked, Note, Trashed, TrashedItem};
 pub(crate) use content::Content;
 pub(crate) use error::{Error, Result, is_full};
 use folder::Folder;
+pub(crate) use folder::generic as folder_error;
 pub(crate) use links::Link;
 pub(crate) use links::Linked;
 pub(crate) use manifests::{ManifestEntry, NewManifest};

@@ -2,11 +2,12 @@
 //!
 //! An upload has an offset, up to which all is stored, synced and hashed: from there it goes on, also after a restart. Its
 //! id ends in a hash of the repository, so an upload can't be finished in another one. `local` keeps uploads in
-//! a folder, `remote` in a bucket, and `session` hides the difference.
+//! a folder, `remote` in a bucket, and `session` hides the difference. `steps` copies what the repository has already.
 
 mod local;
 mod remote;
 mod session;
+mod steps;
 mod turns;
 
 use std::sync::Arc;
@@ -18,8 +19,9 @@ use axum::body::Body;
 use axum::extract::{Query, Request};
 use axum::http::header::{CONTENT_LENGTH, CONTENT_RANGE, LOCATION, RANGE};
 use axum::http::{HeaderMap, HeaderName, StatusCode, Uri};
-use axum::response::IntoResponse as _;
-use futures_util::StreamExt as _;
+use axum::response::{AppendHeaders, IntoResponse as _};
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt as _};
 use serde::Deserialize;
 
 use crate::access::Who;
@@ -34,6 +36,8 @@ pub(crate) use local::sweep as sweep_folder;
 #[cfg(test)]
 pub(crate) use remote::Sizes;
 pub(crate) use session::{Session, Unfinished, Uploads};
+#[cfg(test)]
+pub(crate) use steps::{Plan, Step};
 
 const UPLOAD_ID: HeaderName = HeaderName::from_static("docker-upload-uuid");
 const CHUNK_MAX: HeaderName = HeaderName::from_static("oci-chunk-max-length");
@@ -77,6 +81,7 @@ pub(crate) async fn post(app: &Arc<App>, name: &str, request: Request) -> Answer
         }
     }
     let Some(digest) = digest else {
+        let takes_steps = steps::announced(&request, name);
         let id = app.uploads.start(name, algorithm).await?;
         let headers = [
             (LOCATION, location(name, &id)),
@@ -85,14 +90,14 @@ pub(crate) async fn post(app: &Arc<App>, name: &str, request: Request) -> Answer
             (CHUNK_MIN, app.uploads.part_min_bytes().to_string()),
             (CHUNK_MAX, app.chunk_max_bytes.to_string()),
         ];
-        return Ok((StatusCode::ACCEPTED, headers).into_response());
+        return Ok((StatusCode::ACCEPTED, headers, AppendHeaders(takes_steps)).into_response());
     };
     // Nobody knows an id to go on with, so nothing is kept of it if it breaks off.
     let session = app.uploads.start_whole(digest.kind()).await?;
     let declared = length(request.headers())?;
     let mut taken = app.access.quota(name);
     let had = taken.counts() && app.storage.link(name, &digest).await?.is_some();
-    let session = append(app, &mut taken, session, request.into_body(), declared).await?;
+    let session = append(app, &mut taken, session, plain(request.into_body()), declared).await?;
     app.uploads.finish(session, name, &digest).await?;
     if !had {
         taken.keep();
@@ -100,13 +105,19 @@ pub(crate) async fn post(app: &Arc<App>, name: &str, request: Request) -> Answer
     Ok(created(name, &digest))
 }
 
-pub(crate) async fn status(app: &Arc<App>, name: &str, id: &str) -> Answer {
+pub(crate) async fn status(app: &Arc<App>, name: &str, id: &str, request: Request) -> Answer {
+    let takes_steps = steps::announced(&request, name);
     let session = app.uploads.resume(name, id).await?;
-    Ok((StatusCode::NO_CONTENT, progress(name, id, session.size())).into_response())
+    let at = progress(name, id, session.size());
+    Ok((StatusCode::NO_CONTENT, at, AppendHeaders(takes_steps)).into_response())
 }
 
 pub(crate) async fn patch(app: &Arc<App>, name: &str, id: &str, request: Request) -> Answer {
-    let session = take_part(app, name, id, request).await?;
+    let session = if steps::are_in(&request) {
+        steps::take(app, name, id, request).await?
+    } else {
+        take_part(app, name, id, request).await?
+    };
     Ok((StatusCode::ACCEPTED, progress(name, id, session.size())).into_response())
 }
 
@@ -132,11 +143,20 @@ pub(crate) async fn cancel(app: &Arc<App>, name: &str, id: &str) -> Answer {
 async fn take_part(app: &Arc<App>, name: &str, id: &str, request: Request) -> Answer<Session> {
     let (head, body) = request.into_parts();
     let session = app.uploads.resume(name, id).await?;
-    let declared = check_range(app, name, id, &session, &head.headers)?;
+    let declared = check_range(app, name, id, &session, &head.headers, length(&head.headers)?)?;
     // Also what comes before the body breaks off.
     let mut taken = app.access.quota(name);
     taken.keep();
-    append(app, &mut taken, session, body, declared).await
+    append(app, &mut taken, session, plain(body), declared).await
+}
+
+/// A body that is the content itself.
+fn plain(body: Body) -> impl Stream<Item = Answer<Bytes>> {
+    body.into_data_stream().map(|chunk| chunk.map_err(broken_off))
+}
+
+fn broken_off(error: axum::Error) -> Refusal {
+    Refusal::upload_invalid(format!("the content broke off: {error}"))
 }
 
 /// The repository that a request to begin an upload would rather mount a blob from.
@@ -175,26 +195,25 @@ async fn try_mount(app: &App, name: &str, digest: &Digest, from: Option<&str>) -
     Ok(mounted)
 }
 
-/// Appends a body, as far as the quota of the repository's team goes: not every client says beforehand how much it is.
+/// Appends content, as far as the quota of the repository's team goes: not every client says beforehand how much it is.
 async fn append(
     app: &App,
     taken: &mut Taken<'_>,
     session: Session,
-    body: Body,
+    content: impl Stream<Item = Answer<Bytes>>,
     declared: Option<u64>,
 ) -> Answer<Session> {
     taken.fits(declared.unwrap_or(0))?;
-    let mut over = None;
-    let bounded = body.into_data_stream().map(|chunk| {
-        let chunk = chunk.map_err(|error| error.to_string())?;
-        if let Err(refusal) = taken.take(chunk.len() as u64) {
-            over = Some(refusal);
-            return Err("the team's quota is used up".to_owned());
-        }
-        Ok(chunk)
+    let mut refused = None;
+    let bounded = content.map(|chunk| {
+        let within = chunk.and_then(|chunk| taken.take(chunk.len() as u64).map(|()| chunk));
+        within.map_err(|refusal| {
+            refused = Some(refusal);
+            "the request is refused"
+        })
     });
     let appended = app.uploads.append(session, bounded, declared).await;
-    match over {
+    match refused {
         Some(refusal) => Err(refusal),
         None => appended,
     }
@@ -212,15 +231,15 @@ async fn finish(app: &App, name: &str, session: Session, digest: &Digest) -> Ans
     finished
 }
 
-/// The length that the request declares; where it declares a range, that has to start at the upload's offset.
+/// The length that the request declares, by its range or otherwise; a range has to start at the upload's offset.
 fn check_range(
     app: &App,
     name: &str,
     id: &str,
     session: &Session,
     headers: &HeaderMap,
+    declared: Option<u64>,
 ) -> Answer<Option<u64>> {
-    let declared = length(headers)?;
     let Some(range) = headers.get(CONTENT_RANGE) else { return Ok(declared) };
     let parsed = range.to_str().ok().and_then(parse_range);
     let (first, len) = parsed.ok_or_else(|| Refusal::upload_invalid("Content-Range: expected START-END"))?;
@@ -240,7 +259,7 @@ fn check_range(
             .header(CHUNK_MAX, most.to_string()));
     }
     if declared.is_some_and(|declared| declared != len) {
-        let message = format!("Content-Range has {len} bytes, Content-Length {}", declared.unwrap_or(0));
+        let message = format!("Content-Range has {len} bytes, the content {}", declared.unwrap_or(0));
         return Err(Refusal::new(StatusCode::BAD_REQUEST, "SIZE_INVALID", message));
     }
     Ok(Some(len))

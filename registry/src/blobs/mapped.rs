@@ -24,9 +24,20 @@ const PART_BYTES: u64 = 1 << 20;
 /// Less than this is read; a mapping costs more than the copy.
 const MAP_MIN_BYTES: u64 = 64 << 10;
 
-/// The bytes of `range`, which must lie within the file.
+/// The bytes of `range`, which must lie within the file; for the kernel only.
 pub(super) fn stream(file: File, range: Range<u64>) -> impl Stream<Item = io::Result<Bytes>> {
-    let mut parts = Parts { file: Arc::new(file), rest: range, ready: None };
+    parts(file, range, load)
+}
+
+/// The same for who looks at them: where a disk fails, touching what is mapped would be a signal that ends the process.
+pub(super) fn read(file: File, range: Range<u64>) -> impl Stream<Item = io::Result<Bytes>> {
+    parts(file, range, read_part)
+}
+
+type Load = fn(&File, Range<u64>) -> io::Result<Bytes>;
+
+fn parts(file: File, range: Range<u64>, load: Load) -> impl Stream<Item = io::Result<Bytes>> {
+    let mut parts = Parts { file: Arc::new(file), rest: range, load, ready: None };
     parts.ready = parts.begin_next();
     stream::try_unfold(parts, async |mut parts| {
         let Some(ready) = parts.ready.take() else { return Ok(None) };
@@ -39,6 +50,7 @@ pub(super) fn stream(file: File, range: Range<u64>) -> impl Stream<Item = io::Re
 struct Parts {
     file: Arc<File>,
     rest: Range<u64>,
+    load: Load,
     ready: Option<JoinHandle<io::Result<Bytes>>>,
 }
 
@@ -51,7 +63,7 @@ impl Parts {
         let end = (self.rest.start / PART_BYTES + 1).saturating_mul(PART_BYTES).min(self.rest.end);
         let part = self.rest.start..end;
         self.rest.start = end;
-        let file = self.file.clone();
+        let (file, load) = (self.file.clone(), self.load);
         Some(tokio::task::spawn_blocking(move || load(&file, part)))
     }
 }
@@ -65,6 +77,10 @@ fn load(file: &File, part: Range<u64>) -> io::Result<Bytes> {
             result => return result,
         }
     }
+    read_part(file, part)
+}
+
+fn read_part(file: &File, part: Range<u64>) -> io::Result<Bytes> {
     let mut bytes = vec![0; length(&part)?];
     file.read_exact_at(&mut bytes, part.start)?;
     Ok(bytes.into())
@@ -163,10 +179,12 @@ mod tests {
         for range in
             [0..2_500_000, 0..1, 4_095..4_097, 1_048_575..1_048_577, 1_000..1_200_000, 2_499_999..2_500_000]
         {
-            let parts: Vec<Bytes> =
-                stream(file.try_clone().unwrap(), range.clone()).try_collect().await.unwrap();
             let expected = &bytes[range.start as usize..range.end as usize];
-            assert!(parts.concat() == expected, "{range:?}");
+            for load in [load as Load, read_part] {
+                let parts = parts(file.try_clone().unwrap(), range.clone(), load);
+                let parts: Vec<Bytes> = parts.try_collect().await.unwrap();
+                assert!(parts.concat() == expected, "{range:?}");
+            }
         }
     }
 

@@ -135,7 +135,7 @@ fn ignore_missing(result: io::Result<()>) -> io::Result<()> {
 }
 
 /// An error of the system as one of the store.
-pub(super) fn generic(error: io::Error) -> Error {
+pub(crate) fn generic(error: io::Error) -> Error {
     Error::Generic { store: NAME, source: Box::new(error) }
 }
 

@@ -31,6 +31,7 @@ mod quota;
 mod refused;
 mod skopeo;
 mod spec;
+mod steps;
 mod storage_clients;
 mod storage_full;
 mod storage_kill;
