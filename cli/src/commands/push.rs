@@ -216,13 +216,13 @@ fn tagged(reference: &Reference) -> Reference {
 
 fn summarise(reference: &Reference, summary: &PushSummary) -> String {
     let size = |bytes: u64| output::size(Bytes(bytes));
-    let there = match summary.skipped {
-        0 => String::new(),
-        blobs => format!(
-            ", {} in {blobs} {} there already",
-            size(summary.bytes_deduplicated),
-            if blobs == 1 { "blob was" } else { "blobs were" }
-        ),
+    let there = match (summary.bytes_deduplicated, summary.skipped) {
+        (0, 0) => String::new(),
+        (bytes, 0) => format!(", {} of other blobs were there already", size(bytes)),
+        (bytes, blobs) => {
+            let blobs = if blobs == 1 { "1 blob".to_owned() } else { format!("{blobs} blobs") };
+            format!(", {} were there already, with {blobs}", size(bytes))
+        }
     };
     format!(
         "pushed {reference}: read {}, packed to {}, sent {}{there}, in {:.1}s",

@@ -305,6 +305,15 @@ impl Client {
 
     /// All tags of the reference's repository.
     pub async fn list_tags(&self, reference: &Reference) -> Result<Vec<String>> {
+        self.tag_pages(reference, TAG_PAGES_MAX).await
+    }
+
+    /// The first of them, 1,000 at most.
+    pub(crate) async fn first_tags(&self, reference: &Reference) -> Result<Vec<String>> {
+        self.tag_pages(reference, 1).await
+    }
+
+    async fn tag_pages(&self, reference: &Reference, pages: usize) -> Result<Vec<String>> {
         #[derive(Deserialize)]
         struct Page {
             #[serde(default)]
@@ -313,7 +322,7 @@ impl Client {
         let target = self.target(reference)?;
         let mut url = target.url("tags/list?n=1000")?;
         let mut tags = Vec::new();
-        for _ in 0..TAG_PAGES_MAX {
+        for _ in 0..pages {
             let request = || Ok(self.inner.http.get(url.clone()).timeout(ANSWER_TIMEOUT));
             let response = self.send(&target, Grant::Pull, request).await?;
             if response.status() == StatusCode::NOT_FOUND {

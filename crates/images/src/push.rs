@@ -1,6 +1,8 @@
 //! Sends a packed image to a registry: all blobs, a few at once, and then the manifests.
 
 pub(crate) mod journal;
+pub(crate) mod recipe;
+pub(crate) mod reuse;
 
 use std::time::{Duration, Instant};
 
@@ -14,6 +16,7 @@ use crate::pack::PackedImage;
 use crate::progress::{Item, SharedProgress, Stage};
 use crate::reference::Reference;
 pub use journal::Journal;
+use reuse::Reuse;
 
 /// Blobs that are sent at once: enough to keep a link busy while one waits for its commit. Each is read in pieces of
 /// 256 KiB, of which the HTTP connection holds a few, so that memory stays at some MiB whatever the blobs' sizes.
@@ -30,7 +33,8 @@ pub struct PushSummary {
     pub bytes_packed: u64,
     /// What went to the registry; more than the blobs have where breaks made parts go twice.
     pub bytes_sent: u64,
-    /// Blobs that needn't be sent, because the registry had them, or mounted them from another repository.
+    /// What needn't be sent: blobs that the registry had or mounted from another repository, and parts of blobs that it
+    /// copied from others.
     pub bytes_deduplicated: u64,
     /// Blobs that the registry had already.
     pub skipped: usize,
@@ -80,7 +84,12 @@ pub async fn push_with(
         let what = format!("the image for `{reference}`");
         return Err(Error::DigestMismatch { what, expected: expected.clone(), found: top.digest.clone() });
     }
-    let options = UploadOptions { mount_from: &options.mount_from, journal: options.journal.as_ref() };
+    let reuse = Reuse::new(image, reference, client);
+    let options = UploadOptions {
+        mount_from: &options.mount_from,
+        journal: options.journal.as_ref(),
+        reuse: Some(&reuse),
+    };
     // A list, because the compiler can't see that a future made inside a stream's closure may change threads.
     let mut sends = Vec::with_capacity(image.blobs.len() + image.remote.len());
     let files = image.blobs.iter().map(Content::File);
@@ -105,7 +114,10 @@ pub async fn push_with(
     let (mut bytes_sent, mut bytes_deduplicated, mut skipped) = (0, 0, 0);
     for (outcome, size) in outcomes {
         match outcome {
-            PutOutcome::Sent(bytes) => bytes_sent += bytes,
+            PutOutcome::Sent { sent, copied } => {
+                bytes_sent += sent;
+                bytes_deduplicated += copied;
+            }
             PutOutcome::Skipped => {
                 bytes_deduplicated += size;
                 skipped += 1;

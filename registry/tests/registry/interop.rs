@@ -16,7 +16,7 @@ const BUSYBOX: &str = "/bin/busybox";
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// False, with the reason printed, where the test can't run; in CI it must.
-fn can_run(programs: &[&str]) -> bool {
+pub(crate) fn can_run(programs: &[&str]) -> bool {
     if !is_root() {
         return false;
     }
@@ -180,7 +180,7 @@ async fn containerd_pulls_and_pushes() {
 }
 
 /// Debian's docker-registry; ended when dropped.
-struct DockerRegistry(Child, String);
+pub(crate) struct DockerRegistry(Child, pub(crate) String);
 
 impl Drop for DockerRegistry {
     fn drop(&mut self) {
@@ -190,7 +190,7 @@ impl Drop for DockerRegistry {
 }
 
 impl DockerRegistry {
-    async fn start(dir: &Path) -> DockerRegistry {
+    pub(crate) async fn start(dir: &Path) -> DockerRegistry {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         drop(listener);

@@ -25,6 +25,7 @@ mod killable;
 mod logins;
 mod metadata;
 mod metrics;
+mod next_version;
 mod node_loss;
 mod pull_kills;
 mod quota;

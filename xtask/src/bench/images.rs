@@ -160,16 +160,17 @@ impl Bench {
     }
 
     fn push(&self, server: &Server, layout: &Path, tag: &str, namespace: Option<&str>) -> Result<()> {
-        self.push_as(server, layout, &format!("{IMAGE}:{tag}"), namespace)
+        self.push_as(server, layout, &format!("{IMAGE}:{tag}"), namespace).map(drop)
     }
 
-    fn push_as(&self, server: &Server, layout: &Path, name: &str, namespace: Option<&str>) -> Result<()> {
+    /// The push's summary.
+    fn push_as(&self, server: &Server, layout: &Path, name: &str, namespace: Option<&str>) -> Result<String> {
         let registry = format!("http://{}", server.daemon.address);
         let credentials = server.credentials_path();
         let (layout, credentials) = (layout.to_string_lossy(), credentials.to_string_lossy());
-        let words =
-            ["push", &*layout, name, "--registry", &registry, "--registry-credentials-file", &*credentials];
-        shell::output(&mut client(namespace, &self.anyplace().to_string_lossy(), &words)).map(drop)
+        let to = ["--registry", &registry, "--registry-credentials-file", &*credentials, "-o", "json"];
+        let words = [&["push", &*layout, name][..], &to].concat();
+        shell::output(&mut client(namespace, &self.anyplace().to_string_lossy(), &words))
     }
 
     /// The median seconds of cold pulls by one tool.
@@ -278,26 +279,29 @@ impl Bench {
     /// One file of a hundred changed: what part of the layers' bytes is fetched.
     fn next(&self, report: &mut Report, source: &mut Source) -> Result<()> {
         let server = Server::anyplace(&self.anyplace(), &self.work.join("anyplace"), None, "")?;
-        let part = self.update(&server, source, |source| source.change_some(7))?;
-        report.add("next version, 1 % of files changed: fetched", part, "%", Op::AtMost, 5.0, None);
+        let (sent, fetched) = self.update(&server, source, |source| source.change_some(7))?;
+        report.add("next version, 1 % of files changed: sent", sent, "%", Op::AtMost, 5.0, None);
+        report.add("next version, 1 % of files changed: fetched", fetched, "%", Op::AtMost, 5.0, None);
         Ok(())
     }
 
     fn large(&self, report: &mut Report) -> Result<()> {
         let mut source = Source::large(&self.work.join("source-large"), LARGE_BYTES)?;
         let server = Server::anyplace(&self.anyplace(), &self.work.join("anyplace"), None, "")?;
-        let part = self.update(&server, &mut source, |source| source.change_runs(7, LARGE_RUNS))?;
-        report.add("next version, 1 % of a 5 GB file: fetched", part, "%", Op::AtMost, 5.0, None);
+        let (sent, fetched) =
+            self.update(&server, &mut source, |source| source.change_runs(7, LARGE_RUNS))?;
+        report.add("next version, 1 % of a 5 GB file: sent", sent, "%", Op::AtMost, 5.0, None);
+        report.add("next version, 1 % of a 5 GB file: fetched", fetched, "%", Op::AtMost, 5.0, None);
         Ok(())
     }
 
-    /// Pulls a version, then the next: bytes fetched of the next's layers, in percent.
+    /// Pushes and pulls a version, then the next: bytes of the next's layers that were sent, and fetched, in percent.
     fn update(
         &self,
         server: &Server,
         source: &mut Source,
         change: impl FnOnce(&mut Source) -> Result<()>,
-    ) -> Result<f64> {
+    ) -> Result<(f64, f64)> {
         let (work, binary, credentials) =
             (self.work.join("update"), self.anyplace(), server.credentials_path());
         std::fs::create_dir_all(&work)?;
@@ -317,10 +321,11 @@ impl Bench {
         self.push(server, &source.layout, "v1", None)?;
         pull("v1")?;
         change(source)?;
-        self.push(server, &source.layout, "v2", None)?;
+        let pushed = self.push_as(server, &source.layout, &format!("{IMAGE}:v2"), None)?;
         let text = pull("v2")?;
         std::fs::remove_dir_all(&work).context("remove the store")?;
-        Ok(100.0 * field(&text, "bytes_fetched")? / field(&text, "layer_bytes")?)
+        let part = |text: &str, of: &str, all: &str| anyhow::Ok(100.0 * field(text, of)? / field(text, all)?);
+        Ok((part(&pushed, "bytes_sent", "bytes_packed")?, part(&text, "bytes_fetched", "layer_bytes")?))
     }
 
     /// Many cold machines pull at once through a location's cache: what the origin sends.

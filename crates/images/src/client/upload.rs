@@ -4,8 +4,13 @@
 //! asked how much it has, and the next part starts there. A session that the registry forgot is begun again. With a
 //! [`Journal`] the session's URL outlives this process too, so that a push after kill -9 goes on at the acknowledged
 //! offset; the digest that closes the upload makes sure that both halves belong together.
+//!
+//! Our own registry takes parts that are put together from what its repository has and from what is sent (it says so where
+//! an upload begins; `docs/registry-api.md` has the form): of a new layer that shares most with an earlier one, only the
+//! rest is sent. Whatever goes wrong with that, the upload goes on, or begins again, with ordinary parts.
 
 mod body;
+mod copying;
 mod session;
 
 use std::sync::Arc;
@@ -20,15 +25,22 @@ use crate::error::Result;
 use crate::pack::BlobFile;
 use crate::progress::{Item, SharedProgress};
 use crate::push::journal::Journal;
+use crate::push::reuse::Reuse;
 use crate::reference::Reference;
+use copying::Copying;
 use session::{SMALL_MAX_BYTES, Upload};
 
 /// What an upload did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PutOutcome {
-    /// The blob was sent; this many bytes went out, more than it has where parts had to be repeated, less where an
-    /// earlier push had sent some.
-    Sent(u64),
+    /// The blob was sent, with what was there already of it.
+    Sent {
+        /// Bytes that went out: more than the blob has where parts had to be repeated, less where an earlier push had sent
+        /// some.
+        sent: u64,
+        /// Bytes that the registry copied from blobs that it has.
+        copied: u64,
+    },
     /// The registry had it already.
     Skipped,
 }
@@ -61,6 +73,14 @@ impl Content<'_> {
         }
     }
 
+    /// The file, where it is one.
+    fn file(&self) -> Option<&BlobFile> {
+        match self {
+            Content::File(file) => Some(file),
+            Content::Remote(_) => None,
+        }
+    }
+
     pub(crate) fn size(&self) -> u64 {
         match self {
             Content::File(file) => file.size,
@@ -70,12 +90,14 @@ impl Content<'_> {
 }
 
 /// How to upload, beyond the content.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Default)]
 pub(crate) struct UploadOptions<'a> {
     /// Repositories of the same registry that may have the blob.
     pub(crate) mount_from: &'a [String],
     /// Where sessions are remembered.
     pub(crate) journal: Option<&'a Journal>,
+    /// What the repository may have of the blob.
+    pub(crate) reuse: Option<&'a Reuse<'a>>,
 }
 
 impl Client {
@@ -132,6 +154,7 @@ impl Client {
             item,
             progress,
             entry,
+            copying: Copying::new(options.reuse),
             sent: Arc::default(),
             backoff: self.patience.backoff(),
         };

@@ -1,6 +1,7 @@
 //! A part of a blob as a request's body.
 
 use std::io::{self, Seek as _, SeekFrom};
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -58,6 +59,29 @@ impl Part<'_> {
         })))
     }
 
+    /// A new body of a line and ranges of the content, which must be a file.
+    pub(super) fn body_by(&self, line: Bytes, ranges: Vec<Range<u64>>) -> Body {
+        let (item, progress, sent) = (self.item.clone(), self.progress.clone(), self.sent.clone());
+        sent.fetch_add(line.len() as u64, Ordering::Relaxed);
+        let (content, failure) = (self.content.file().cloned(), self.failure.clone());
+        let sends = stream::iter(ranges).flat_map(move |range| {
+            let file = content.as_ref().ok_or(Error::Cancelled);
+            let opened =
+                file.and_then(|file| file_part(file, range.start, range.end - range.start, failure.clone()));
+            match opened {
+                Ok(chunks) => chunks.left_stream(),
+                Err(error) => stream::iter([Err(keep(&failure, error))]).right_stream(),
+            }
+        });
+        let sends = sends.inspect(move |chunk| {
+            if let Ok(chunk) = chunk {
+                sent.fetch_add(chunk.len() as u64, Ordering::Relaxed);
+                progress.advanced(&item, chunk.len() as u64);
+            }
+        });
+        Body::wrap_stream(stream::iter([Ok(line)]).chain(sends))
+    }
+
     pub(super) fn take_failure(&self) -> Option<Error> {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
@@ -68,7 +92,7 @@ fn file_part(
     skip: u64,
     len: u64,
     failure: Arc<Mutex<Option<Error>>>,
-) -> Result<impl Stream<Item = io::Result<Bytes>> + Send + 'static> {
+) -> Result<impl Stream<Item = io::Result<Bytes>> + Send + use<>> {
     let path = file.path.clone();
     let mut file_at = std::fs::File::open(&path).map_err(Error::io("reading", &path))?;
     file_at.seek(SeekFrom::Start(file.offset + skip)).map_err(Error::io("reading", &path))?;

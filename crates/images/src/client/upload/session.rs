@@ -7,6 +7,7 @@ use reqwest::header::{CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LOCATION, RAN
 use reqwest::{Response, StatusCode, Url};
 
 use super::body::Part;
+use super::copying::{self, Copying, STEPS_MAX_HEADER};
 use super::{Content, PutOutcome};
 use crate::client::auth::Grant;
 use crate::client::retry::{Backoff, is_passing, retry_after};
@@ -14,6 +15,7 @@ use crate::client::{ANSWER_TIMEOUT, Client, Target, check, header};
 use crate::error::{Error, Result};
 use crate::progress::{Item, SharedProgress};
 use crate::push::journal::Entry;
+use crate::push::recipe::Step;
 use crate::reference::digits;
 
 /// Largest part of an upload: proxies in front of registries commonly stop at 500 MB.
@@ -31,6 +33,8 @@ struct Session {
     /// Bytes that the registry acknowledged.
     offset: u64,
     part_max: u64,
+    /// Most steps of a part that copies from blobs that are there, where the registry takes such parts.
+    steps_max: Option<usize>,
     /// Whether it went on after a break, in this process or an earlier one.
     resumed: bool,
 }
@@ -54,6 +58,7 @@ pub(super) struct Upload<'a> {
     pub(super) item: &'a Item,
     pub(super) progress: &'a SharedProgress,
     pub(super) entry: Option<Entry>,
+    pub(super) copying: Copying<'a>,
     pub(super) sent: Arc<AtomicU64>,
     pub(super) backoff: Backoff,
 }
@@ -79,13 +84,18 @@ impl Upload<'_> {
                 started = true;
             }
             self.remember(&current);
+            if current.steps_max.is_some() {
+                self.copying.prepare(self.content).await;
+            }
             match self.drive(&mut current).await? {
                 End::Done => {
                     self.progress.finished(self.item);
-                    return Ok(PutOutcome::Sent(self.sent.load(Ordering::Relaxed)));
+                    let sent = self.sent.load(Ordering::Relaxed);
+                    return Ok(PutOutcome::Sent { sent, copied: self.copying.copied });
                 }
                 End::Lost => {
-                    tracing::debug!(digest = %self.content.digest(), "upload forgotten: beginning again")
+                    self.copying.forget();
+                    tracing::debug!(digest = %self.content.digest(), "upload forgotten: beginning again");
                 }
             }
         }
@@ -103,6 +113,7 @@ impl Upload<'_> {
             location,
             offset: 0,
             part_max: self.entry.as_ref().map_or(PART_MAX_BYTES, Entry::part_max),
+            steps_max: None,
             resumed: true,
         };
         let session = self.status(session).await?;
@@ -176,7 +187,7 @@ impl Upload<'_> {
         }
         let part_max = most.clamp(least.max(1), PART_MAX_BYTES);
         let location = self.location(&self.target.base, response)?;
-        Ok(Session { location, offset: 0, part_max, resumed: false })
+        Ok(Session { location, offset: 0, part_max, steps_max: steps_max(response), resumed: false })
     }
 
     /// Sends what is missing, and closes the session.
@@ -185,12 +196,28 @@ impl Upload<'_> {
         self.progress.moved(self.item, session.offset);
         loop {
             let closing = session.offset == size || size <= SMALL_MAX_BYTES.min(session.part_max);
-            let len = if closing { size - session.offset } else { session.next_part(size) };
-            let outcome = self.part(session, len, closing).await;
+            let rest = session.offset..session.offset + session.next_part(size);
+            let steps = session.steps_max.filter(|_| !closing);
+            let steps = steps.and_then(|most| self.copying.part(rest.clone(), most)).unwrap_or_default();
+            let len = match steps.iter().map(Step::bytes).sum::<u64>() {
+                _ if closing => size - session.offset,
+                0 => rest.end - rest.start,
+                len => len,
+            };
+            let copies = steps.iter().any(|step| matches!(step, Step::Copy { .. }));
+            let outcome = self.part(session, len, closing, if copies { steps.as_slice() } else { &[] }).await;
+            if copies {
+                self.copying.tried(&outcome);
+            }
+            let before = session.offset;
             let refused = match outcome {
                 Ok(response) if response.status().is_success() && closing => return Ok(End::Done),
                 Ok(response) if response.status().is_success() => {
                     self.acknowledged(session, len, &response)?;
+                    if copies {
+                        self.copying.acknowledged(before..session.offset);
+                        self.progress.moved(self.item, session.offset);
+                    }
                     continue;
                 }
                 Ok(response) if is_passing(response.status().as_u16()) => {
@@ -202,8 +229,13 @@ impl Upload<'_> {
                 }
                 Ok(response) => match response.status() {
                     status @ (StatusCode::NOT_FOUND | StatusCode::RANGE_NOT_SATISFIABLE) => Some(status),
-                    // The parts before and after a break don't belong together: all is sent again.
-                    StatusCode::BAD_REQUEST if closing && session.resumed => return Ok(End::Lost),
+                    // The parts before and after a break don't belong together, or what was copied is not what a table
+                    // said: all is sent again.
+                    StatusCode::BAD_REQUEST if closing && (session.resumed || self.copying.copied > 0) => {
+                        self.copying.give_up();
+                        return Ok(End::Lost);
+                    }
+                    _ if copies => None,
                     _ => return check(self.target, response).await.map(|_| End::Lost),
                 },
                 Err(error) if error.is_passing() => {
@@ -223,12 +255,14 @@ impl Upload<'_> {
             if refused == Some(StatusCode::NOT_FOUND) {
                 return Ok(End::Lost);
             }
-            let before = session.offset;
             match self.status(session.copy()).await? {
                 // Refused, and yet nothing new: going on would be refused for ever.
                 Some(now) if refused.is_some() && now.offset == before => return Ok(End::Lost),
                 Some(now) => *session = Session { resumed: true, ..now },
                 None => return Ok(End::Lost),
+            }
+            if copies {
+                self.copying.acknowledged(before..session.offset.max(before));
             }
             if session.offset != before {
                 self.backoff.reset();
@@ -241,8 +275,8 @@ impl Upload<'_> {
         }
     }
 
-    /// Sends `len` bytes from the session's offset, with or without closing it.
-    async fn part(&self, session: &Session, len: u64, closing: bool) -> Result<Response> {
+    /// Adds `len` bytes from the session's offset, with or without closing it: sent, or by steps where there are any.
+    async fn part(&self, session: &Session, len: u64, closing: bool, steps: &[Step]) -> Result<Response> {
         let http = &self.client.inner.http;
         let part = Part {
             content: self.content,
@@ -253,7 +287,15 @@ impl Upload<'_> {
             sent: &self.sent,
             failure: Arc::default(),
         };
+        let range = format!("{}-{}", session.offset, (session.offset + len).saturating_sub(1));
         let request = || {
+            if !steps.is_empty() {
+                let (line, sends) = self.copying.body(session.offset, steps);
+                let bytes = line.len() as u64 + sends.iter().map(|send| send.end - send.start).sum::<u64>();
+                let request = http.patch(session.location.clone()).header(CONTENT_LENGTH, bytes);
+                let request = request.header(CONTENT_TYPE, copying::MEDIA_TYPE).header(CONTENT_RANGE, &range);
+                return Ok(request.body(part.body_by(line, sends)));
+            }
             let request = if closing {
                 let mut location = session.location.clone();
                 location.query_pairs_mut().append_pair("digest", self.content.digest().as_str());
@@ -266,11 +308,8 @@ impl Upload<'_> {
                 return Ok(request);
             }
             // A first request that closes at once is a monolithic upload, which has no range.
-            let request = if closing && session.offset == 0 {
-                request
-            } else {
-                request.header(CONTENT_RANGE, format!("{}-{}", session.offset, session.offset + len - 1))
-            };
+            let request =
+                if closing && session.offset == 0 { request } else { request.header(CONTENT_RANGE, &range) };
             Ok(request.header(CONTENT_TYPE, "application/octet-stream").body(part.body()?))
         };
         let outcome = self.client.send_once(self.target, Grant::Push, request).await;
@@ -325,7 +364,8 @@ impl Upload<'_> {
             Some(_) => self.location(&session.location, &response)?,
             None => session.location,
         };
-        Ok(Some(Session { location, offset, ..session }))
+        let steps_max = steps_max(&response).or(session.steps_max);
+        Ok(Some(Session { location, offset, steps_max, ..session }))
     }
 
     fn remember(&mut self, session: &Session) {
@@ -357,6 +397,11 @@ impl Session {
     fn copy(&self) -> Session {
         Session { location: self.location.clone(), ..*self }
     }
+}
+
+/// Most steps of a part, where the registry takes such parts; one that sends and one that copies is the least.
+fn steps_max(response: &Response) -> Option<usize> {
+    header(response.headers(), STEPS_MAX_HEADER)?.parse().ok().filter(|most| *most >= 2)
 }
 
 /// Never another scheme, host or port, since the authorization would go there.
