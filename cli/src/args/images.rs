@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
+use anyplace_images::BuildSecret;
 use anyplace_model::LocationId;
-use clap::{Args, Subcommand, ValueHint};
+use clap::{Args, Subcommand, ValueHint, builder::NonEmptyStringValueParser};
 
 use super::{OutputArg, WaitArgs};
 
@@ -72,8 +73,39 @@ pub(crate) struct BuildArgs {
     /// Name to push it under, such as `hello:v1`
     #[arg(short = 't', long = "tag", value_name = "REFERENCE")]
     pub(crate) reference: String,
+    /// Value of an ARG of the Dockerfile, or its name for what the environment has; repeat for more
+    #[arg(long, value_name = "NAME[=VALUE]", value_parser = build_arg)]
+    pub(crate) build_arg: Vec<String>,
+    /// Stage to build [default: the last one]
+    #[arg(long, value_name = "STAGE", value_parser = NonEmptyStringValueParser::new())]
+    pub(crate) target: Option<String>,
+    /// Platform to build for, such as `linux/arm64` [default: this machine's]
+    #[arg(long, value_name = "OS/ARCH[/VARIANT]", value_parser = platform)]
+    pub(crate) platform: Option<String>,
+    /// Secret for `RUN --mount=type=secret`, which the image does not keep; repeat for more
+    #[arg(long, value_name = "id=NAME,src=FILE|env=VARIABLE")]
+    pub(crate) secret: Vec<BuildSecret>,
+    /// Build all anew, and take nothing from the builder's cache
+    #[arg(long)]
+    pub(crate) no_cache: bool,
     #[command(flatten)]
     pub(crate) send: SendArgs,
+}
+
+fn build_arg(text: &str) -> Result<String, String> {
+    let name = text.split_once('=').map_or(text, |(name, _)| name);
+    let named = !name.is_empty() && !name.contains(char::is_whitespace);
+    named.then(|| text.to_owned()).ok_or_else(|| "expected NAME=VALUE or NAME".to_owned())
+}
+
+/// One platform: an image of several is one push for each, under tags of their own.
+fn platform(text: &str) -> Result<String, String> {
+    let word = |part: &str| {
+        !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+    };
+    let parts = text.split('/').count();
+    let one = (2..=3).contains(&parts) && text.split('/').all(word);
+    one.then(|| text.to_owned()).ok_or_else(|| "expected one platform, such as linux/arm64".to_owned())
 }
 
 /// Images on this machine.

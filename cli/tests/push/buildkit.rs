@@ -75,6 +75,16 @@ fn buildctl_builds_by_a_daemon_of_buildkit() {
     let packed = "application/vnd.oci.image.layer.v1.tar+zstd";
     assert_eq!(media_types(&registry, &built), [packed, packed]);
     assert_eq!(run_pulled(&registry, &home, "kit:v1", "cat /made /etc/motd"), "made\npacked by anyplace\n");
+    // What is asked of it beside the Dockerfile.
+    let more = context(
+        &home,
+        "FROM scratch AS first\nCOPY rootfs/ /\nARG WHO=nobody\n\
+         RUN --mount=type=secret,id=token echo $WHO $(cat /run/secrets/token) > /made\nFROM first\nCOPY rootfs/ /more/\n",
+    );
+    let secret = format!("id=token,src={}", home.file("token", "s3cret"));
+    let options = ["--target=first", "--build-arg=WHO=you", "--secret", &secret, "--no-cache"];
+    run(&[&["build", &more, "-t", "more:v1"], &options[..]].concat()).ok();
+    assert_eq!(run_pulled(&registry, &home, "more:v1", "cat /made; test ! -e /more"), "you s3cret\n");
     // A Dockerfile elsewhere, and what the builder says of one that it can't build.
     let elsewhere = home.file("Other", "FROM scratch\nCOPY rootfs/etc/ /etc/\n");
     let other = run(&["build", &folder, "-t", "other:v1", "-f", &elsewhere]).ok().trim().to_owned();

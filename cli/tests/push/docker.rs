@@ -197,6 +197,25 @@ fn docker_builds_and_its_daemon_gives_and_takes_images() {
     let kit = done.ok().trim().to_owned();
     assert_eq!(media_types(&registry, &kit), [packed]);
     assert_eq!(run_pulled(&registry, &home, "kit:v1", "cat /etc/motd"), "packed by anyplace\n");
+    // What is asked of it beside the Dockerfile. Secrets are BuildKit's only.
+    let folder = context(
+        &home,
+        "FROM scratch AS first\nARG WHO=nobody\nLABEL who=$WHO\nCOPY rootfs/ /\nFROM first\nCOPY rootfs/ /more/\n",
+    );
+    for kit in [false, true] {
+        let args =
+            ["build", &folder, "-t", "first:v1", "--target=first", "--build-arg=WHO=you", "--no-cache"];
+        let first = daemon.anyplace(&registry, &home, &args, kit).ok();
+        assert_eq!(media_types(&registry, first.trim()), [packed], "one stage");
+        let label = daemon.ok(&home, &["inspect", "--format={{.Config.Labels.who}}", "first:v1"]);
+        assert_eq!(label, "you\n", "{kit}");
+    }
+    let secret = format!("id=token,src={}", home.file("token", "s3cret"));
+    let args = ["build", &folder, "-t", "secret:v1", "--secret", &secret];
+    let refused = daemon.anyplace(&registry, &home, &args, false).failed();
+    assert!(refused.contains("a secret for docker's builder without BuildKit"), "{refused}");
+    daemon.anyplace(&registry, &home, &args, true).ok();
+
     // What both builders say is passed on.
     let folder = context(&home, "FROM scratch\nCOPY nothing /\n");
     for kit in [false, true] {

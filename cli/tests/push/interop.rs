@@ -37,7 +37,7 @@ pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
 }
 
 /// Storage for podman and buildah below `home`, by the variables that both read.
-fn storage(command: &mut Command, home: &Home) {
+pub(crate) fn storage(command: &mut Command, home: &Home) {
     let at = |name: &str| home.path().join(name).display().to_string();
     let conf = format!(
         "[storage]\ndriver = \"vfs\"\ngraphroot = \"{}\"\nrunroot = \"{}\"\n",
@@ -54,7 +54,7 @@ fn storage(command: &mut Command, home: &Home) {
     command.env("BUILDAH_ISOLATION", "chroot").env("HOME", home.path()).env("XDG_RUNTIME_DIR", home.path());
 }
 
-fn podman(home: &Home, args: &[&str]) -> String {
+pub(crate) fn podman(home: &Home, args: &[&str]) -> String {
     let mut command = Command::new("podman");
     command.args(args).stdin(Stdio::null());
     storage(&mut command, home);

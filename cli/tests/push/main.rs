@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test's helpers may fail the test")]
 
 mod bed;
+mod build_options;
 mod buildkit;
 mod docker;
 mod faults;

@@ -32,7 +32,10 @@ pub use client::{
 };
 pub use digest::{Algorithm, Digest, Hasher};
 pub use error::{Error, Result};
-pub use pack::{BlobFile, Build, Daemon, ImageSpec, PackOptions, PackedImage, Source, pack, pack_with};
+pub use pack::{
+    BlobFile, Build, BuildOptions, BuildSecret, Daemon, ImageSpec, PackOptions, PackedImage, Source, pack,
+    pack_with,
+};
 pub use pieces::{PIECES_ANNOTATION, Pieces};
 pub use progress::{Item, NoProgress, Progress, SharedProgress, Stage};
 pub use push::{Journal, PushOptions, PushSummary, push, push_with};

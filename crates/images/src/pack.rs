@@ -31,7 +31,7 @@ use crate::manifest::{
 };
 use crate::progress::SharedProgress;
 use crate::reference::Reference;
-pub use build::Build;
+pub use build::{Build, BuildOptions, BuildSecret};
 pub use daemon::Daemon;
 use found::{Blob, Found};
 use layout::Layout;

@@ -2,6 +2,8 @@
 //!
 //! Each builder is asked first whether it works, since a client without its daemon is installed but of no use.
 
+mod options;
+
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -12,6 +14,7 @@ use tokio::process::Command;
 use super::daemon::{Daemon, export, run};
 use crate::error::{Error, Result};
 use crate::progress::{Item, SharedProgress, Stage};
+pub use options::{BuildOptions, BuildSecret};
 
 /// Lines of a builder's output that an error repeats.
 const COMPLAINT_LINES: usize = 20;
@@ -25,6 +28,8 @@ pub struct Build {
     pub dockerfile: Option<PathBuf>,
     /// The name that the builder keeps the result under, in its own storage.
     pub name: String,
+    /// How to build it.
+    pub options: BuildOptions,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,31 +73,48 @@ impl fmt::Display for Builder {
 pub(super) async fn build(build: &Build, dir: &Path, progress: &SharedProgress) -> Result<PathBuf> {
     let dockerfile = dockerfile(build)?;
     let builder = choose().await?;
+    let more = build.options.arguments(builder)?;
     let item = Item { stage: Stage::Build, name: builder.to_string() };
     progress.started(&item, 0);
     let (file, context) = (text(&dockerfile), text(&build.context));
     let name = build.name.as_str();
     let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
+    let run_builder = async |first: Vec<String>, last: &[&str]| {
+        let arguments = [first, more, words(last)].concat();
+        watched(builder, &arguments, build.options.variable(builder), &item, progress).await
+    };
+    let from = ["-t", name, "-f", &file, &context];
+    let apart = build.options.stays_apart(builder);
+    let layers = if apart { "--layers=false" } else { "--layers" };
+    let forget = async |image: &str| {
+        if !apart {
+            return Ok(());
+        }
+        let help = "remove it yourself: later builds would take it for one of another platform";
+        run(builder.program(), &words(&["rmi", "--force", image]), help).await
+    };
     let result = match builder {
         Builder::Buildah => {
             let id_file = dir.join("image-id");
-            let args = ["build", "--layers", "--iidfile", &text(&id_file), "-t", name, "-f", &file, &context];
-            watched(builder, &words(&args), &item, progress).await?;
+            let args = words(&["build", layers, "--iidfile", &text(&id_file)]);
+            run_builder(args, &from).await?;
             let id = std::fs::read_to_string(&id_file).map_err(Error::io("reading", &id_file))?;
             let to = dir.join("built");
             let place = format!("dir:{}", to.display());
             let args = ["push", "--quiet", "--disable-compression", id.trim(), &place];
             run("buildah", &words(&args), "check that `buildah images` lists the image").await?;
+            forget(id.trim()).await?;
             to
         }
         Builder::Docker => {
-            watched(builder, &words(&["build", "-t", name, "-f", &file, &context]), &item, progress).await?;
+            run_builder(words(&["build"]), &from).await?;
             export(Daemon::Docker, name, dir, progress).await?
         }
         Builder::Podman => {
-            let args = ["build", "--layers", "-t", name, "-f", &file, &context];
-            watched(builder, &words(&args), &item, progress).await?;
-            export(Daemon::Podman, name, dir, progress).await?
+            run_builder(words(&["build", layers]), &from).await?;
+            let to = export(Daemon::Podman, name, dir, progress).await?;
+            forget(name).await?;
+            to
         }
         Builder::Buildctl => {
             let to = dir.join("built.tar");
@@ -108,7 +130,7 @@ pub(super) async fn build(build: &Build, dir: &Path, progress: &SharedProgress) 
                     to.display()
                 ),
             ];
-            watched(builder, &args, &item, progress).await?;
+            run_builder(args, &[]).await?;
             to
         }
     };
@@ -160,6 +182,7 @@ async fn choose() -> Result<Builder> {
 async fn watched(
     builder: Builder,
     arguments: &[String],
+    variable: Option<(&str, &str)>,
     item: &Item,
     progress: &SharedProgress,
 ) -> Result<()> {
@@ -170,6 +193,7 @@ async fn watched(
     };
     let mut child = Command::new(builder.program())
         .args(arguments)
+        .envs(variable)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
