@@ -4,10 +4,8 @@ mod queue;
 mod scrub;
 
 use std::{
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -93,13 +91,7 @@ impl Images {
 
     async fn pull(&self, reference: &str, class: PullClass) -> Result<PulledImage, ImageProblem> {
         let name: Reference = reference.parse().map_err(|error| explain(&error))?;
-        let progress: SharedProgress = Arc::new(Meter {
-            board: self.board.clone(),
-            reference: reference.into(),
-            done: AtomicU64::new(0),
-            total: AtomicU64::new(0),
-            told: Mutex::new(Instant::now()),
-        });
+        let progress: SharedProgress = Arc::new(Meter::new(self.board.clone(), reference));
         let begun = Instant::now();
         let options = PullOptions { progress, class };
         let image = self.store.pull(&name, &self.client, &options).await.map_err(|error| explain(&error))?;
@@ -199,29 +191,72 @@ fn explain(error: &Error) -> ImageProblem {
 struct Meter {
     board: Arc<Board>,
     reference: String,
-    done: AtomicU64,
-    total: AtomicU64,
-    told: Mutex<Instant>,
+    layers: Mutex<Layers>,
+}
+
+struct Layers {
+    /// Bytes that are done, and all; a layer that begins anew is no second one.
+    by_item: HashMap<Item, (u64, u64)>,
+    told: Instant,
+}
+
+impl Layers {
+    fn sums(&self) -> (u64, u64) {
+        self.by_item.values().fold((0, 0), |sums, of| (sums.0 + of.0, sums.1 + of.1))
+    }
+}
+
+impl Meter {
+    fn new(board: Arc<Board>, reference: &str) -> Self {
+        let layers = Layers { by_item: HashMap::new(), told: Instant::now() };
+        Self { board, reference: reference.into(), layers: Mutex::new(layers) }
+    }
+
+    fn layers(&self) -> MutexGuard<'_, Layers> {
+        self.layers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Progress for Meter {
-    fn started(&self, _: &Item, total_bytes: u64) {
-        self.total.fetch_add(total_bytes, Ordering::Relaxed);
+    fn started(&self, item: &Item, total_bytes: u64) {
+        self.layers().by_item.insert(item.clone(), (0, total_bytes));
     }
 
-    fn advanced(&self, _: &Item, bytes: u64) {
-        let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        if told.elapsed() >= PROGRESS_EVERY {
-            *told = Instant::now();
-            self.board.advance_image(&self.reference, done, self.total.load(Ordering::Relaxed));
+    fn advanced(&self, item: &Item, bytes: u64) {
+        let mut layers = self.layers();
+        if let Some((done, _)) = layers.by_item.get_mut(item) {
+            *done += bytes;
+        }
+        if layers.told.elapsed() >= PROGRESS_EVERY {
+            layers.told = Instant::now();
+            let (done, total) = layers.sums();
+            self.board.advance_image(&self.reference, done, total);
         }
     }
 
     fn finished(&self, _: &Item) {}
 
-    fn skipped(&self, _: &Item, total_bytes: u64) {
-        self.total.fetch_add(total_bytes, Ordering::Relaxed);
-        self.done.fetch_add(total_bytes, Ordering::Relaxed);
+    fn skipped(&self, item: &Item, total_bytes: u64) {
+        self.layers().by_item.insert(item.clone(), (total_bytes, total_bytes));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyplace_images::Stage;
+
+    use super::*;
+
+    #[test]
+    fn a_layer_that_begins_anew_counts_once() {
+        let meter = Meter::new(Arc::new(Board::new(Vec::new())), "app:v1");
+        let item = |name: &str| Item { stage: Stage::Fetch, name: name.into() };
+        meter.skipped(&item("a"), 50);
+        meter.started(&item("b"), 100);
+        meter.advanced(&item("b"), 60);
+        assert_eq!(meter.layers().sums(), (110, 150));
+        meter.started(&item("b"), 120);
+        meter.advanced(&item("b"), 30);
+        assert_eq!(meter.layers().sums(), (80, 170));
     }
 }

@@ -30,7 +30,7 @@ pub struct Item {
 
 /// Receives what happens. Calls come from several threads; each should return at once.
 pub trait Progress: Send + Sync {
-    /// Work on an item begins; `total_bytes` is how much there is to do.
+    /// Work on an item begins, or begins anew; `total_bytes` is how much there is to do.
     fn started(&self, item: &Item, total_bytes: u64);
     /// `bytes` more were done.
     fn advanced(&self, item: &Item, bytes: u64);

@@ -25,7 +25,7 @@ use super::import::Written;
 use super::plan::{self, Plan, Work};
 use super::pool::Priority;
 use super::pull::{Fetch, Pull, blocking, on_thread};
-use super::room::Room;
+use super::room::Expected;
 use super::table::Table;
 use super::work::{self, Ready};
 use super::{Inner, Lane};
@@ -61,9 +61,9 @@ impl Pull {
             let plan = blocking(move || plan::plan(&inner, &pins, &tables_of.toc, layer_bytes)).await?;
             let Some(mut plan) = plan else { return Ok(None) };
             let (used, reused) = (std::mem::take(&mut plan.used), plan.reused);
-            self.make_room(plan.disk_bytes(), lane).await?;
+            let expected = self.make_room(plan.disk_bytes(), lane).await?;
             self.progress.started(item, plan.parts.iter().map(|part| part.end - part.start).sum());
-            match self.execute(of, plan, &tables).await {
+            match self.execute(of, plan, &tables, &expected).await {
                 Ok(done) => {
                     (&mut checking).await.map_err(|_| Error::Cancelled)?.map_err(Error::Table)?;
                     self.counters.reuse(reused);
@@ -75,6 +75,7 @@ impl Pull {
                     if damaged == 0 {
                         return Err(error);
                     }
+                    expected.withdraw();
                     tracing::warn!(%error, damaged, "objects of the store are damaged; fetching them again");
                 }
                 Err(error) => return Err(error),
@@ -150,18 +151,24 @@ impl Pull {
         Ok(Some(bytes.into()))
     }
 
-    async fn execute(&self, of: Fetch<'_>, plan: Plan, tables: &Arc<Tables>) -> Result<(Table, Written)> {
+    async fn execute(
+        &self,
+        of: Fetch<'_>,
+        plan: Plan,
+        tables: &Arc<Tables>,
+        expected: &Arc<Expected>,
+    ) -> Result<(Table, Written)> {
         let Fetch { layer, diff_id, item, lane, turn } = of;
         let Plan { entries, files, work, parts, .. } = plan;
         // Parts that wait here are in memory.
         let (sender, arriving) = mpsc::channel(1);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let (steps, in_order) = sync_channel(2 * cores);
-        let (inner, room, writing) = (self.inner.clone(), self.room.clone(), self.writing.clone());
+        let (inner, expected, writing) = (self.inner.clone(), expected.clone(), self.writing.clone());
         let (priority, class) = (self.priority(lane), self.priority(lane).now());
         let of_dispatch = priority.clone();
         let dispatching = on_thread(class, "images-dispatch", move || {
-            dispatch(&inner, &of_dispatch, (&room, &writing), work, arriving, &steps)
+            dispatch(&inner, &of_dispatch, (&expected, &writing), work, arriving, &steps)
         })?;
         let (inner, of, id) = (self.inner.clone(), tables.clone(), diff_id.clone());
         // The turn goes along: when this pull is given up, the next one waits until its threads have noticed.
@@ -206,7 +213,7 @@ impl Pull {
 fn dispatch(
     inner: &Inner,
     priority: &Priority,
-    (room, writing): (&Arc<Room>, &Arc<Writing>),
+    (expected, writing): (&Arc<Expected>, &Arc<Writing>),
     work: Vec<Work>,
     mut arriving: mpsc::Receiver<Bytes>,
     steps: &SyncSender<Step>,
@@ -241,11 +248,11 @@ fn dispatch(
             return Ok(());
         }
         let (objects, out) = (inner.objects.clone(), large.clone());
-        let (room, writing) = (room.clone(), writing.clone());
+        let (expected, writing) = (expected.clone(), writing.clone());
         inner.pools.of(priority.now()).run(move |worker| {
             let _writing = writing;
             let done = work::run(worker, &objects, ready, out.as_deref());
-            room.wrote(bytes);
+            expected.wrote(bytes);
             // Nobody listens where the pull failed already.
             let _ = sender.send(done);
         })?;

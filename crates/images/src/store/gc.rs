@@ -98,7 +98,7 @@ impl Inner {
         Ok(())
     }
 
-    fn roots(&self) -> HashSet<Digest> {
+    pub(super) fn roots(&self) -> HashSet<Digest> {
         let mut roots: HashSet<Digest> = self.uses.used().into_iter().collect();
         roots.extend(lock(&self.images).values().map(|listed| listed.image.manifest.clone()));
         roots
@@ -145,18 +145,21 @@ impl Inner {
         Ok(freed)
     }
 
-    /// Each part of the store that these images need, once: its bytes on the disk, and which of them need it.
-    fn parts(&self, manifests: &HashSet<Digest>) -> Result<Parts> {
+    /// Each part of the store that these images need, once: its bytes on the disk, and which of them need it, by their
+    /// places in the list.
+    pub(super) fn parts(&self, manifests: &[Digest]) -> Result<Parts> {
         let mut parts = Parts::new();
-        for manifest in manifests {
+        for (at, manifest) in manifests.iter().enumerate() {
             let Some(documents) = self.documents(manifest)? else { continue };
             let mut add = |part: Part| {
                 let bytes = |part: &Part| match part {
                     Part::Object(id) => self.objects.disk_bytes_of(id),
                     Part::File(path) => disk_bytes_below(path),
                 };
-                let known = parts.entry(part).or_insert_with_key(|part| (bytes(part), HashSet::new()));
-                known.1.insert(manifest.clone());
+                let (_, of) = parts.entry(part).or_insert_with_key(|part| (bytes(part), Vec::new()));
+                if of.last() != Some(&at) {
+                    of.push(at);
+                }
             };
             add(Part::File(self.mount_path(manifest, self.mounter()?)));
             for blob in [manifest, &documents.manifest.config.digest] {
@@ -172,22 +175,18 @@ impl Inner {
         Ok(parts)
     }
 
-    /// Bytes that go when all images go that nothing needs.
-    pub(super) fn idle_bytes(&self) -> Result<u64> {
-        let parts = self.parts(&self.roots())?;
-        let is_idle = |of: &HashSet<Digest>| of.iter().all(|manifest| self.uses.need(manifest) == Need::Idle);
-        Ok(parts.values().filter(|(_, of)| is_idle(of)).map(|(bytes, _)| bytes).sum())
-    }
-
     fn usage(&self) -> Result<Vec<Usage>> {
         let images: Vec<_> = lock(&self.images).values().cloned().collect();
-        let parts = self.parts(&images.iter().map(|listed| listed.image.manifest.clone()).collect())?;
+        let manifests: HashSet<Digest> = images.iter().map(|listed| listed.image.manifest.clone()).collect();
+        let manifests: Vec<Digest> = manifests.into_iter().collect();
+        let parts = self.parts(&manifests)?;
         let seconds =
             |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let mut usage: Vec<Usage> = images
             .into_iter()
             .map(|listed| {
-                let mine = parts.values().filter(|(_, of)| of.contains(&listed.image.manifest));
+                let at = manifests.iter().position(|manifest| *manifest == listed.image.manifest);
+                let mine = parts.values().filter(|(_, of)| at.is_some_and(|at| of.contains(&at)));
                 let (mut bytes, mut unique_bytes) = (0, 0);
                 for (size, of) in mine {
                     bytes += size;
@@ -208,10 +207,10 @@ impl Inner {
     }
 }
 
-type Parts = std::collections::HashMap<Part, (u64, HashSet<Digest>)>;
+pub(super) type Parts = std::collections::HashMap<Part, (u64, Vec<usize>)>;
 
 #[derive(PartialEq, Eq, Hash)]
-enum Part {
+pub(super) enum Part {
     Object(super::objects::ObjectId),
     File(std::path::PathBuf),
 }

@@ -15,7 +15,7 @@ use super::dirty::Writing;
 use super::entry::{self, Shape, Usage};
 use super::objects::{ObjectId, Objects, Pins, write_with_holes};
 use super::pool::{Pools, Priority, spawn};
-use super::room::Room;
+use super::room::Expected;
 use super::stream::ChannelReader;
 use super::table::{self, Content, Kind, Table};
 use crate::digest::{Digest, Hasher};
@@ -42,7 +42,7 @@ pub(super) struct Target<'a> {
     pub(super) pins: &'a Arc<Pins>,
     pub(super) pools: &'a Pools,
     pub(super) priority: &'a Priority,
-    pub(super) room: &'a Arc<Room>,
+    pub(super) expected: &'a Arc<Expected>,
     /// Held by whatever writes.
     pub(super) writing: &'a Arc<Writing>,
 }
@@ -156,12 +156,12 @@ impl Files<'_> {
         }
         let (objects, pins) = (self.target.objects.clone(), self.target.pins.clone());
         let (finished, writing) = (self.finished.clone(), self.target.writing.clone());
-        let room = self.target.room.clone();
+        let expected = self.target.expected.clone();
         self.target.pools.of(self.target.priority.now()).run(move |_| {
             let _writing = writing;
             for (index, bytes) in batch {
                 let done = store_small(&objects, &pins, ObjectId::of(&bytes), bytes, Vec::new());
-                room.wrote(done.as_ref().map_or(0, |(_, written)| *written));
+                expected.wrote(done.as_ref().map_or(0, |(_, written)| *written));
                 // Nobody listens where the import has failed already.
                 let _ = finished.send(done.map(|(file, written)| (index, file, written)));
             }
@@ -173,10 +173,10 @@ impl Files<'_> {
         let (blocks, waiting) = sync_channel::<Vec<u8>>(BLOCKS_WAITING);
         let (objects, pins) = (self.target.objects.clone(), self.target.pins.clone());
         let (finished, writing) = (self.finished.clone(), self.target.writing.clone());
-        let room = self.target.room.clone();
+        let expected = self.target.expected.clone();
         let writer = spawn(self.target.priority.now(), "images-large", move || {
             let _writing = writing;
-            let done = write_large(&objects, &pins, &room, file, size, &waiting);
+            let done = write_large(&objects, &pins, &expected, file, size, &waiting);
             let _ = finished.send(done.map(|(file, written)| (index, file, written)));
         })?;
         let mut left = size;
@@ -216,7 +216,7 @@ pub(super) fn store_small(
 fn write_large(
     objects: &Objects,
     pins: &Pins,
-    room: &Room,
+    expected: &Expected,
     file: tempfile::NamedTempFile,
     size: u64,
     blocks: &Receiver<Vec<u8>>,
@@ -227,7 +227,7 @@ fn write_large(
     while let Ok(block) = blocks.recv() {
         hasher.update(&block);
         write_with_holes(file.as_file(), at, &block).map_err(failed)?;
-        room.wrote(block.len() as u64);
+        expected.wrote(block.len() as u64);
         at += block.len() as u64;
     }
     if at != size {

@@ -15,7 +15,7 @@ use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
@@ -87,10 +87,9 @@ pub(super) struct Objects {
     tmp: PathBuf,
     root: OwnedFd,
     shards: Vec<Shard>,
-    /// Bytes on the disk of all objects, less `before`.
-    written: AtomicI64,
-    /// Of those that were here when they were counted, once anybody asks.
-    before: Mutex<Option<i64>>,
+    /// Bytes on the disk of the objects in the folders that are counted.
+    bytes: AtomicI64,
+    counted: [AtomicBool; FOLDERS],
 }
 
 #[derive(Default)]
@@ -124,8 +123,8 @@ impl Objects {
         }
         let root = File::open(dir).map_err(Error::io("opening", dir))?.into();
         let shards = std::iter::repeat_with(Shard::default).take(SHARDS).collect();
-        let (written, before) = (AtomicI64::new(0), Mutex::new(None));
-        Ok(Objects { dir: dir.to_owned(), tmp: tmp.to_owned(), root, shards, written, before })
+        let (bytes, counted) = (AtomicI64::new(0), [const { AtomicBool::new(false) }; FOLDERS]);
+        Ok(Objects { dir: dir.to_owned(), tmp: tmp.to_owned(), root, shards, bytes, counted })
     }
 
     /// The folder, for mounting.
@@ -134,7 +133,12 @@ impl Objects {
     }
 
     fn shard(&self, id: &ObjectId) -> &Shard {
-        &self.shards[usize::from(id.0[0]) % SHARDS]
+        self.shard_of(id.0[0])
+    }
+
+    /// That of a folder, by the first byte of its objects' names.
+    fn shard_of(&self, byte: u8) -> &Shard {
+        &self.shards[usize::from(byte) % SHARDS]
     }
 
     /// Whether the object is there, complete, with this size.
@@ -147,44 +151,48 @@ impl Objects {
 
     /// Size of what lies at the object's name.
     fn stat(&self, id: &ObjectId) -> nix::Result<u64> {
-        let stat = self.look(id)?;
-        if stat.st_mode & SFlag::S_IFMT.bits() != SFlag::S_IFREG.bits() {
-            return Err(Errno::EINVAL);
-        }
-        u64::try_from(stat.st_size).map_err(|_| Errno::EINVAL)
+        size(&self.look(id)?)
     }
 
     fn look(&self, id: &ObjectId) -> nix::Result<FileStat> {
         fstatat(&self.root, id.path().as_str(), AtFlags::AT_SYMLINK_NOFOLLOW)
     }
 
-    /// Bytes that all objects take on the disk. Looks at each of them the first time only.
+    /// Bytes that all objects take on the disk. Looks at each of them the first time only: a folder at a time, while none
+    /// of it is written or removed.
     pub(super) fn disk_bytes(&self) -> Result<u64> {
-        let mut before = lock(&self.before);
-        let found = match *before {
-            Some(found) => found,
-            None => {
-                let (written, mut found) = (self.written.load(Ordering::SeqCst), 0);
-                self.each(
-                    |_, file| {
-                        found += disk_bytes(file).cast_signed();
-                        Ok(())
-                    },
-                    |_| Ok(()),
-                )?;
-                *before.insert(found - written)
-            }
-        };
-        Ok((found + self.written.load(Ordering::SeqCst)).max(0).cast_unsigned())
+        (0..=u8::MAX).try_for_each(|byte| self.count_folder(byte))?;
+        Ok(self.bytes.load(Ordering::SeqCst).max(0).cast_unsigned())
+    }
+
+    fn count_folder(&self, byte: u8) -> Result<()> {
+        let counted = &self.counted[usize::from(byte)];
+        if counted.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        let shard = self.shard_of(byte);
+        let mut state = lock(&shard.state);
+        while state.pending.iter().any(|id| id.0[0] == byte) {
+            state = shard.written.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        if !counted.load(Ordering::SeqCst) {
+            let bytes: u64 = self.in_folder(byte)?.iter().map(|id| self.disk_bytes_of(id)).sum();
+            self.bytes.fetch_add(bytes.cast_signed(), Ordering::SeqCst);
+            counted.store(true, Ordering::SeqCst);
+        }
+        Ok(())
     }
 
     /// Bytes that an object takes on the disk; 0 where it isn't there.
     pub(super) fn disk_bytes_of(&self, id: &ObjectId) -> u64 {
-        self.look(id).map_or(0, |stat| (stat.st_blocks * BLOCK_BYTES.cast_signed()).max(0).cast_unsigned())
+        self.look(id).map_or(0, |stat| bytes_of(&stat))
     }
 
-    fn count(&self, change: i64) {
-        self.written.fetch_add(change, Ordering::SeqCst);
+    /// Counts what whoever has the name pending, or its shard locked, changed.
+    fn count(&self, id: &ObjectId, change: i64) {
+        if self.counted[usize::from(id.0[0])].load(Ordering::SeqCst) {
+            self.bytes.fetch_add(change, Ordering::SeqCst);
+        }
     }
 
     pub(super) fn open_object(&self, id: &ObjectId) -> Result<File> {
@@ -240,11 +248,11 @@ impl Objects {
             })
             .map_err(|e| {
                 // What is half written must not keep the name; nor was it counted.
-                self.count(self.disk_bytes_of(id).cast_signed());
+                self.count(id, self.disk_bytes_of(id).cast_signed());
                 let _ = self.unlink(id);
                 failed(e)
             })?;
-        self.count(file.metadata().map_or(0, |file| disk_bytes(&file)).cast_signed());
+        self.count(id, file.metadata().map_or(0, |file| disk_bytes(&file)).cast_signed());
         Ok(true)
     }
 
@@ -254,7 +262,7 @@ impl Objects {
         let bytes = self.disk_bytes_of(id);
         match unlinkat(&self.root, path.as_str(), UnlinkatFlags::NoRemoveDir) {
             Ok(()) => {
-                self.count(-bytes.cast_signed());
+                self.count(id, -bytes.cast_signed());
                 Ok(bytes)
             }
             Err(Errno::ENOENT) => Ok(0),
@@ -270,15 +278,15 @@ impl Objects {
     /// Gives a complete file, whose bytes the caller has hashed, its name; says whether it is new.
     pub(super) fn keep(&self, id: &ObjectId, size: u64, file: tempfile::NamedTempFile) -> Result<bool> {
         self.while_pending(id, || {
-            if self.stat(id) == Ok(size) {
+            let old = self.look(id);
+            if old.is_ok_and(|old| self::size(&old) == Ok(size)) {
                 return Ok(false);
             }
-            // What has a wrong size.
-            self.unlink(id)?;
             let bytes = file.as_file().metadata().map_or(0, |file| disk_bytes(&file));
             let path = self.dir.join(id.path());
+            // It replaces what has a wrong size.
             file.persist(&path).map_err(|e| Error::io("moving an object to", &path)(e.error))?;
-            self.count(bytes.cast_signed());
+            self.count(id, bytes.cast_signed() - old.map_or(0, |old| bytes_of(&old)).cast_signed());
             Ok(true)
         })
     }
@@ -459,6 +467,19 @@ impl std::io::Write for HashWriter<'_> {
 /// Bytes that a file takes on the disk: less than its length where it has holes, more by what its last block has left.
 pub(super) fn disk_bytes(file: &Metadata) -> u64 {
     file.blocks() * BLOCK_BYTES
+}
+
+/// Length of a regular file.
+fn size(file: &FileStat) -> nix::Result<u64> {
+    if file.st_mode & SFlag::S_IFMT.bits() != SFlag::S_IFREG.bits() {
+        return Err(Errno::EINVAL);
+    }
+    u64::try_from(file.st_size).map_err(|_| Errno::EINVAL)
+}
+
+/// Bytes that a file takes on the disk.
+fn bytes_of(file: &FileStat) -> u64 {
+    file.st_blocks.max(0).cast_unsigned() * BLOCK_BYTES
 }
 
 /// Nothing here has an invariant that a panic elsewhere could break.

@@ -408,18 +408,18 @@ impl Pull {
     async fn fetch_whole(&self, of: Fetch<'_>) -> Result<(Table, Written)> {
         let Fetch { layer, diff_id, item, lane, turn } = of;
         // How much more it is when it is unpacked nobody says.
-        self.make_room(layer.size, lane).await?;
+        let expected = self.make_room(layer.size, lane).await?;
         let mut blob = self.client.get_blob(&self.reference, &layer.digest, Some(layer.size)).await?;
         let (sender, reader) = channel();
         let (inner, pins, priority) = (self.inner.clone(), self.pins.clone(), self.priority(lane));
         let (diff_id, size) = (diff_id.clone(), layer.size);
         // The turn goes along: when this pull is given up, the next one waits until the import has noticed.
-        let (turn, room, writing) = (turn.clone(), self.room.clone(), self.writing.clone());
+        let (turn, writing) = (turn.clone(), self.writing.clone());
         let importing = on_thread(priority.now(), "images-import", move || {
             let _turn = turn;
             let (objects, pools) = (&inner.objects, &inner.pools);
-            let (pins, room, priority, writing) = (&pins, &room, &priority, &writing);
-            let target = Target { objects, pins, pools, priority, room, writing };
+            let (pins, expected, priority, writing) = (&pins, &expected, &priority, &writing);
+            let target = Target { objects, pins, pools, priority, expected, writing };
             import::import(reader, size, &diff_id, &target)
         })?;
         let downloaded = async {

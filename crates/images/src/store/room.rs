@@ -56,12 +56,12 @@ impl Room {
         self.all.fetch_add(bytes, Ordering::SeqCst);
     }
 
-    /// Counts bytes that lie on the disk now.
-    pub(super) fn wrote(&self, bytes: u64) {
+    /// Counts bytes that lie on the disk now, and expects so many fewer.
+    fn settle(&self, written: u64, expected: u64) {
         let mut mine = lock(&self.mine);
-        let expected = bytes.min(mine.left);
+        let expected = expected.min(mine.left);
         mine.left -= expected;
-        mine.written += bytes;
+        mine.written += written;
         self.all.fetch_sub(expected, Ordering::SeqCst);
     }
 
@@ -78,6 +78,30 @@ impl Room {
 impl Drop for Room {
     fn drop(&mut self) {
         self.end();
+    }
+}
+
+/// What one try of a layer has still to write, as a part of what its pull has.
+pub(super) struct Expected {
+    room: Arc<Room>,
+    left: AtomicU64,
+}
+
+impl Expected {
+    /// Counts bytes that lie on the disk now.
+    pub(super) fn wrote(&self, bytes: u64) {
+        self.room.settle(bytes, self.take(bytes));
+    }
+
+    /// Expects nothing any more: another try says itself what it has to write.
+    pub(super) fn withdraw(&self) {
+        self.room.settle(0, self.take(u64::MAX));
+    }
+
+    fn take(&self, bytes: u64) -> u64 {
+        let taking = |left: u64| Some(left.saturating_sub(bytes));
+        let left = self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, taking);
+        left.unwrap_or_else(|left| left).min(bytes)
     }
 }
 
@@ -104,9 +128,10 @@ impl Pull {
     }
 
     /// Makes room for so many bytes of a layer, or of the image, with this lane.
-    pub(super) async fn make_room(&self, bytes: u64, lane: &Arc<Lane>) -> Result<()> {
+    pub(super) async fn make_room(&self, bytes: u64, lane: &Arc<Lane>) -> Result<Arc<Expected>> {
         let (inner, room, class) = (self.inner.clone(), self.room.clone(), self.priority(lane).now());
-        blocking(move || inner.make_room(&room, bytes, class)).await
+        blocking(move || inner.make_room(&room, bytes, class)).await?;
+        Ok(Arc::new(Expected { room: self.room.clone(), left: AtomicU64::new(bytes) }))
     }
 
     /// Makes room after the disk was full in the middle; false where nothing can go.
@@ -168,17 +193,16 @@ impl Inner {
         }
         let _one = lock(&self.making_room);
         let mut freed = self.collect()? > 0;
-        while !freed || self.free()? < wanted {
-            let Some(key) = self.least_needed(class) else { break };
-            tracing::info!(
-                image = key,
-                wanted,
-                "the disk is full: evicting the image that was used longest ago"
-            );
-            self.let_go(&key)?;
+        loop {
+            let lacking = wanted.saturating_sub(self.free()?);
+            if freed && lacking == 0 {
+                return Ok(true);
+            }
+            if !self.let_go(self.leaving(class)?, lacking, class)? {
+                return Ok(freed);
+            }
             freed = true;
         }
-        Ok(freed)
     }
 
     /// Keeps the budget, and room on the disk for what is on its way, as far as images allow that nothing uses; says how
@@ -191,52 +215,81 @@ impl Inner {
         }
         // What no image needs goes first.
         self.collect()?;
-        if class == PullClass::Prewarm && self.lacking()? > self.idle_bytes()? {
-            // Else all would go, for nothing.
-            return self.lacking();
-        }
         loop {
             lacking = self.lacking()?;
             if lacking == 0 {
                 return Ok(0);
             }
-            let Some(key) = self.least_needed(class) else {
+            let leaving = self.leaving(class)?;
+            if class == PullClass::Prewarm && lacking > leaving.iter().map(|(_, frees)| frees).sum() {
+                // Else all would go, for nothing.
+                return Ok(lacking);
+            }
+            if !self.let_go(leaving, lacking, class)? {
                 tracing::warn!(
                     lacking,
                     ?class,
                     "the image store has no room for more: what is there is needed"
                 );
                 return Ok(lacking);
-            };
-            tracing::info!(image = key, lacking, "evicting the image that was used longest ago");
-            self.let_go(&key)?;
-        }
-    }
-
-    /// Takes an image off the list, and what it alone has from the disk. What is mounted of it goes here: while pulls
-    /// write, `collect` leaves that.
-    fn let_go(&self, key: &str) -> Result<()> {
-        {
-            let _gc = self.gc.write().unwrap_or_else(PoisonError::into_inner);
-            let manifest = lock(&self.images).get(key).map(|listed| listed.image.manifest.clone());
-            self.forget(key)?;
-            let unneeded =
-                |manifest: &Digest| !self.is_listed(manifest) && self.uses.need(manifest) != Need::Used;
-            if let Some(manifest) = manifest.filter(unneeded) {
-                remove(&self.mount_path(&manifest, self.mounter()?))?;
             }
         }
-        self.collect().map(drop)
     }
 
-    /// The image that may go for a pull of this class and was used longest ago: an idle one, or else, where something
-    /// waits for the pull, one that is kept warm.
-    fn least_needed(&self, class: PullClass) -> Option<String> {
-        let most = if class == PullClass::Live { Need::Warm } else { Need::Idle };
-        let images = lock(&self.images);
-        let needs =
-            images.iter().map(|(key, listed)| (self.uses.need(&listed.image.manifest), listed.used, key));
-        needs.filter(|(need, ..)| *need <= most).min().map(|(.., key)| key.clone())
+    /// Takes images off the list, from the first on until so many bytes go, and then what nothing else has from the disk.
+    /// Says whether any went. What is mounted of them goes here: while pulls write, `collect` leaves that.
+    fn let_go(&self, leaving: Vec<(String, u64)>, lacking: u64, class: PullClass) -> Result<bool> {
+        let (mut went, mut freed) = (false, 0);
+        {
+            let _gc = self.gc.write().unwrap_or_else(PoisonError::into_inner);
+            for (key, frees) in leaving {
+                if went && freed >= lacking {
+                    break;
+                }
+                let manifest = lock(&self.images).get(&key).map(|listed| listed.image.manifest.clone());
+                // Somebody may have begun to use it.
+                let Some(manifest) = manifest.filter(|it| self.uses.need(it) <= may_go(class)) else {
+                    continue;
+                };
+                tracing::info!(image = key, frees, lacking, "evicting the image that was used longest ago");
+                self.forget(&key)?;
+                if !self.is_listed(&manifest) {
+                    remove(&self.mount_path(&manifest, self.mounter()?))?;
+                }
+                (went, freed) = (true, freed + frees);
+            }
+        }
+        if went {
+            self.collect()?;
+        }
+        Ok(went)
+    }
+
+    /// The images that may go for a pull of this class, those used longest ago first: idle ones, and then, where something
+    /// waits for the pull, those that are kept warm. Each with the bytes that go when it and those before it are gone.
+    fn leaving(&self, class: PullClass) -> Result<Vec<(String, u64)>> {
+        let mut order: Vec<_> = {
+            let images = lock(&self.images);
+            let needs = images.iter().map(|(key, listed)| {
+                let manifest = listed.image.manifest.clone();
+                (self.uses.need(&manifest), listed.used, key.clone(), manifest)
+            });
+            needs.filter(|(need, ..)| *need <= may_go(class)).collect()
+        };
+        order.sort();
+        // The last of its names counts.
+        let last: HashMap<&Digest, usize> =
+            order.iter().enumerate().map(|(at, (.., manifest))| (manifest, at)).collect();
+        let roots: Vec<Digest> = self.roots().into_iter().collect();
+        // Those that stay come after all others.
+        let goes: Vec<usize> =
+            roots.iter().map(|manifest| last.get(manifest).copied().unwrap_or(order.len())).collect();
+        let mut frees = vec![0; order.len() + 1];
+        for (bytes, of) in self.parts(&roots)?.values() {
+            // A part goes with the last image that has it.
+            frees[of.iter().map(|at| goes[*at]).max().unwrap_or(order.len())] += bytes;
+        }
+        Ok(order.into_iter().map(|(.., key, _)| key).zip(frees).collect())
     }
 
     /// Bytes that have to go before all that is on its way has room.
@@ -277,6 +330,11 @@ impl Inner {
         *trees = seen;
         Ok(total)
     }
+}
+
+/// What may be needed of an image that goes for a pull of this class.
+fn may_go(class: PullClass) -> Need {
+    if class == PullClass::Live { Need::Warm } else { Need::Idle }
 }
 
 /// Bytes that a file or a folder with all that is in it takes on the disk; 0 where it is gone.

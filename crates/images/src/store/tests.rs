@@ -6,6 +6,7 @@ mod keep;
 mod kills;
 mod other_tools;
 mod reuse;
+mod room;
 
 use super::testing::{Bed, Format, Member, Seed, archive, random_layer, unpack_by_tar};
 use super::*;
