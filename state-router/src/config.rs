@@ -1,7 +1,7 @@
 //! The router's configuration file.
 
 use std::{
-    net::{Ipv4Addr, SocketAddr},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     num::NonZeroU32,
     path::PathBuf,
 };
@@ -26,6 +26,10 @@ pub struct Config {
     pub token_file: PathBuf,
     /// The machine's address in the fabric.
     pub address: Ipv4Addr,
+    /// Its IPv6 address, if it and its containers are to reach IPv6 virtual IPs; the agent's configuration must have it
+    /// too.
+    #[serde(default)]
+    pub address6: Option<Ipv6Addr>,
     /// The interface to the fabric.
     pub uplink: String,
     /// A folder on a bpffs, for this machine alone.

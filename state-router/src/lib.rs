@@ -53,6 +53,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let options = Options {
         uplink: config.uplink.clone(),
         address: config.address,
+        address6: config.address6,
         pin_dir: config.pin_dir.clone(),
         object: None,
     };

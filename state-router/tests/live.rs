@@ -90,6 +90,7 @@ impl Bed {
         let options = Options {
             uplink: "eth0".into(),
             address: MACHINE,
+            address6: None,
             pin_dir: bpffs.path.join("anyplace"),
             object: object(),
         };

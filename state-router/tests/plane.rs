@@ -33,6 +33,7 @@ impl Machine {
         let options = Options {
             uplink: "eth0".into(),
             address: Ipv4Addr::new(10, 1, 1, 1),
+            address6: None,
             pin_dir: self.bpffs.path.join("anyplace"),
             object: object(),
         };

@@ -1,6 +1,6 @@
 //! Keys and values of the maps.
 
-use crate::layout6::{FlowKey6, FragmentKey6, FragmentValue6, PortKey6, ReplyValue6, VipKey6, Walk};
+use crate::layout6::{Config6, FlowKey6, FragmentKey6, FragmentValue6, PortKey6, ReplyValue6, VipKey6, Walk};
 
 /// Bytes of an interface name, its closing zero included (the kernel's IFNAMSIZ).
 pub const INTERFACE_NAME_BYTES: usize = 16;
@@ -24,7 +24,7 @@ macro_rules! layout {
 layout! {
     VipKey: 8, VipValue: 24, Bucket: 8, InstanceValue: 28, PortKey: 12, PortValue: 4, ReplyKey: 8, ReplyValue: 8,
     FlowKey: 16, FlowValue: 4, FragmentKey: 12, crate::Ports: 4, FleetKey: 8, Config: 24,
-    VipKey6: 20, PortKey6: 24, ReplyValue6: 20, FlowKey6: 40, FragmentKey6: 36, FragmentValue6: 8, Walk: 16,
+    VipKey6: 20, PortKey6: 24, ReplyValue6: 20, FlowKey6: 40, FragmentKey6: 36, FragmentValue6: 8, Walk: 16, Config6: 16,
 }
 
 // SAFETY: plain integers.

@@ -103,6 +103,14 @@ pub struct FragmentValue6 {
     pub reserved: [u8; 3],
 }
 
+/// What the programs know of their machine beside [`crate::Config`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Config6 {
+    /// The machine's IPv6 address, by which it and its instances are clients; zeroes if it has none.
+    pub address: Address6,
+}
+
 /// Scratch memory of one CPU: where a walk along extension headers has come to.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -22,7 +22,9 @@ pub use layout::{
     Bucket, Config, FleetKey, FlowKey, FlowValue, FragmentKey, INTERFACE_NAME_BYTES, InstanceValue, Layout,
     PortKey, PortValue, Range, ReplyKey, ReplyValue, VipKey, VipValue,
 };
-pub use layout6::{Address6, FlowKey6, FragmentKey6, FragmentValue6, PortKey6, ReplyValue6, VipKey6, Walk};
+pub use layout6::{
+    Address6, Config6, FlowKey6, FragmentKey6, FragmentValue6, PortKey6, ReplyValue6, VipKey6, Walk,
+};
 pub use wire::{
     ENCAPSULATION_BYTES, Encapsulation, GUE_FLAGS_AND_PROTOCOL, GUE_FLAGS_AND_PROTOCOL_IPV6, GUE_PORT, HOPS,
     INSTANCE_PREFIX, Ipv4Header, Ipv6Header, Ports, TTL, UdpHeader, instance_address, ipv4_checksum,

@@ -113,6 +113,7 @@ pub(crate) struct Maps {
     pub(crate) vip_counters: PerCpuArray<MapData, Plain<common::VipCounters>>,
     pub(crate) instance_counters: PerCpuArray<MapData, Plain<common::InstanceCounters>>,
     pub(crate) config: Array<MapData, Plain<common::Config>>,
+    pub(crate) config6: Array<MapData, Plain<common::Config6>>,
     pub(crate) fleet: LpmTrie<MapData, Plain<u32>, Plain<u32>>,
     pub(crate) arena: Arena,
 }
@@ -142,6 +143,7 @@ impl Maps {
             vip_counters: typed(object, &VIP_COUNTERS)?,
             instance_counters: typed(object, &INSTANCE_COUNTERS)?,
             config: typed(object, &CONFIG)?,
+            config6: typed(object, &CONFIG6)?,
             fleet: typed(object, &FLEET)?,
             arena,
         };
@@ -286,6 +288,7 @@ impl Spec {
 }
 
 pub(crate) const CONFIG: Spec = Spec::new::<u32, common::Config>("CONFIG", 1);
+pub(crate) const CONFIG6: Spec = Spec::new::<u32, common::Config6>("CONFIG6", 1);
 pub(crate) const VIPS: Spec = Spec::new::<common::VipKey, common::VipValue>("VIPS", common::MAX_VIPS);
 const BUCKETS: Spec = Spec::new::<u32, common::Bucket>("BUCKETS", common::ARENA_BUCKETS);
 const INSTANCES: Spec = Spec::new::<u32, common::InstanceValue>("INSTANCES", common::MAX_INSTANCES);
@@ -314,8 +317,9 @@ pub(crate) const INSTANCE_COUNTERS: Spec =
 pub(crate) const FLOW_EVENTS: Spec = Spec::new::<(), ()>("FLOW_EVENTS", common::FLOW_EVENTS_BYTES);
 pub(crate) const FLOW_EVENTS_LOST: Spec = Spec::new::<u32, u64>("FLOW_EVENTS_LOST", 1);
 
-const ALL: [&Spec; 23] = [
+const ALL: [&Spec; 24] = [
     &CONFIG,
+    &CONFIG6,
     &VIPS,
     &VIPS6,
     &PORTS6,

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs::{self, File, TryLockError},
-    net::Ipv4Addr,
+    net::{Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
 };
 
@@ -15,7 +15,7 @@ use crate::{
     attach::{self, INGRESS, Links, REPLY, TARGET, TARGET6},
     counter_slots::CounterSlots,
     fleet,
-    maps::{self, CONFIG, INSTANCE_COUNTERS, Maps, Plain, VIP_COUNTERS},
+    maps::{self, CONFIG, CONFIG6, INSTANCE_COUNTERS, Maps, Plain, VIP_COUNTERS},
     sys,
     types::address,
 };
@@ -36,6 +36,8 @@ pub struct Options {
     pub uplink: String,
     /// The machine's address: other locations relay to it.
     pub address: Ipv4Addr,
+    /// The machine's IPv6 address: it and its containers reach IPv6 VIPs from there.
+    pub address6: Option<Ipv6Addr>,
     /// A folder on a bpffs, for this machine alone.
     pub pin_dir: PathBuf,
     /// An object to load instead of the built-in one.
@@ -134,6 +136,10 @@ impl DataPlane {
             flow_sample: 0,
         };
         maps.config.set(0, Plain(config), 0).map_err(|source| CONFIG.error("bpf_map_update_elem", source))?;
+        let address6 = options.address6.unwrap_or(Ipv6Addr::UNSPECIFIED);
+        let config6 = common::Config6 { address: common::address6(address6.octets()) };
+        let result = maps.config6.set(0, Plain(config6), 0);
+        result.map_err(|source| CONFIG6.error("bpf_map_update_elem", source))?;
         let vip_counters = CounterSlots::new(
             VIP_COUNTERS.name,
             0,

@@ -21,7 +21,7 @@ mod target6;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use anyplace_ebpf_common::{Counter, Outcome};
@@ -113,6 +113,8 @@ pub type Event = (Outcome, Flow, Option<Ipv4Addr>);
 pub struct Machine {
     /// Its address.
     pub address: Ipv4Addr,
+    /// Its IPv6 address; unspecified if it has none.
+    pub address6: Ipv6Addr,
     /// MTU of the uplink.
     pub mtu: usize,
     /// The VIPs.
@@ -146,6 +148,7 @@ impl Machine {
     pub fn new(address: Ipv4Addr, mtu: usize) -> Self {
         Self {
             address,
+            address6: Ipv6Addr::UNSPECIFIED,
             mtu,
             vips: BTreeMap::new(),
             instances: BTreeMap::new(),

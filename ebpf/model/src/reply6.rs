@@ -55,6 +55,7 @@ impl Machine {
         }
         put(frame, ETHERNET + 8, &vip.octets());
         self.count(Counter::Replies);
-        Ok(Verdict::Redirect)
+        // This machine's own stack takes what is for its address.
+        Ok(if ip.destination == self.address6 { Verdict::Pass } else { Verdict::Redirect })
     }
 }

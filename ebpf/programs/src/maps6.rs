@@ -1,16 +1,20 @@
 //! The maps of VIPs that are IPv6 addresses; the others serve both families.
 
 use anyplace_ebpf_common::{
-    Address6, Counter, FlowKey6, FlowValue, FragmentKey6, FragmentValue6, MAX_EMBRYONIC, MAX_FLOWS,
-    MAX_FRAGMENTS, MAX_PORTS, MAX_VIPS, Outcome, PortKey6, PortValue, ReplyKey, ReplyValue6, VipKey6, VipValue, Walk,
+    Address6, Config6, Counter, FlowKey6, FlowValue, FragmentKey6, FragmentValue6, MAX_EMBRYONIC, MAX_FLOWS,
+    MAX_FRAGMENTS, MAX_PORTS, MAX_VIPS, Outcome, PortKey6, PortValue, ReplyKey, ReplyValue6, VipKey6,
+    VipValue, Walk,
 };
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     macros::map,
-    maps::{HashMap, LruHashMap, PerCpuArray},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray},
 };
 
 use crate::{events, maps::count};
+
+#[map]
+static CONFIG6: Array<Config6> = Array::pinned(1, 0);
 
 #[map]
 static VIPS6: HashMap<VipKey6, VipValue> = HashMap::pinned(MAX_VIPS, BPF_F_NO_PREALLOC);
@@ -32,6 +36,12 @@ static FRAGMENTS6: LruHashMap<FragmentKey6, FragmentValue6> = LruHashMap::pinned
 
 #[map]
 static WALK: PerCpuArray<Walk> = PerCpuArray::pinned(1, 0);
+
+/// Whether an address is the machine's own.
+#[inline(always)]
+pub(crate) fn is_own(address: Address6) -> bool {
+    CONFIG6.get(0).is_some_and(|config| config.address == address)
+}
 
 /// This CPU's scratch memory.
 #[inline(always)]

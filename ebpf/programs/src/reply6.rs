@@ -80,6 +80,10 @@ fn try_reply6(ctx: &TcContext) -> Result<i32, Counter> {
     }
     ctx.store(ETHERNET + offset_of!(Ipv6Header, source), &reply.vip, 0).map_err(helper)?;
     maps::count(Counter::Replies);
+    if maps6::is_own(ip.destination()) {
+        // As with IPv4: the client is this machine, or a container behind its address.
+        return Ok(TC_ACT_UNSPEC);
+    }
     // SAFETY: no parameters beyond numbers; a null neighbour asks the kernel to look the route up.
     Ok(unsafe { bpf_redirect_neigh(config.uplink, core::ptr::null_mut(), 0, 0) } as i32)
 }

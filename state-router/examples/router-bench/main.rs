@@ -87,6 +87,7 @@ impl Bed {
         let options = Options {
             uplink: "eth0".into(),
             address: Self::ADDRESS,
+            address6: None,
             pin_dir: self.folder.join("bpf").join(name),
             object: None,
         };

@@ -95,7 +95,7 @@ impl Machine {
 
     fn options(&self) -> Options {
         let pin_dir = self.bpffs.path.join("anyplace");
-        Options { uplink: "eth0".into(), address: self.address, pin_dir, object: object() }
+        Options { uplink: "eth0".into(), address: self.address, address6: None, pin_dir, object: object() }
     }
 
     fn start(&mut self) {
@@ -477,8 +477,13 @@ fn errors_name_the_fix() {
     }
     let namespace = Namespace::new("errors");
     let load = |uplink: &str, pin_dir: &std::path::Path| {
-        let options =
-            Options { uplink: uplink.into(), address: C1, pin_dir: pin_dir.into(), object: object() };
+        let options = Options {
+            uplink: uplink.into(),
+            address: C1,
+            address6: None,
+            pin_dir: pin_dir.into(),
+            object: object(),
+        };
         namespace.enter(|| DataPlane::load(options).err().expect("an error").to_string())
     };
     let message = load("lo", std::path::Path::new("/tmp/anyplace-no-bpffs"));

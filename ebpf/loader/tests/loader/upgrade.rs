@@ -86,8 +86,13 @@ impl Bed {
     }
 
     fn load(&self) -> Result<DataPlane, Error> {
-        let options =
-            Options { uplink: "eth0".into(), address: ADDRESS, pin_dir: self.pin_dir(), object: object() };
+        let options = Options {
+            uplink: "eth0".into(),
+            address: ADDRESS,
+            address6: None,
+            pin_dir: self.pin_dir(),
+            object: object(),
+        };
         self.host.enter(|| DataPlane::load(options))
     }
 

@@ -32,6 +32,7 @@ pub(crate) const OTHER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 7);
 pub(crate) const VIP: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
 pub(crate) const VIP6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0x113, 0, 0, 0, 0, 1);
 pub(crate) const MACHINE: Ipv4Addr = Ipv4Addr::new(10, 1, 1, 1);
+pub(crate) const MACHINE6: Ipv6Addr = Ipv6Addr::new(0xfd61, 1, 1, 0, 0, 0, 0, 1);
 /// Two instances of this machine.
 pub(crate) const HERE: Ipv4Addr = Ipv4Addr::new(10, 1, 1, 65);
 pub(crate) const HERE_TOO: Ipv4Addr = Ipv4Addr::new(10, 1, 1, 66);
@@ -162,6 +163,7 @@ fn load(namespace: &Namespace, bpffs: &BpfFs) -> DataPlane {
     let options = Options {
         uplink: "eth0".into(),
         address: MACHINE,
+        address6: Some(MACHINE6),
         pin_dir: bpffs.path.join("anyplace"),
         object: object(),
     };

@@ -6,7 +6,7 @@ use anyplace_ebpf_model::instance6;
 use anyplace_seed::Seed;
 
 use crate::{
-    bed::{CONTAINER_PORT, GONE, HERE, HERE_TOO, VIP6},
+    bed::{CONTAINER_PORT, GONE, HERE, HERE_TOO, MACHINE6, VIP6},
     packets::{ACK, SYN},
     packets6::{End6, Ip6, icmp6, tcp6, tcp6_with_segment_size, udp6},
     random::PORTS,
@@ -43,6 +43,7 @@ pub(crate) fn answer6(random: &mut Seed) -> Ip6 {
         0 => Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1),
         1 => VIP6,
         2 => instance6(HERE),
+        3 => MACHINE6,
         _ => Ipv6Addr::new(0x2001, 0xdb8, 0x198, 0, 0, 0, 100, 9),
     };
     let client_port = 40_000 + random.index(5) as u16;

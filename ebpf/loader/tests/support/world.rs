@@ -19,8 +19,8 @@ use aya::{
 
 use crate::{
     bed::{
-        Bed, CONTAINER_PORT, HERE, HERE_TOO, MACHINE, OTHER, TC_REDIRECT, TC_SHOT, TC_UNSPEC, VIP, VIP6,
-        XDP_DROP, XDP_PASS, XDP_TX, hex, test_run,
+        Bed, CONTAINER_PORT, HERE, HERE_TOO, MACHINE, MACHINE6, OTHER, TC_REDIRECT, TC_SHOT, TC_UNSPEC, VIP,
+        VIP6, XDP_DROP, XDP_PASS, XDP_TX, hex, test_run,
     },
     random::{HOPS, PORTS, VIP_TOO},
     random6::VIP6_TOO,
@@ -63,7 +63,7 @@ impl World {
         let flows6 = Mutex::new(bed.map("FLOWS6").try_into().unwrap());
         let embryonic6 = Mutex::new(bed.map("EMBRYONIC6").try_into().unwrap());
         let fragments6 = Mutex::new(bed.map("FRAGMENTS6").try_into().unwrap());
-        let model = Machine::new(MACHINE, 1500);
+        let model = machine();
         let (base, first, six) = (BTreeMap::new(), BTreeMap::new(), vec![0; Counter::ALL.len()]);
         let mut world = Self {
             bed,
@@ -91,7 +91,7 @@ impl World {
         clear(&self.flows6);
         clear(&self.embryonic6);
         clear(&self.fragments6);
-        self.model = Machine::new(MACHINE, 1500);
+        self.model = machine();
         for vip in VIPS {
             for port in PORTS {
                 for protocol in [Protocol::Tcp, Protocol::Udp] {
@@ -255,6 +255,10 @@ impl World {
         let all = Counter::ALL.iter().map(|counter| (counter.name(), self.model.counters[*counter as usize]));
         all.filter(|(_, value)| *value > 0).collect()
     }
+}
+
+fn machine() -> Machine {
+    Machine { address6: MACHINE6, ..Machine::new(MACHINE, 1500) }
 }
 
 /// An event as the model has it.
