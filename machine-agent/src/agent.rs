@@ -72,7 +72,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         })
         .ok();
     let board = Arc::new(Board::new(conditions));
-    network::prepare_machine();
+    network::prepare_machine(&config);
     let ctx = Arc::new(Context {
         runtimes: Runtimes::detect(cgroups.as_ref(), &paths.runtime()),
         images: Images::new(store, registry, board.clone()),

@@ -1,13 +1,13 @@
 //! The agent's configuration, `machine-agent.toml`.
 
 use std::{
-    net::{Ipv4Addr, SocketAddr},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
 };
 
 use anyplace_model::{Bytes, Gpu, MachineId, MilliCpu};
 use anyplace_service::ScrubConfig;
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net};
 use serde::Deserialize;
 
 /// Configuration of a machine agent.
@@ -38,13 +38,17 @@ pub struct Config {
     pub registries: Vec<Registry>,
     /// The machine's address in the fabric.
     pub address: Ipv4Addr,
+    /// Its IPv6 address on the uplink: containers reach IPv6 destinations from behind it, virtual IPs among them; none
+    /// without it. The state router's configuration must have it too.
+    #[serde(default)]
+    pub address6: Option<Ipv6Addr>,
     /// The interface towards the fabric.
     pub uplink: String,
     /// Where instances get their addresses from.
     pub instance_cidr: Ipv4Net,
     /// What containers must not reach: the control plane and the fabric.
     #[serde(default)]
-    pub protected_cidrs: Vec<Ipv4Net>,
+    pub protected_cidrs: Vec<IpNet>,
     /// Cgroup below which instances get theirs.
     #[serde(default = "default_cgroup_parent")]
     pub cgroup_parent: String,
@@ -158,7 +162,8 @@ mod tests {
             address = "10.1.1.1"
             uplink = "eth0"
             instance_cidr = "10.1.1.64/26"
-            protected_cidrs = ["10.1.0.0/24"]
+            protected_cidrs = ["10.1.0.0/24", "2001:db8:f::/48"]
+            address6 = "2001:db8:f::1"
             reserved = { cpu = "0", memory = "256Mi" }
             resources = { cpu = "4", memory = "8Gi", disk = "50Gi" }
             image_budget = "30Gi"

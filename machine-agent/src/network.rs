@@ -2,9 +2,10 @@
 //!
 //! The host's end (named after the address) has 169.254.1.1 and a route to the address; inside, `eth0` has the
 //! address and its default route over 169.254.1.1. For clients of IPv6 virtual IPs it has an IPv6 address too, which
-//! follows from the other, with its default route over fe80::61; the host has no IPv6 there: the state router delivers
-//! and takes the packets. Nothing is bridged. The namespace stays over restarts of the
-//! container, so that what the state router attached to the pair stays too.
+//! follows from the other, with its default route over fe80::61; the state router delivers and takes those packets. If
+//! the machine has an IPv6 address, the host's end takes the instance's other packets too, and has a route to it; else
+//! the host's end has no IPv6. Nothing is bridged. The namespace stays over restarts of the container, so that what the
+//! state router attached to the pair stays too.
 //!
 //! Everything is done by the kernel's own messages ([`netlink`]): a container's start waits for it.
 
@@ -26,7 +27,7 @@ use nix::{
     sched::{CloneFlags, setns, unshare},
 };
 
-use crate::{paths::InstancePaths, rootfs};
+use crate::{Config, paths::InstancePaths, rootfs};
 use netlink::{Link, Netlink, Request};
 
 /// Taken off the uplink's MTU: the GUE encapsulation between machines needs up to 60 bytes, rounded up.
@@ -35,8 +36,10 @@ const ENCAPSULATION_BYTES: u32 = 100;
 const MAX_MTU: u32 = 1_500;
 /// Where the uplink can't be asked.
 const FALLBACK_MTU: u32 = 1_400;
-/// In the mark of a complete network; those from before IPv6 are empty.
-const COMPLETE: &[u8] = b"6";
+/// In the mark of a network that is complete inside; those from before IPv6 are empty.
+const INSIDE6: &[u8] = b"6";
+/// The same, and the host's end takes the instance's IPv6 packets.
+const BOTH6: &[u8] = b"66";
 /// Settings of an instance's IPv6: its addresses and routes are the agent's, who knows that nobody else is on the wire.
 const IPV6_SETTINGS: [(&str, &str); 4] =
     [("addr_gen_mode", "1"), ("accept_ra", "0"), ("accept_dad", "0"), ("disable_ipv6", "0")];
@@ -45,10 +48,27 @@ const NSFS_MAGIC: i64 = 0x6e73_6673;
 
 /// Prepares the machine's own namespace: forwards packets, and doesn't drop what comes in on another interface
 /// than replies would leave by.
-pub(crate) fn prepare_machine() {
+pub(crate) fn prepare_machine(config: &Config) {
     for (file, value) in [("ip_forward", "1"), ("conf/all/rp_filter", "0")] {
         sysctl(&format!("ipv4/{file}"), value);
     }
+    if config.address6.is_some() {
+        forward_ipv6();
+    }
+}
+
+/// Who forwards IPv6 takes no routes from its routers any more, unless told so before: the machine goes on as it did.
+fn forward_ipv6() {
+    let is = |name: &str, value: &str| {
+        fs::read_to_string(format!("/proc/sys/net/{name}")).is_ok_and(|found| found.trim() == value)
+    };
+    for interface in fs::read_dir("/proc/sys/net/ipv6/conf").into_iter().flatten().flatten() {
+        let folder = format!("ipv6/conf/{}", interface.file_name().to_string_lossy());
+        if is(&format!("{folder}/forwarding"), "0") && is(&format!("{folder}/accept_ra"), "1") {
+            sysctl(&format!("{folder}/accept_ra"), "2");
+        }
+    }
+    sysctl("ipv6/conf/all/forwarding", "1");
 }
 
 /// MTU of instances' interfaces.
@@ -75,11 +95,17 @@ pub(crate) fn bytes_per_s(interface: &str) -> Option<u64> {
     text.trim().parse::<u64>().ok().filter(|mbit| *mbit > 0).map(|mbit| mbit * 1_000_000 / 8)
 }
 
-/// Makes the instance's network, unless it is there and complete. Blocks.
-pub(crate) fn ensure(paths: &InstancePaths, address: Ipv4Addr, mtu: u32) -> anyhow::Result<()> {
+/// Makes the instance's network, unless it is there and complete; `is_client6` if the instance may reach IPv6
+/// destinations. Blocks.
+pub(crate) fn ensure(
+    paths: &InstancePaths,
+    address: Ipv4Addr,
+    mtu: u32,
+    is_client6: bool,
+) -> anyhow::Result<()> {
     let host = host_interface(address);
     if paths.network_mark.exists() && is_namespace(&paths.netns) && exists(&host) {
-        return complete(paths, address);
+        return complete(paths, address, is_client6);
     }
     remove(paths, Some(address))?;
     let mut inside = make_namespace(&paths.netns)?;
@@ -88,7 +114,9 @@ pub(crate) fn ensure(paths: &InstancePaths, address: Ipv4Addr, mtu: u32) -> anyh
     let mut outside = Netlink::open()?;
     outside.run(&[netlink::veth(&host, "eth0", mac, netns.as_fd(), mtu)])?;
     // Before it is up: no IPv6 address, and nothing dropped after the router has decapsulated it.
-    sysctl(&format!("ipv6/conf/{host}/disable_ipv6"), "1");
+    if !is_client6 {
+        sysctl(&format!("ipv6/conf/{host}/disable_ipv6"), "1");
+    }
     sysctl(&format!("ipv4/conf/{host}/rp_filter"), "0");
     let (loopback, eth0) = (inside.link("lo")?.index, inside.link("eth0")?.index);
     let gateway = outside.link(&host)?;
@@ -100,37 +128,72 @@ pub(crate) fn ensure(paths: &InstancePaths, address: Ipv4Addr, mtu: u32) -> anyh
     ];
     requests.extend(ipv6(eth0, address, gateway));
     inside.run(&requests)?;
-    let host = gateway.index;
+    if is_client6 {
+        settings6(&host);
+    }
+    let index = gateway.index;
     outside.run(&[
-        netlink::address(host, GATEWAY, libc::RT_SCOPE_LINK),
-        netlink::up(host),
-        netlink::host_route(host, address, GATEWAY),
-        netlink::neighbour(host, address, mac),
+        netlink::address(index, GATEWAY, libc::RT_SCOPE_LINK),
+        netlink::up(index),
+        netlink::host_route(index, address, Some(GATEWAY.into())),
+        netlink::neighbour(index, address, mac),
     ])?;
-    mark(paths)
+    if is_client6 {
+        outside.run(&outside6(index, address))?;
+    }
+    mark(paths, is_client6)
 }
 
 /// Gives the network of an instance what one made today has and one made by an earlier agent lacks. Blocks.
-pub(crate) fn complete(paths: &InstancePaths, address: Ipv4Addr) -> anyhow::Result<()> {
-    if fs::read(&paths.network_mark).is_ok_and(|found| found == COMPLETE) {
+pub(crate) fn complete(paths: &InstancePaths, address: Ipv4Addr, is_client6: bool) -> anyhow::Result<()> {
+    let found = fs::read(&paths.network_mark).unwrap_or_default();
+    if found == BOTH6 || found == INSIDE6 && !is_client6 {
         return Ok(());
     }
+    if found != INSIDE6 {
+        complete_inside(paths, address)?;
+    }
+    if is_client6 {
+        let host = host_interface(address);
+        settings6(&host);
+        let mut outside = Netlink::open()?;
+        let index = outside.link(&host)?.index;
+        outside.run(&outside6(index, address))?;
+    }
+    mark(paths, is_client6)
+}
+
+fn complete_inside(paths: &InstancePaths, address: Ipv4Addr) -> anyhow::Result<()> {
     let gateway = Netlink::open()?.link(&host_interface(address))?;
     let netns = File::open(&paths.netns).context("can't open the network namespace")?;
     let mut inside = in_thread(move || {
         setns(&netns, CloneFlags::CLONE_NEWNET).context("can't enter the network namespace")?;
-        for (name, value) in IPV6_SETTINGS {
-            sysctl(&format!("ipv6/conf/eth0/{name}"), value);
-        }
+        settings6("eth0");
         Netlink::open()
     })?;
     let eth0 = inside.link("eth0")?.index;
-    inside.run(&ipv6(eth0, address, gateway).collect::<Vec<_>>())?;
-    mark(paths)
+    inside.run(&ipv6(eth0, address, gateway).collect::<Vec<_>>())
 }
 
-fn mark(paths: &InstancePaths) -> anyhow::Result<()> {
-    fs::write(&paths.network_mark, COMPLETE).context("can't mark the network as complete")
+fn mark(paths: &InstancePaths, is_client6: bool) -> anyhow::Result<()> {
+    let mark = if is_client6 { BOTH6 } else { INSIDE6 };
+    fs::write(&paths.network_mark, mark).context("can't mark the network as complete")
+}
+
+fn settings6(interface: &str) {
+    for (name, value) in IPV6_SETTINGS {
+        sysctl(&format!("ipv6/conf/{interface}/{name}"), value);
+    }
+}
+
+/// The IPv6 side of the host's end, if the kernel has IPv6: the way to the instance.
+fn outside6(index: u32, address: Ipv4Addr) -> Vec<Request> {
+    let instance = instance_address6(address);
+    let requests = [
+        netlink::host_route(index, instance, None),
+        netlink::neighbour(index, instance, container_mac(address)),
+    ];
+    if_ipv6(requests).collect()
 }
 
 /// The IPv6 side of `eth0`, if the kernel has IPv6. The gateway answers no questions, so its address is told.
@@ -140,6 +203,10 @@ fn ipv6(eth0: u32, address: Ipv4Addr, gateway: Link) -> impl Iterator<Item = Req
         netlink::neighbour(eth0, GATEWAY6, gateway.mac),
         netlink::default_route(eth0, GATEWAY6),
     ];
+    if_ipv6(requests)
+}
+
+fn if_ipv6<const N: usize>(requests: [Request; N]) -> impl Iterator<Item = Request> {
     let known = Path::new("/proc/sys/net/ipv6").exists();
     requests.into_iter().filter(move |_| known).map(Request::or_replace)
 }
@@ -203,9 +270,7 @@ fn make_namespace(path: &Path) -> anyhow::Result<Netlink> {
     let path = path.to_owned();
     in_thread(move || {
         unshare(CloneFlags::CLONE_NEWNET).context("can't make a network namespace; run the agent as root")?;
-        for (name, value) in IPV6_SETTINGS {
-            sysctl(&format!("ipv6/conf/default/{name}"), value);
-        }
+        settings6("default");
         // A namespace of one app needs no root to listen on port 80.
         sysctl("ipv4/ip_unprivileged_port_start", "0");
         mount(Some("/proc/thread-self/ns/net"), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>)

@@ -114,7 +114,7 @@ fn prepare(
     // What the last container, or a killed agent, has left.
     cleanup::end_container(ctx, assignment, paths)?;
     rootfs::remove(&paths.run)?;
-    network::ensure(paths, assignment.address, ctx.mtu)?;
+    network::ensure(paths, assignment.address, ctx.mtu, ctx.config.address6.is_some())?;
     rootfs::mount_fresh(image, paths)?;
     let container = image.config.container();
     let compiled = runtime.filter(assignment.instance.as_str());
@@ -155,7 +155,7 @@ pub(super) async fn adopt(ctx: &Arc<Context>, assignment: &Arc<Assignment>, path
         }
         match (files::read_json(&run.join(shim::files::STARTED)), alive) {
             (Some(started), true) => {
-                complete_network(paths, assignment.address).await;
+                complete_network(ctx, paths, assignment.address).await;
                 return Found::Running(started);
             }
             (Some(_), false) => return Found::Ended(exit(ctx, assignment, paths).await),
@@ -166,9 +166,14 @@ pub(super) async fn adopt(ctx: &Arc<Context>, assignment: &Arc<Assignment>, path
 }
 
 /// What an earlier agent made is brought up to date; the container runs on either way.
-async fn complete_network(paths: &InstancePaths, address: Ipv4Addr) {
-    let owned = paths.clone();
-    let done = tokio::task::spawn_blocking(move || network::complete(&owned, address)).await;
+async fn complete_network(ctx: &Arc<Context>, paths: &InstancePaths, address: Ipv4Addr) {
+    let (owned, shared, is_client6) = (paths.clone(), ctx.clone(), ctx.config.address6.is_some());
+    let done = tokio::task::spawn_blocking(move || {
+        // An earlier agent's rules know nothing of what containers send by IPv6.
+        shared.ensure_firewall()?;
+        network::complete(&owned, address, is_client6)
+    })
+    .await;
     if let Err(error) = done.map_err(anyhow::Error::from).flatten() {
         tracing::warn!(%address, "no IPv6 for clients of this instance: {error:#}");
     }

@@ -191,13 +191,15 @@ pub(super) fn default_route(index: u32, gateway: impl Into<IpAddr>) -> Request {
     create("the default route", libc::RTM_NEWROUTE, body)
 }
 
-/// The route to one address, which is used from another.
-pub(super) fn host_route(index: u32, address: impl Into<IpAddr>, source: impl Into<IpAddr>) -> Request {
+/// The route to one address, which may be used from a certain other one.
+pub(super) fn host_route(index: u32, address: impl Into<IpAddr>, source: Option<IpAddr>) -> Request {
     let (family, bits, address) = parts(address.into());
     let mut body = route(family, bits, libc::RT_SCOPE_LINK, 0);
     attribute(&mut body, libc::RTA_DST, &address);
     attribute(&mut body, libc::RTA_OIF, &index.to_ne_bytes());
-    attribute(&mut body, libc::RTA_PREFSRC, &parts(source.into()).2);
+    if let Some(source) = source {
+        attribute(&mut body, libc::RTA_PREFSRC, &parts(source).2);
+    }
     create("the route to an instance", libc::RTM_NEWROUTE, body)
 }
 

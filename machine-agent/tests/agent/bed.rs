@@ -7,7 +7,7 @@ use std::{
     collections::BTreeMap,
     fs,
     io::{Read as _, Write as _},
-    net::{Ipv4Addr, SocketAddr, TcpStream},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
@@ -35,6 +35,12 @@ pub(crate) const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 pub(crate) const PROTECTED: Ipv4Addr = Ipv4Addr::new(10, 9, 1, 0);
 /// In the fabric, and open to all.
 pub(crate) const OPEN: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
+/// The same by IPv6; the machine has one of these addresses whether its agent knows it or not.
+pub(crate) const MACHINE6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xf, 0, 0, 0, 0, 1);
+pub(crate) const PROTECTED6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xf, 0, 0, 0, 0, 0);
+pub(crate) const OPEN6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xc, 0, 0, 0, 0, 1);
+/// In the fabric, and where clouds tell machines their secrets.
+pub(crate) const PRIVATE6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
 pub(crate) const TOKEN: &str = "ap_test";
 const CONTROL: &str = "127.0.0.1:7610";
 const AGENT: &str = "127.0.0.1:7620";
@@ -177,7 +183,7 @@ impl Bed {
             address = "{MACHINE}"
             uplink = "eth0"
             instance_cidr = "10.9.1.64/26"
-            protected_cidrs = ["{PROTECTED}/32"]
+            protected_cidrs = ["{PROTECTED}/32", "{PROTECTED6}/128"]
             cgroup_parent = "{parent}"
             resources = {{ cpu = "2", memory = "1Gi", disk = "1Gi" }}
             shim = "{shim}"
@@ -302,10 +308,11 @@ impl Bed {
     }
 
     /// One HTTP request from the fabric.
-    pub(crate) fn get_from_fabric(&self, address: Ipv4Addr, port: u16) -> std::io::Result<String> {
+    pub(crate) fn get_from_fabric(&self, address: IpAddr, port: u16) -> std::io::Result<String> {
+        let address = SocketAddr::new(address, port);
         self.fabric.run(move || {
             let limit = Duration::from_secs(2);
-            let mut stream = TcpStream::connect_timeout(&SocketAddr::from((address, port)), limit)?;
+            let mut stream = TcpStream::connect_timeout(&address, limit)?;
             stream.set_read_timeout(Some(limit))?;
             stream.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
             let mut text = String::new();

@@ -9,7 +9,7 @@ use std::{
 
 use nix::sched::{CloneFlags, unshare};
 
-use crate::bed::{MACHINE, METADATA, OPEN, PROTECTED};
+use crate::bed::{MACHINE, MACHINE6, METADATA, OPEN, OPEN6, PRIVATE6, PROTECTED, PROTECTED6};
 
 /// The second namespace: a thread that lives in it and does what it is told.
 pub(crate) struct Fabric(Mutex<mpsc::Sender<Box<dyn FnOnce() + Send>>>);
@@ -26,12 +26,14 @@ impl Fabric {
         let netns = format!("/proc/{}/task/{}/ns/net", std::process::id(), told.recv().unwrap());
         ip(&format!(
             "link set lo up\nlink add eth0 type veth peer name eth0 netns {netns}\n\
-             addr add {MACHINE}/31 dev eth0\nlink set eth0 up\nroute add default via {PROTECTED} dev eth0 onlink\n"
+             addr add {MACHINE}/31 dev eth0\naddr add {MACHINE6}/127 dev eth0 nodad\nlink set eth0 up\n\
+             route add default via {PROTECTED} dev eth0 onlink\nroute add default via {PROTECTED6} dev eth0\n"
         ));
         let fabric = Self(Mutex::new(sender));
         fabric.run(|| {
             ip(&format!(
                 "link set lo up\naddr add {PROTECTED}/31 dev eth0\naddr add {OPEN}/32 dev lo\naddr add {METADATA}/32 dev lo\n\
+                 addr add {PROTECTED6}/127 dev eth0 nodad\naddr add {OPEN6}/128 dev lo\naddr add {PRIVATE6}/128 dev lo\n\
                  link set eth0 up\n\
                  route add 10.9.1.64/26 via {MACHINE} dev eth0 onlink\n"
             ));
@@ -56,10 +58,10 @@ fn ip(batch: &str) {
 
 /// Answers whoever connects to port 9999 of this namespace with who that is.
 pub(crate) fn answer() {
-    let listener = TcpListener::bind("0.0.0.0:9999").unwrap();
+    let listener = TcpListener::bind("[::]:9999").unwrap();
     std::thread::spawn(move || {
         for mut stream in listener.incoming().flatten() {
-            let peer = stream.peer_addr().unwrap().ip();
+            let peer = stream.peer_addr().unwrap().ip().to_canonical();
             let mut request = [0; 1_024];
             let _ = stream.read(&mut request);
             let _ = write!(stream, "HTTP/1.0 200 OK\r\n\r\nseen as {peer}\n");

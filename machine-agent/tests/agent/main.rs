@@ -7,6 +7,7 @@ mod bed;
 mod control;
 mod fabric;
 mod images;
+mod ipv6;
 
 use std::{
     fs,
@@ -256,7 +257,7 @@ fn instances_reach_the_world_but_not_the_machine_each_other_or_what_is_protected
         for (address, port) in
             [(PROTECTED, 9999), (METADATA, 9999), (MACHINE, 9999), ("10.9.1.65".parse().unwrap(), 8080)]
         {
-            assert!(bed.get_from_fabric(address, port).is_ok(), "nobody listens on {address} at all");
+            assert!(bed.get_from_fabric(address.into(), port).is_ok(), "nobody listens on {address} at all");
         }
         let script = format!(
             // Not wget: the static one crashes where there is no C library to look names up with.
