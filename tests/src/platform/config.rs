@@ -109,10 +109,12 @@ machine = {:?}
 location_scheduler = \"http://{control}:7610\"
 token_file = {token_file:?}
 address = \"{}\"
+address6 = \"{}\"
 uplink = \"eth0\"
 ",
         machine.name,
         machine.address(),
+        machine.address6(),
     )
 }
 
