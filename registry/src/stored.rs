@@ -12,10 +12,11 @@ use std::time::Duration;
 
 use anyplace_images::Digest;
 use futures_util::TryStreamExt as _;
+use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use crate::access::accounts::{Accounts, Known};
-use crate::storage::{Result, Storage};
+use crate::storage::{Note, Result, Storage};
 use crate::uploads::{Unfinished, Uploads};
 
 /// How often it is counted in a folder, where that is a few listings.
@@ -33,7 +34,7 @@ const NO_TEAM: &str = "(none)";
 const OTHER_TEAMS: &str = "(others)";
 
 /// What one, or all, have.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Amount {
     /// Of content and unfinished uploads.
     bytes: u64,
@@ -54,7 +55,7 @@ impl Amount {
 }
 
 /// One count.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 struct Count {
     total: Amount,
     /// By name. Content that several repositories of a team have counts once, as it does for quotas.
@@ -76,11 +77,14 @@ impl Stored {
     ) {
         let mut pause = COUNT_FIRST;
         while stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_some() {
-            pause = if storage.is_in_folder() { COUNT_EVERY } else { COUNT_BUCKET_EVERY };
-            match stop.run_until_cancelled(count(storage, uploads, &accounts.known(), CONTENTS_MAX)).await {
+            match stop.run_until_cancelled(latest(storage, uploads, &accounts.known())).await {
                 None => return,
-                Some(Ok(count)) => *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(count),
+                Some(Ok((count, good_for))) => {
+                    *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(count);
+                    pause = good_for;
+                }
                 Some(Err(error)) => {
+                    pause = COUNT_EVERY;
                     tracing::warn!(%error, "what is stored can't be counted; the metrics have the last count");
                 }
             }
@@ -91,6 +95,30 @@ impl Stored {
     pub(crate) fn render(&self) -> String {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Count::render).unwrap_or_default()
     }
+}
+
+/// The latest count, and for how long it is good. That of a bucket is kept there, also for those that serve the same one,
+/// and a restart takes none anew.
+async fn latest(storage: &Storage, uploads: &Uploads, known: &Known) -> Result<(Count, Duration)> {
+    let counting = count(storage, uploads, known, CONTENTS_MAX);
+    if storage.is_in_folder() {
+        return Ok((counting.await?, COUNT_EVERY));
+    }
+    let kept = match storage.note::<Count>(Note::LastCount).await {
+        Err(error) if error.is_damage() => None,
+        kept => kept?,
+    };
+    if let Some((count, counted)) = kept {
+        let age = storage.ages().await?.of(counted).unwrap_or_default();
+        if age < COUNT_BUCKET_EVERY {
+            return Ok((count, COUNT_BUCKET_EVERY - age));
+        }
+    }
+    let count = counting.await?;
+    if let Err(error) = storage.put_note(Note::LastCount, &count).await {
+        tracing::warn!(%error, "the count of what is stored can't be kept; the next process counts anew");
+    }
+    Ok((count, COUNT_BUCKET_EVERY))
 }
 
 /// Counts everything.
@@ -135,7 +163,8 @@ async fn count(storage: &Storage, uploads: &Uploads, known: &Known, contents_max
     Ok(count)
 }
 
-fn fingerprint(digest: &Digest) -> u64 {
+/// Names a digest in 8 bytes; two may have the same, which takes a lot of them.
+pub(crate) fn fingerprint(digest: &Digest) -> u64 {
     let mut hasher = DefaultHasher::new();
     digest.as_str().hash(&mut hasher);
     hasher.finish()

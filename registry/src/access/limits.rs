@@ -14,16 +14,22 @@ use anyplace_model::DurationMs;
 use anyplace_registry_core::access::Bucket;
 use axum::http::StatusCode;
 use axum::http::header::RETRY_AFTER;
-use futures_util::TryStreamExt as _;
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use serde_json::json;
 
 use super::accounts::{Known, Team};
 use crate::errors::{Answer, Refusal};
-use crate::storage::{Result, Storage};
+use crate::storage::{Error, Result, Storage};
+use crate::stored::fingerprint;
 use crate::uploads::Uploads;
 
 /// How often used bytes are counted anew.
 pub(crate) const COUNT_EVERY: Duration = Duration::from_secs(600);
+
+/// Sizes that are asked for at once.
+const AT_ONCE: usize = 16;
+/// Most sizes that are remembered, about 40 MiB; those beyond are asked for each time.
+const SIZES_MAX: usize = 1 << 20;
 
 /// Bytes of a team.
 #[derive(Clone, Copy, Debug, Default)]
@@ -39,8 +45,9 @@ pub(crate) struct Limits {
     started: Instant,
     buckets: Mutex<HashMap<String, Bucket>>,
     used: Mutex<BTreeMap<String, Used>>,
-    /// Held by who counts: two at once would each take away what was counted before.
-    counting: tokio::sync::Mutex<()>,
+    /// Held by who counts: two at once would each take away what was counted before. Sizes of contents that the last count
+    /// saw in a bucket, by fingerprints: they never change, and each takes a request.
+    counting: tokio::sync::Mutex<HashMap<u64, u64>>,
     /// What helps a team that is over its quota.
     advice: String,
     /// Requests refused for their rate.
@@ -106,11 +113,12 @@ impl Limits {
 
     /// Counts what is stored.
     pub(crate) async fn count(&self, storage: &Storage, uploads: &Uploads, known: &Known) -> Result<()> {
-        let _counting = self.counting.lock().await;
+        let mut sizes = self.counting.lock().await;
         let before = self.lock().clone();
         let with_quota = |repository: &str| known.owner(repository).filter(|team| team.quota_bytes.is_some());
         if known.teams.values().all(|team| team.quota_bytes.is_none()) {
             self.lock().clear();
+            sizes.clear();
             return Ok(());
         }
         let mut contents: HashMap<String, HashSet<Digest>> = HashMap::new();
@@ -126,13 +134,28 @@ impl Limits {
                 *held.entry(team.name.clone()).or_default() += upload.bytes;
             }
         }
+        let mut asked = HashMap::new();
         for (team, digests) in contents {
+            let known = &*sizes;
+            let size = async |digest: Digest| {
+                let content = fingerprint(&digest);
+                let size = match known.get(&content) {
+                    Some(size) => Some(*size),
+                    None => storage.content_size(&digest).await?,
+                };
+                Ok::<_, Error>((content, size))
+            };
+            let mut found = stream::iter(digests).map(size).buffer_unordered(AT_ONCE);
             let mut bytes = 0;
-            for digest in digests {
-                bytes += storage.content_size(&digest).await?.unwrap_or(0);
+            while let Some((content, size)) = found.try_next().await? {
+                bytes += size.unwrap_or(0);
+                if let Some(size) = size.filter(|_| !storage.is_in_folder() && asked.len() < SIZES_MAX) {
+                    asked.insert(content, size);
+                }
             }
             *held.entry(team).or_default() += bytes;
         }
+        *sizes = asked;
         let mut used = self.lock();
         for (team, bytes) in &held {
             used.entry(team.clone()).or_default().held += bytes;

@@ -16,7 +16,7 @@ use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use super::hold::{AT_ONCE, Hold, MARKED_MAX};
 use super::run::Context;
 use super::sweep::names;
-use crate::storage::{Error, Marked, Trashed};
+use crate::storage::{Error, Marked, TagInfo, Trashed};
 
 /// Deepest nesting of indexes that is put in order; deeper ones go in any order.
 const DEPTH_MAX: usize = 32;
@@ -24,7 +24,7 @@ const DEPTH_MAX: usize = 32;
 /// What a decision was made from.
 pub(super) struct Basis {
     /// Pushed tags: digest, and when they were put.
-    pub(super) tags: BTreeMap<String, (Digest, SystemTime)>,
+    pub(super) tags: Tags,
     /// Manifests, and when they were put.
     pub(super) manifests: BTreeMap<Digest, (Node<Digest>, SystemTime)>,
 }
@@ -99,23 +99,33 @@ async fn expel_tags(
     Ok(went?.into_iter().all(|went| went))
 }
 
+/// A repository's tags, by name: what they lead to, and when they were put.
+pub(super) type Tags = BTreeMap<String, (Digest, SystemTime)>;
+
+/// Reads all tags of a repository; of those that are damaged, one error.
+pub(super) async fn tags(cx: &Context<'_>, repository: &str) -> Result<(Tags, Option<Error>), Error> {
+    let infos = cx.storage.tag_infos(repository).await?;
+    let read = async |info: TagInfo| (cx.storage.tag(repository, &info.tag).await, info);
+    let mut read = stream::iter(infos).map(read).buffer_unordered(AT_ONCE);
+    let (mut tags, mut damaged) = (Tags::new(), None);
+    while let Some((digest, info)) = read.next().await {
+        match digest {
+            Ok(Some(digest)) => drop(tags.insert(info.tag, (digest, info.put))),
+            Ok(None) => {}
+            Err(error) if error.is_damage() => damaged = Some(error),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok((tags, damaged))
+}
+
 /// Removes tags whose manifest is gone: a delete that ended between its looks for tags leaves such, if a push of the same
-/// manifest ran beside it. `there` are the repository's manifests.
+/// manifest ran beside it.
 pub(super) async fn expel_dangling(
     cx: &Context<'_>,
     repository: &str,
-    there: &BTreeSet<&Digest>,
+    dangling: &[String],
 ) -> anyhow::Result<()> {
-    let read = async |tag: String| Ok::<_, Error>((cx.storage.whole_tag(repository, &tag).await?, tag));
-    let tags = cx.storage.tags(repository).await?;
-    let mut read = stream::iter(tags).map(read).buffered(AT_ONCE);
-    let mut dangling = Vec::new();
-    while let Some((digest, tag)) = read.try_next().await? {
-        if digest.is_some_and(|digest| !there.contains(&digest)) {
-            dangling.push(tag);
-        }
-    }
-    drop(read);
     for batch in dangling.chunks(MARKED_MAX) {
         if cx.stop.is_cancelled() {
             break;

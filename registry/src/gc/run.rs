@@ -1,6 +1,6 @@
 //! One collection, from the list of repositories to the last content without a link.
 //!
-//! Memory: the names of the repositories, the manifests of one repository, [`CANDIDATES_MAX`] candidates, and two
+//! Memory: the names of the repositories, the manifests and tags of one repository, [`CANDIDATES_MAX`] candidates, and two
 //! [`Marks`] of a fixed size.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::hold::{self, AT_ONCE};
 use super::report::{GcPhase, GcReport};
-use super::retain::{self, Basis};
+use super::retain::{self, Basis, Tags};
 use super::sweep;
 use crate::access::{self, Audit};
 use crate::storage::{Ages, Link, Storage, Trashed};
@@ -138,7 +138,6 @@ async fn read(cx: &Context<'_>, repository: &str, needed: &mut Marks) -> anyhow:
             cx.storage.remove_trash(repository, &id).await?;
         }
     }
-    let mut basis = Basis { tags: BTreeMap::new(), manifests: BTreeMap::new() };
     // It can't be undone, whatever it was, so it keeps nothing; the others keep what they need.
     for item in damaged {
         cx.report(|report| {
@@ -152,8 +151,15 @@ async fn read(cx: &Context<'_>, repository: &str, needed: &mut Marks) -> anyhow:
     let mut clear = true;
     let mut digests: BTreeSet<Digest> = infos.iter().map(|info| info.digest.clone()).collect();
     cx.report(|report| report.seen.manifests += digests.len() as u64);
+    // After the trash, so that a tag that came back meanwhile is in one of them; and after the manifests, so that most of
+    // those that lead nowhere do.
+    let (tags, damaged_tag) = retain::tags(cx, repository).await?;
     let whole = infos.iter().filter(|info| info.pending.is_none());
-    retain::expel_dangling(cx, repository, &whole.map(|info| &info.digest).collect()).await?;
+    let whole: BTreeSet<&Digest> = whole.map(|info| &info.digest).collect();
+    let (tags, dangling): (Tags, Tags) =
+        tags.into_iter().partition(|(_, (digest, _))| whole.contains(digest));
+    retain::expel_dangling(cx, repository, &dangling.into_keys().collect::<Vec<_>>()).await?;
+    let mut basis = Basis { tags, manifests: BTreeMap::new() };
     digests.extend(trash.iter().filter_map(|item| match &item.what {
         Trashed::Manifest { digest, .. } => Some(digest.clone()),
         Trashed::Tag { .. } => None,
@@ -188,46 +194,28 @@ async fn read(cx: &Context<'_>, repository: &str, needed: &mut Marks) -> anyhow:
             (None, None) => {}
         }
     }
-    if clear && !cx.rules.is_empty() {
+    if !clear || cx.rules.is_empty() {
+        return Ok(clear);
+    }
+    if let Some(error) = damaged_tag {
+        cx.report(|report| {
+            report.problem(format!(
+                "no rule lets anything go in {repository}: {error}; push the tag again, or delete it"
+            ));
+        });
+    } else {
         retain(cx, repository, basis, trash.into_iter().map(|item| item.what).collect()).await?;
     }
     Ok(clear)
 }
 
 /// Lets go what rules say.
-async fn retain(
-    cx: &Context<'_>,
-    repository: &str,
-    mut basis: Basis,
-    trash: Vec<Trashed>,
-) -> anyhow::Result<()> {
+async fn retain(cx: &Context<'_>, repository: &str, basis: Basis, trash: Vec<Trashed>) -> anyhow::Result<()> {
     let Some(in_use) = &cx.in_use else { return Ok(()) };
-    // The trash first, then tags: a tag that came back meanwhile is in one of them.
     let mut pinned: BTreeSet<Digest> = BTreeSet::new();
     for item in trash {
         if let Trashed::Tag { digest, .. } = item {
             pinned.insert(digest);
-        }
-    }
-    let infos = cx.storage.tag_infos(repository).await?;
-    let read = async |info: crate::storage::TagInfo| {
-        Ok::<_, crate::storage::Error>((cx.storage.tag(repository, &info.tag).await?, info))
-    };
-    let tags = stream::iter(infos).map(read).buffered(AT_ONCE).try_collect::<Vec<_>>().await;
-    let tags = match tags {
-        Err(error) if error.is_damage() => {
-            cx.report(|report| {
-                report.problem(format!(
-                    "no rule lets anything go in {repository}: {error}; push the tag again, or delete it"
-                ));
-            });
-            return Ok(());
-        }
-        tags => tags?,
-    };
-    for (digest, info) in tags {
-        if let Some(digest) = digest {
-            basis.tags.insert(info.tag, (digest, info.put));
         }
     }
     let age = |put| cx.age_ms(put).unwrap_or_default();

@@ -3,7 +3,8 @@
 //! Keys, besides those that `storage` lists:
 //! - `gc/deleting/tags/<repository>/_tag/<tag>/<run>`: a marker at a tag
 //! - `repositories/<name>/_trash/<when>-<random>`: a deletion that can be undone
-//! - `gc/lease`: the collection that runs; `gc/last`: the last one's report; `scrub/...`: how far a scrub is
+//! - `gc/lease`: the collection that runs; `gc/last`: the last one's report; `scrub/...`: how far a scrub is;
+//!   `stored/last`: what was counted last, in a bucket
 
 use std::time::SystemTime;
 
@@ -65,6 +66,8 @@ pub(crate) enum Note {
     Lease,
     /// The last collection's report.
     LastCollection,
+    /// What was counted last, where it is kept.
+    LastCount,
     /// How far a scrub is.
     Scrub,
     /// The last scrub's report.
@@ -78,6 +81,7 @@ impl Note {
         Path::from(match self {
             Note::Lease => "gc/lease",
             Note::LastCollection => "gc/last",
+            Note::LastCount => "stored/last",
             Note::Scrub => "scrub/position",
             Note::LastScrub => "scrub/last",
             Note::Skipped => "gc/skipped",

@@ -4,6 +4,7 @@ mod cases;
 mod faults;
 mod faulty;
 mod garbage;
+mod reads;
 #[path = "../../tests/registry/stores.rs"]
 #[allow(dead_code, reason = "the tests of the whole registry use all of it")]
 mod stores;
@@ -64,7 +65,10 @@ impl Bed {
     }
 
     fn memory(conditional: bool) -> Bed {
-        let store = Arc::new(Faulty::new(InMemory::new(), conditional));
+        Bed::faulty(Arc::new(Faulty::new(InMemory::new(), conditional)))
+    }
+
+    fn faulty(store: Arc<Faulty>) -> Bed {
         Bed { opener: Opener::Memory(store), part_bytes: 100_000, long_keys: true, _held: Vec::new() }
     }
 

@@ -32,6 +32,8 @@ pub(super) struct Faulty {
     pub(super) lost: AtomicBool,
     /// Reads take a millisecond.
     pub(super) slow: AtomicBool,
+    /// Keys of all reads, also of those that ask for no content.
+    pub(super) reads: Mutex<Vec<String>>,
     reading: AtomicU64,
     /// Most slow reads at once.
     pub(super) reading_max: AtomicU64,
@@ -57,6 +59,7 @@ impl Faulty {
             down: AtomicBool::new(false),
             lost: AtomicBool::new(false),
             slow: AtomicBool::new(false),
+            reads: Mutex::default(),
             reading: zero(),
             reading_max: zero(),
         }
@@ -133,6 +136,7 @@ impl ObjectStore for Faulty {
     }
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
+        self.reads.lock().unwrap().push(location.to_string());
         if self.slow.load(Ordering::SeqCst) {
             let reading = self.reading.fetch_add(1, Ordering::SeqCst) + 1;
             self.reading_max.fetch_max(reading, Ordering::SeqCst);
