@@ -25,6 +25,7 @@ mod uploads;
 mod usage;
 mod views;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -43,8 +44,8 @@ use crate::errors::{Answer, Refusal, internal};
 use crate::gc::{self, Missing, Named, NotBegun};
 use crate::server::App;
 pub use views::{
-    Emptied, GcRequest, RepositoryPage, RepositoryUsage, RepositoryView, TagView, TrashView, Undelete,
-    Undeleted, UploadView, UsageView,
+    CachedTag, Emptied, GcRequest, RepositoryPage, RepositoryUsage, RepositoryView, TagView, TrashView,
+    Undelete, Undeleted, UploadView, UsageView,
 };
 
 /// Longest request.
@@ -133,7 +134,11 @@ async fn repositories(State(app): State<Arc<App>>, request: Request) -> Response
         operator(&app, &request)?;
         let Page { n, last } = query(request.uri())?;
         drop(request);
-        let page = repositories::page(&app.storage, n, last.as_deref()).await?;
+        let cached = match &app.cache {
+            Some(cache) => cache.by_repository().await?,
+            None => BTreeMap::new(),
+        };
+        let page = repositories::page(&app.storage, cached, n, last.as_deref()).await?;
         Ok(Json(page).into_response())
     };
     give(answer.await)
@@ -144,7 +149,7 @@ async fn tags(State(app): State<Arc<App>>, request: Request) -> Response {
         let repository = required(request.uri())?;
         app.access.authorize(&request, &Need::Repository(repository.clone(), Action::Pull))?;
         drop(request);
-        let tags = repositories::tags(&app.storage, &repository).await?;
+        let tags = repositories::tags(&app, &repository).await?;
         if tags.is_empty() && !app.storage.has_repository(&repository).await? {
             return Err(Refusal::name_unknown(&repository));
         }
@@ -158,7 +163,10 @@ async fn du(State(app): State<Arc<App>>, request: Request) -> Response {
         operator(&app, &request)?;
         let About { repository } = query(request.uri())?;
         drop(request);
-        let usage = usage::usage(&app.storage, repository.as_deref()).await?;
+        let mut usage = usage::usage(&app.storage, repository.as_deref()).await?;
+        if let Some(cache) = &app.cache {
+            usage.cache = Some(cache.usage(repository).await?);
+        }
         Ok(Json(usage).into_response())
     };
     give(answer.await)

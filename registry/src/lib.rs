@@ -39,8 +39,8 @@ pub use access::{
     TeamView, check_account_name,
 };
 pub use admin::{
-    Emptied, GcRequest, RepositoryPage, RepositoryUsage, RepositoryView, TagView, TrashView, Undelete,
-    Undeleted, UploadView, UsageView,
+    CachedTag, Emptied, GcRequest, RepositoryPage, RepositoryUsage, RepositoryView, TagView, TrashView,
+    Undelete, Undeleted, UploadView, UsageView,
 };
 pub use anyplace_registry_core::access::Grant;
 pub use anyplace_registry_core::pattern::Pattern;
@@ -51,3 +51,4 @@ pub use gc::{GcConfig, GcPhase, GcReport, GcSeen, GcSpared, GcStatus, RetentionC
 pub use scrub::{ScrubFinding, ScrubOutcome, ScrubPhase, ScrubReport, ScrubStatus};
 pub use server::{Server, run};
 pub use storage::{Bucket, Container, StorageConfig};
+pub use upstream::{CacheUsage, Cached, CachedRepository};

@@ -13,6 +13,7 @@
 mod blobs;
 mod failure;
 mod flights;
+mod kept;
 mod manifests;
 mod members;
 mod reading;
@@ -38,6 +39,8 @@ use crate::cache::pieces::{Blob, Pieces};
 use crate::config::Config;
 pub(crate) use failure::Failure;
 use flights::Flights;
+pub(crate) use kept::KeptTag;
+pub use kept::{CacheUsage, Cached, CachedRepository};
 pub(crate) use manifests::CachedManifest;
 use manifests::Recent;
 use members::Members;

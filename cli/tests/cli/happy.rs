@@ -15,34 +15,45 @@ use crate::{
 pub(crate) struct Registry {
     pub(crate) url: String,
     pub(crate) credentials: PathBuf,
+    pub(crate) runtime: tokio::runtime::Runtime,
     _data: tempfile::TempDir,
-    _runtime: tokio::runtime::Runtime,
 }
 
 impl Registry {
     pub(crate) fn start() -> Self {
+        Self::with_upstreams(Vec::new())
+    }
+
+    /// One that caches these.
+    pub(crate) fn with_upstreams(upstreams: Vec<anyplace_registry::Upstream>) -> Self {
         let data = tempfile::tempdir().unwrap();
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let config = anyplace_registry::Config {
             listen: "127.0.0.1:0".parse().unwrap(),
+            upstreams,
             ..anyplace_registry::Config::new(data.path())
         };
         anyplace_service::install_crypto_provider();
         let server = runtime.block_on(anyplace_registry::Server::bind(config)).unwrap();
         let url = format!("http://{}", server.local_addr().unwrap());
         runtime.spawn(server.serve(CancellationToken::new()));
-        Self { url, credentials: data.path().join("credentials"), _data: data, _runtime: runtime }
+        Self { url, credentials: data.path().join("credentials"), runtime, _data: data }
     }
 
     /// The current context of a home, with `team/hello:v1` in it.
     pub(crate) fn with_an_image() -> (Home, Self) {
         let (home, registry) = (Home::new(), Registry::start());
-        let credentials = registry.credentials.to_string_lossy();
-        let flags = ["--registry", &registry.url, "--registry-credentials-file", &credentials];
-        home.run(&[&["context", "set", "test"][..], &flags].concat()).ok();
+        registry.make_current(&home);
         registry.push(&home, "team/hello:v1").ok();
         (home, registry)
+    }
+
+    /// Makes it the current context of a home.
+    pub(crate) fn make_current(&self, home: &Home) {
+        let credentials = self.credentials.to_string_lossy();
+        let flags = ["--registry", &self.url, "--registry-credentials-file", &credentials];
+        home.run(&[&["context", "set", "test"][..], &flags].concat()).ok();
     }
 
     /// Pushes a small image.

@@ -1,5 +1,7 @@
 //! `registry ...` against the real registry.
 
+use anyplace_images::{Client, Credentials, Reference};
+use anyplace_registry::Upstream;
 use serde_json::{Value, json};
 
 use crate::{happy::Registry, runner::Home};
@@ -34,6 +36,46 @@ fn operators_list_measure_and_bring_back() {
     assert!(ran.code == 1 && ran.err.contains("has no tag v1; `anyplace registry trash"), "{ran:?}");
     let ran = home.run(&["registry", "tags", "nobody/nothing"]);
     assert!(ran.code == 1 && ran.err.contains("no repository `nobody/nothing`"), "{ran:?}");
+}
+
+#[test]
+fn operators_see_what_a_cache_keeps() {
+    let (home, origin) = Registry::with_an_image();
+    let (url, credentials_file) = (origin.url.clone(), Some(origin.credentials.clone()));
+    let cache = Registry::with_upstreams(vec![Upstream { url, credentials_file, namespace: None }]);
+    cache.make_current(&home);
+    let credentials = Credentials::from_file(&cache.credentials).unwrap();
+    let client = Client::new(&cache.url, Some(credentials)).unwrap();
+    let image: Reference = "team/hello:v1".parse().unwrap();
+    let layer = cache.runtime.block_on(async {
+        let manifest: Value =
+            serde_json::from_slice(&client.get_manifest(&image).await.unwrap().bytes).unwrap();
+        let digest = manifest["layers"][0]["digest"].as_str().unwrap().parse().unwrap();
+        client.get_blob(&image, &digest, None).await.unwrap().read(1 << 20).await.unwrap().len()
+    });
+    cache.push(&home, "own:v1").ok();
+
+    let ran = home.run(&["registry", "du"]);
+    let (pushed, cached) = ran.out.split_once("\n\n").unwrap();
+    assert!(pushed.starts_with("REPOSITORY") && pushed.contains("own "), "{ran:?}");
+    let row: Vec<&str> = cached.lines().nth(1).unwrap().split_whitespace().collect();
+    assert_eq!(row[..4], ["team/hello", "1", "1", "1"], "{ran:?}");
+    assert!(ran.err.contains("cached: ") && ran.err.contains("of 1 blobs with"), "{ran:?}");
+    let usage = home.json(&["registry", "du", "team/hello"]);
+    assert_eq!(usage["cache"]["repositories"][0]["disk_bytes"], layer);
+    assert_eq!(usage["repositories"], json!([]));
+
+    let table = home.run(&["registry", "ls"]).ok();
+    let row = |name: &str| table.lines().find(|line| line.starts_with(name)).unwrap().to_owned();
+    assert!(row("team/hello").contains("1 tags, 1 manifests, "), "{table}");
+    assert!(row("own").trim_end().ends_with('-'), "{table}");
+    let tags = home.run(&["registry", "tags", "team/hello"]).ok();
+    let from = origin.url.as_str();
+    assert!(tags.contains("CACHED") && tags.contains(&format!("from {from}")), "{tags}");
+    let tags = home.json(&["registry", "tags", "team/hello"]);
+    assert_eq!(tags[0]["cached"]["from"], from);
+    assert_eq!(tags[0].get("pushed_at"), None);
+    assert!(!home.run(&["registry", "tags", "own"]).ok().contains("CACHED"));
 }
 
 #[test]

@@ -4,6 +4,8 @@ use anyplace_images::Digest;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::upstream::{CacheUsage, Cached};
+
 /// Asks for a collection.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -33,6 +35,9 @@ pub struct RepositoryView {
     pub manifests: u64,
     /// When anything was last pushed.
     pub pushed_at: Option<Timestamp>,
+    /// What a cache keeps of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cached: Option<Cached>,
 }
 
 /// A tag.
@@ -46,11 +51,24 @@ pub struct TagView {
     pub media_type: String,
     /// Bytes of all that the manifest names, and of itself; of an index, of the manifests that are here.
     pub size_bytes: u64,
-    /// When it was last pushed.
-    pub pushed_at: Timestamp,
+    /// When it was last pushed; none where it wasn't, but is cached.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pushed_at: Option<Timestamp>,
+    /// What a cache keeps of it, where it wasn't pushed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cached: Option<CachedTag>,
 }
 
-/// What is stored.
+/// What a cache keeps of a tag.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CachedTag {
+    /// The upstream that it came from, such as `https://registry.example.org`.
+    pub from: String,
+    /// Bytes that are on disk of all that the manifest names, and of itself.
+    pub disk_bytes: u64,
+}
+
+/// What was pushed, and is stored.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UsageView {
     /// Bytes of all content, each counted once.
@@ -61,6 +79,9 @@ pub struct UsageView {
     pub unneeded_bytes: u64,
     /// By repository, the largest first.
     pub repositories: Vec<RepositoryUsage>,
+    /// What is kept of upstreams' content beside that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<CacheUsage>,
 }
 
 /// What a repository has.

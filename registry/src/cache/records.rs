@@ -77,16 +77,23 @@ impl Records {
     }
 
     /// All keys that begin so.
-    pub(crate) fn keys(&self, prefix: &str) -> Vec<String> {
-        self.queue().files.keys().filter(|key| key.starts_with(prefix)).map(|key| key.to_string()).collect()
+    pub(crate) fn keys(&self, prefix: &str) -> Vec<Arc<str>> {
+        self.queue().files.keys().filter(|key| key.starts_with(prefix)).cloned().collect()
     }
 
     /// Blocking: the content, if it is there and undamaged.
     pub(crate) fn get(&self, key: &str) -> Option<Vec<u8>> {
-        match self.queue().files.get_mut(key) {
-            Some((_, used)) => *used = true,
-            None => return None,
-        }
+        self.queue().files.get_mut(key)?.1 = true;
+        self.read(key)
+    }
+
+    /// Blocking: the same, but no use.
+    pub(crate) fn look(&self, key: &str) -> Option<Vec<u8>> {
+        let is_here = self.queue().files.contains_key(key);
+        if is_here { self.read(key) } else { None }
+    }
+
+    fn read(&self, key: &str) -> Option<Vec<u8>> {
         let path = self.root.join(key);
         let damage = match std::fs::read(&path) {
             Ok(bytes) => match bytes.split_first_chunk::<{ size_of::<Hash>() }>() {
@@ -232,8 +239,13 @@ mod tests {
         let again = records(dir.path(), 4 * BLOCK_BYTES);
         let mut keys = again.keys("");
         keys.sort();
-        assert_eq!(keys, ["a/1", "b/4", "c/5"]);
+        assert_eq!(keys, ["a/1", "b/4", "c/5"].map(Arc::from));
         assert_eq!(again.queue().bytes, 3 * BLOCK_BYTES);
-        assert_eq!(again.keys("b/"), ["b/4"]);
+        assert_eq!(again.keys("b/"), [Arc::from("b/4")]);
+        // Who only looks keeps nothing here.
+        let before = again.queue().order.clone();
+        assert_eq!(again.look(&before[0]).unwrap(), before[0].as_bytes());
+        again.put("d/6", b"x").unwrap();
+        assert_eq!(again.put("d/7", b"x").unwrap(), [before[0].clone()]);
     }
 }

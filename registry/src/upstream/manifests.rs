@@ -123,7 +123,7 @@ impl Inner {
     }
 }
 
-fn manifest_key(repository: &str, digest: &Digest) -> String {
+pub(super) fn manifest_key(repository: &str, digest: &Digest) -> String {
     format!("repositories/{repository}/_manifests/{}/{}", digest.algorithm(), digest.hex())
 }
 

@@ -42,9 +42,9 @@ pub(crate) struct Listed {
 /// What a tag was when it last could be asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Kept {
-    digest: Digest,
+    pub(super) digest: Digest,
     /// The upstream that said it; empty where an earlier version kept it.
-    from: String,
+    pub(super) from: String,
 }
 
 impl Kept {
@@ -52,7 +52,7 @@ impl Kept {
         format!("{} {}", self.digest, self.from)
     }
 
-    fn from_record(content: &[u8]) -> Option<Kept> {
+    pub(super) fn from_record(content: &[u8]) -> Option<Kept> {
         let text = std::str::from_utf8(content).ok()?;
         let (digest, from) = text.split_once(' ').unwrap_or((text, ""));
         Some(Kept { digest: digest.parse().ok()?, from: from.to_owned() })
@@ -218,7 +218,7 @@ impl Inner {
     /// Blocking: the tags that were pulled from these registries.
     fn seen_at(&self, registries: &[String], repository: &str) -> Vec<String> {
         let (records, prefix) = (&self.pieces.records, tag_key(repository, ""));
-        let is_theirs = |key: &String| {
+        let is_theirs = |key: &Arc<str>| {
             let kept = records.get(key).and_then(|content| Kept::from_record(&content));
             kept.is_some_and(|kept| kept.from.is_empty() || registries.contains(&kept.from))
         };
@@ -233,6 +233,6 @@ impl Inner {
     }
 }
 
-fn tag_key(repository: &str, tag: &str) -> String {
+pub(super) fn tag_key(repository: &str, tag: &str) -> String {
     format!("repositories/{repository}/_tags/{tag}")
 }

@@ -14,6 +14,7 @@ mod cache_pieces;
 mod cache_referrers;
 mod cache_slow;
 mod cache_tags;
+mod cache_usage;
 mod clock;
 mod connections;
 mod damage;

@@ -2,8 +2,8 @@
 
 use anyplace_model::Bytes;
 use anyplace_registry::{
-    Emptied, GcReport, GcStatus, RepositoryView, ScrubReport, ScrubStatus, TagView, TrashView, UploadView,
-    UsageView,
+    CacheUsage, CachedRepository, Emptied, GcReport, GcStatus, RepositoryView, ScrubReport, ScrubStatus,
+    TagView, TrashView, UploadView, UsageView,
 };
 
 use crate::output::{self, Table, age, moment, size, until};
@@ -20,14 +20,46 @@ pub(super) fn usage(usage: &UsageView) -> String {
         usage.contents,
         size(Bytes(usage.unneeded_bytes)),
     ));
+    match &usage.cache {
+        None => table.to_string(),
+        Some(cache) if table.is_empty() => cached(cache),
+        Some(cache) => format!("{table}\n\n{}", cached(cache)),
+    }
+}
+
+fn cached(usage: &CacheUsage) -> String {
+    let mut table = Table::new(&["CACHED REPOSITORY", "TAGS", "MANIFESTS", "BLOBS", "ON DISK", "OF"]);
+    for CachedRepository { repository, cached: it } in &usage.repositories {
+        let counts = [it.tags, it.manifests, it.blobs].map(|count| count.to_string());
+        let sizes = [it.disk_bytes, it.blob_bytes].map(|bytes| size(Bytes(bytes)));
+        table.row([repository.clone()].into_iter().chain(counts).chain(sizes));
+    }
+    output::note(format_args!(
+        "cached: {} on disk, each blob counted once, of at most {}; that is of {} blobs with {} in all; and {} of manifests, \
+         tags and lists of pieces",
+        size(Bytes(usage.disk_bytes)),
+        size(Bytes(usage.disk_budget_bytes)),
+        usage.blobs,
+        size(Bytes(usage.blob_bytes)),
+        size(Bytes(usage.record_bytes)),
+    ));
     table.to_string()
 }
 
 pub(super) fn repositories(repositories: &[RepositoryView]) -> String {
-    let mut table = Table::new(&["REPOSITORY", "TAGS", "MANIFESTS", "PUSHED"]);
+    let is_cache = repositories.iter().any(|it| it.cached.is_some());
+    let columns = ["REPOSITORY", "TAGS", "MANIFESTS", "PUSHED", "CACHED"];
+    let mut table = Table::new(&columns[..if is_cache { 5 } else { 4 }]);
     for it in repositories {
         let pushed = it.pushed_at.map(age).unwrap_or_default();
-        table.row([it.name.clone(), it.tags.to_string(), it.manifests.to_string(), pushed]);
+        let cached = is_cache.then(|| match &it.cached {
+            Some(it) => {
+                format!("{} tags, {} manifests, {}", it.tags, it.manifests, size(Bytes(it.disk_bytes)))
+            }
+            None => String::new(),
+        });
+        let row = [it.name.clone(), it.tags.to_string(), it.manifests.to_string(), pushed];
+        table.row(row.into_iter().chain(cached));
     }
     if table.is_empty() {
         output::note("the registry has no repositories yet; `anyplace push` makes one");
@@ -36,10 +68,16 @@ pub(super) fn repositories(repositories: &[RepositoryView]) -> String {
 }
 
 pub(super) fn tags(tags: &[TagView]) -> String {
-    let mut table = Table::new(&["TAG", "DIGEST", "SIZE", "PUSHED"]);
+    let is_cache = tags.iter().any(|it| it.cached.is_some());
+    let columns = ["TAG", "DIGEST", "SIZE", "PUSHED", "CACHED"];
+    let mut table = Table::new(&columns[..if is_cache { 5 } else { 4 }]);
     for it in tags {
-        let bytes = size(Bytes(it.size_bytes));
-        table.row([it.tag.clone(), it.digest.to_string(), bytes, age(it.pushed_at)]);
+        let (bytes, pushed) = (size(Bytes(it.size_bytes)), it.pushed_at.map(age).unwrap_or_default());
+        let cached = is_cache.then(|| match &it.cached {
+            Some(it) => format!("{} from {}", size(Bytes(it.disk_bytes)), it.from),
+            None => String::new(),
+        });
+        table.row([it.tag.clone(), it.digest.to_string(), bytes, pushed].into_iter().chain(cached));
     }
     table.to_string()
 }
