@@ -13,10 +13,12 @@ use super::super::Report;
 use super::super::report::Op;
 use super::super::sample::{median, settle};
 use super::super::server::Server;
-use super::{Bench, IMAGE, LINK_DELAY_US, LINK_MBIT, Network, RUNS, SERVER_ADDRESS, Source, client, field};
+use super::{Bench, IMAGE, LINK_DELAY_US, LINK_MBIT, Network, SERVER_ADDRESS, Source, client, field};
 use crate::shell;
 
 const EXAMPLE: &str = "prewarm-bench";
+/// How often each is measured alone and beside prewarming.
+const PAIRS: u32 = 7;
 const LARGE: &str = "bench/large";
 const LARGE_BYTES: u64 = 2_000_000_000;
 /// The agent's default, of the link's bytes a second.
@@ -45,31 +47,36 @@ pub(super) fn measure(bench: &Bench, report: &mut Report) -> Result<()> {
             namespace: namespaces.map(|(_, machine)| machine),
             work: bench.work.join(if namespace.is_some() { "machine-slow" } else { "machine" }),
         };
-        let (mut alone, mut beside) = (Vec::new(), Vec::new());
-        for run in 0..=RUNS {
-            for (prewarm, seconds) in [(false, &mut alone), (true, &mut beside)] {
-                let pulled = machine.live(run, prewarm)?;
-                eprintln!("live pull {run} of {RUNS}, prewarming {prewarm}: {pulled:.3} s");
-                seconds.push(pulled);
-            }
-        }
+        let pulls = in_pairs(|run, prewarm| {
+            let pulled = machine.live(run, prewarm)?;
+            eprintln!("live pull {run} of {PAIRS}, prewarming {prewarm}: {pulled:.3} s");
+            Ok(pulled)
+        })?;
         let figure = format!("live pull beside prewarming / alone{name}");
         // A tenth less of the rate is a ninth more of time.
-        report.add(&figure, median(&beside[1..]) / median(&alone[1..]), "x", Op::AtMost, 10.0 / 9.0, None);
+        report.add(&figure, pulls, "x", Op::AtMost, 10.0 / 9.0, None);
         if namespace.is_some() {
-            let (mut alone, mut beside) = (Vec::new(), Vec::new());
-            for run in 0..=RUNS {
-                for (prewarm, rates) in [(false, &mut alone), (true, &mut beside)] {
-                    let rate = machine.traffic(run, prewarm)?;
-                    eprintln!("traffic {run} of {RUNS}, prewarming {prewarm}: {:.1} MB/s", rate / 1e6);
-                    rates.push(rate);
-                }
-            }
+            let traffic = in_pairs(|run, prewarm| {
+                let rate = machine.traffic(run, prewarm)?;
+                eprintln!("traffic {run} of {PAIRS}, prewarming {prewarm}: {:.1} MB/s", rate / 1e6);
+                Ok(rate)
+            })?;
             let figure = format!("traffic beside prewarming / alone{name}");
-            report.add(&figure, median(&beside[1..]) / median(&alone[1..]), "x", Op::AtLeast, 0.9, None);
+            report.add(&figure, traffic, "x", Op::AtLeast, 0.9, None);
         }
     }
     Ok(())
+}
+
+/// What is measured beside prewarming in parts of what it is right before without: the median of the pairs' parts, as a
+/// machine may be faster or slower a minute later. The first pair is to get warm.
+fn in_pairs(mut measure: impl FnMut(u32, bool) -> Result<f64>) -> Result<f64> {
+    let mut parts = Vec::new();
+    for run in 0..=PAIRS {
+        let alone = measure(run, false)?;
+        parts.push(measure(run, true)? / alone);
+    }
+    Ok(median(&parts[1..]))
 }
 
 /// A machine that pulls and serves.
