@@ -111,8 +111,9 @@ impl Plane {
 
     /// Takes away what an earlier process left and no route names; to be called when all routes have been applied.
     pub fn finish(&mut self, is_known: impl Fn(IpAddr) -> bool) {
-        let vips: BTreeSet<IpAddr> = self.data_plane.vips().into_iter().map(|key| key.address).collect();
-        self.apply(vips.into_iter().filter(|vip| !is_known(*vip)).map(Change::Remove).collect());
+        let vips = self.data_plane.vips().into_iter().map(|key| key.address);
+        let unknown: BTreeSet<IpAddr> = vips.filter(|vip| !is_known(*vip)).collect();
+        self.apply(unknown.into_iter().map(Change::Remove).collect());
         for instance in self.data_plane.instances().unwrap_or_default() {
             if !self.instances.contains_key(&instance.address)
                 && let Err(error) = self.data_plane.remove_instance(instance.address)

@@ -10,7 +10,7 @@
 //! the location scheduler sends it again. Nothing is synced, since the log saves only time.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     fs::{File, OpenOptions},
     hash::{DefaultHasher, Hasher as _},
     io::{self, BufRead as _, BufReader, BufWriter, Read as _, Seek as _, SeekFrom, Write as _},
@@ -40,6 +40,8 @@ pub struct Routes {
     length: u64,
     vips: HashMap<IpAddr, Place>,
     announcement: Option<Announcement>,
+    /// Snapshots that began.
+    snapshots: u32,
     /// A snapshot being received.
     incoming: Option<Incoming>,
 }
@@ -49,13 +51,14 @@ pub struct Routes {
 struct Place {
     offset: u64,
     length: u32,
+    /// Which snapshot, or what came after it, named the VIP last.
+    snapshot: u32,
     /// Of the record as JSON: tells a repetition from a change.
     hash: u64,
 }
 
 #[derive(Debug, Default)]
 struct Incoming {
-    seen: HashSet<IpAddr>,
     announcement: Option<Announcement>,
 }
 
@@ -69,8 +72,8 @@ struct Line<V> {
 impl Routes {
     /// The routes of the last run; none where there was none or the file can't be read.
     pub fn load(path: PathBuf) -> Self {
-        let mut routes =
-            Self { path, file: None, length: 0, vips: HashMap::new(), announcement: None, incoming: None };
+        let (vips, file, announcement, incoming) = Default::default();
+        let mut routes = Self { path, file, length: 0, vips, announcement, snapshots: 0, incoming };
         if let Err(error) = routes.read_log() {
             tracing::warn!(path = %routes.path.display(), %error, "the log of the routes can't be used");
         }
@@ -101,13 +104,11 @@ impl Routes {
     pub fn apply(&mut self, event: WatchEvent<RouteRecord>) -> Vec<Change> {
         match event {
             WatchEvent::Reset { .. } => {
+                self.snapshots = self.snapshots.wrapping_add(1);
                 self.incoming = Some(Incoming::default());
                 Vec::new()
             }
             WatchEvent::Put { key, value: RouteRecord::Vip(route), .. } => {
-                if let Some(incoming) = &mut self.incoming {
-                    incoming.seen.insert(route.vip);
-                }
                 self.put(key, route).into_iter().collect()
             }
             WatchEvent::Put { value: RouteRecord::Announcement(announcement), .. } => {
@@ -123,9 +124,6 @@ impl Routes {
             }
             WatchEvent::Delete { key, .. } => {
                 let Some(vip) = vip_of(&key) else { return Vec::new() };
-                if let Some(incoming) = &mut self.incoming {
-                    incoming.seen.remove(&vip);
-                }
                 self.remove(vip).into_iter().collect()
             }
             WatchEvent::Synced { .. } => {
@@ -134,8 +132,8 @@ impl Routes {
                     return Vec::new();
                 };
                 self.announce(incoming.announcement);
-                let gone: Vec<IpAddr> =
-                    self.vips.keys().filter(|vip| !incoming.seen.contains(vip)).copied().collect();
+                let gone = self.vips.iter().filter(|(_, place)| place.snapshot != self.snapshots);
+                let gone: Vec<IpAddr> = gone.map(|(vip, _)| *vip).collect();
                 let changes = gone.into_iter().filter_map(|vip| self.remove(vip)).collect();
                 self.tidy();
                 changes
@@ -161,11 +159,12 @@ impl Routes {
         let line = Line { key, value: Some(RouteRecord::Vip(route)) };
         let text = to_line(&line)?;
         let hash = hash(&text);
-        if self.vips.get(&vip).is_some_and(|place| place.hash == hash) {
+        if let Some(place) = self.vips.get_mut(&vip).filter(|place| place.hash == hash) {
+            place.snapshot = self.snapshots;
             return None;
         }
         let (offset, length) = self.append(&text);
-        self.vips.insert(vip, Place { offset, length, hash });
+        self.vips.insert(vip, Place { offset, length, snapshot: self.snapshots, hash });
         match line.value {
             Some(RouteRecord::Vip(route)) => Some(Change::Put(route)),
             _ => None,
@@ -273,7 +272,8 @@ impl Routes {
             if read == 0 || line.last() != Some(&b'\n') {
                 break;
             }
-            let place = Place { offset: self.length, length: read as u32, hash: hash(&line) };
+            let (length, snapshot) = (read as u32, self.snapshots);
+            let place = Place { offset: self.length, length, snapshot, hash: hash(&line) };
             match serde_json::from_slice::<Line<serde::de::IgnoredAny>>(&line) {
                 Ok(Line { key, .. }) if key == ANNOUNCEMENT_KEY => {
                     let record = serde_json::from_slice::<Line<RouteRecord>>(&line).ok();
