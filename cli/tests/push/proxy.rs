@@ -100,10 +100,11 @@ async fn serve(mut client: TcpStream, to: &str, fault: Fault, counts: &Arc<Count
     }
     let (mut client_read, mut client_write) = client.into_split();
     let (mut server_read, mut server_write) = server.into_split();
-    tokio::select! {
-        ended = pump(&mut client_read, &mut server_write, fault, true, &budget, counts) => ended,
-        ended = pump(&mut server_read, &mut client_write, fault, false, &budget, counts) => ended,
-    }
+    tokio::try_join!(
+        pump(&mut client_read, &mut server_write, fault, true, &budget, counts),
+        pump(&mut server_read, &mut client_write, fault, false, &budget, counts),
+    )?;
+    Ok(())
 }
 
 async fn pump(
@@ -119,9 +120,8 @@ async fn pump(
     loop {
         let read = from.read(&mut buffer).await?;
         if read == 0 {
-            // The other direction decides when the connection ends.
-            to.shutdown().await?;
-            std::future::pending::<()>().await;
+            // The other direction may go on.
+            return to.shutdown().await;
         }
         let mut len = read;
         let mut cut = false;
@@ -146,7 +146,8 @@ async fn pump(
             counts.up.fetch_add(len as u64, Ordering::Relaxed);
         }
         if cut {
-            return Ok(());
+            // Ends the other direction too.
+            return Err(io::ErrorKind::ConnectionAborted.into());
         }
     }
 }
