@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyplace_images::{
-    Client, Credentials, Digest, ImageSpec, NoProgress, Options, Patience, PullOptions, Reference, Source,
-    Store, pack, push,
+    Client, Credentials, Digest, ImageSpec, NoProgress, Options, PullOptions, Reference, Source, Store, pack,
+    push,
 };
 use anyplace_seed::{Seed, rounds};
 use tokio_util::sync::CancellationToken;
@@ -82,8 +82,7 @@ async fn no_pull_fails_that_has_a_healthy_copy() {
     let mut origin = Killable::start_at(&at("origin"), FREE, "").await;
     let client_of = |url: &str, name: &str| {
         let credentials = Credentials::from_file(&dir.path().join(name).join("credentials")).unwrap();
-        // As commands pull; machines try again by themselves, however often it takes.
-        Client::new(url, Some(credentials)).unwrap().with_patience(Patience::LONG)
+        Client::new(url, Some(credentials)).unwrap()
     };
     let progress = NoProgress::shared();
     let mut images = BTreeMap::new();
@@ -117,7 +116,8 @@ async fn no_pull_fails_that_has_a_healthy_copy() {
         .map(|machine| {
             let machine = Machine {
                 store: Store::open(&at(&format!("store-{machine}")), Options::default()).unwrap(),
-                client: client_of(&cache.url, "cache"),
+                // As machines pull: the registry that is named second is asked where the first is away for too long.
+                client: client_of(&cache.url, "cache").or(healthy.client()),
                 images: images.clone(),
                 seed: seed.fork(),
                 pulled: pulled.clone(),

@@ -25,11 +25,11 @@ impl Inner {
         let (clients, mut error) = (client.in_order(reference), Error::Cancelled);
         for client in &clients {
             match self.fetch_as(reference, name, client, options).await {
-                Err(away) if away.is_unreachable() => error = away,
+                Err(away) if away.is_passing() => error = away,
                 other => return other,
             }
             if clients.len() > 1 {
-                tracing::warn!(%reference, %error, "a registry is away");
+                tracing::warn!(%reference, %error, "a registry is away, or can't answer");
             }
         }
         Err(error)
