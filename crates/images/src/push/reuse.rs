@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use zstd_chunked::{Annotations, Limits, Section, Span, read_tar_split, read_toc};
 
 use super::recipe::{Found, Known, Recipe};
-use crate::client::{Client, Patience};
+use crate::client::Client;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::manifest::{self, Descriptor, Index, Manifest, Platform};
@@ -71,9 +71,7 @@ impl<'a> Reuse<'a> {
                 }
             }
         }
-        // It is only a hint: whatever fails is left out.
-        let client = client.with_patience(Patience::NONE);
-        Reuse { client, reference, layers, known: OnceCell::new() }
+        Reuse { client: client.clone(), reference, layers, known: OnceCell::new() }
     }
 
     /// What of a new layer can be copied.
