@@ -10,6 +10,7 @@ mod docker;
 mod faults;
 mod interop;
 mod kills;
+mod next_version;
 mod proxy;
 #[allow(dead_code, reason = "the other test target uses the rest")]
 #[path = "../cli/runner.rs"]
