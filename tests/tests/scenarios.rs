@@ -9,6 +9,7 @@ mod scenarios {
     mod ipv6;
     mod jobs;
     mod mtu;
+    mod overflow;
     mod refusals;
     mod trace;
     mod traffic;
