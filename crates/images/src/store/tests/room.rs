@@ -202,6 +202,8 @@ fn a_second_try_of_a_layer_expects_no_more_than_the_layer() {
     });
     assert_eq!(bed.mounted(&pulled.unwrap(), |at| std::fs::read(at.join("first")).unwrap()), first);
     let layer = (3 << 20) + 300 * 61_440;
-    assert_eq!(*lock(&coming.1), [layer, layer]);
+    let coming = lock(&coming.1).clone();
+    // What the first try was writing when it ended comes no more.
+    assert!(coming.len() == 2 && coming[0] == layer && coming[1] <= layer, "{coming:?} of {layer}");
     assert_eq!(store.inner.coming.load(Ordering::SeqCst), 0);
 }
