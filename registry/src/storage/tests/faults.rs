@@ -44,7 +44,9 @@ async fn uploads_go_on_after_any_fault() {
         }
         store.one_in.store(0, Ordering::SeqCst);
         assert!(store.faults.load(Ordering::SeqCst) > UPLOADS, "hardly any faults");
-        // Every link leads to content that is whole, after a sweep of all that nothing leads to.
+        // Every link leads to content that is whole, after a sweep of all that nothing leads to. What is older than
+        // no time at all is a millisecond old at least; a last finish may have left its upload just now.
+        tokio::time::sleep(Duration::from_millis(5)).await;
         process.storage.sweep(Duration::ZERO, Duration::ZERO).await.unwrap();
         let mut links = process.storage.links();
         while let Some(link) = links.try_next().await.unwrap() {
