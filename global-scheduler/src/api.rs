@@ -58,6 +58,7 @@ pub(crate) fn router() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(locations::report))
         .routes(routes!(locations::desired))
         .routes(routes!(locations::capacity))
+        .routes(routes!(locations::latency))
         .routes(routes!(images::in_use))
         .routes(routes!(prewarm::set, prewarm::list, prewarm::delete))
         .routes(routes!(platform::instances))

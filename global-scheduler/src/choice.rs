@@ -10,20 +10,17 @@ use std::{
 };
 
 use anyplace_choice::{self as choice, Ledger, View};
-use anyplace_model::{DeploymentName, Grant, LocationDesired, LocationId, Traffic, distance_km};
+use anyplace_model::{DeploymentName, Grant, LocationDesired, LocationId, Traffic};
 use tokio::time::MissedTickBehavior;
 
 use crate::{
     app::App,
+    latency::Matrix,
     world::{LocationState, World},
 };
 
 /// Grants are made so often.
 const ROUND: Duration = Duration::from_millis(500);
-/// There and back through fibre that is half as long again as the great circle.
-const MS_PER_KM: f64 = 1.5 / 100.0;
-/// What the ends add.
-const ENDS_MS: f64 = 0.5;
 
 /// All ledgers.
 #[derive(Debug, Default)]
@@ -78,8 +75,6 @@ struct Seen {
     away: Vec<Vec<(usize, usize)>>,
     known: Vec<u64>,
     capacity: Vec<f64>,
-    /// Degrees north and east, where it has ever reported.
-    places: Vec<Option<(f64, f64)>>,
 }
 
 /// Makes grants until the shutdown.
@@ -103,20 +98,28 @@ pub(crate) async fn run(app: Arc<App>) {
 }
 
 fn round(app: &App) {
-    let names: BTreeSet<DeploymentName> = {
+    let (names, latency) = {
         let mut world = app.world();
         let shared =
             world.deployments.iter().filter(|(_, it)| it.value.spec.connections_per_second().is_some());
         let names: BTreeSet<DeploymentName> = shared.map(|(name, _)| name.clone()).collect();
         forget(&mut world, &names);
-        names
+        let World { locations, ledgers, .. } = &mut *world;
+        for id in locations.keys() {
+            ledgers.number(id);
+        }
+        (names, Matrix::of(&world, &world.ledgers.sites))
     };
+    if names.is_empty() {
+        return;
+    }
+    let latency = latency();
     for name in names {
         let (mut ledger, seen) = {
             let mut world = app.world();
             (world.ledgers.ledger(&name), see(&mut world, &name))
         };
-        let changed = ledger.round(&seen.view(&|from, to| seen.latency_ms(from, to)));
+        let changed = ledger.round(&seen.view(&|from, to| latency.ms(from, to)));
         let mut world = app.world();
         if !world.deployments.contains_key(&name) {
             continue;
@@ -196,9 +199,6 @@ fn see(world: &mut World, name: &DeploymentName) -> Seen {
             Some(location) if location.is_open() => traffic.map_or(0.0, |traffic| traffic.capacity),
             _ => 0.0,
         });
-        let advert =
-            location.and_then(|location| location.observed.as_ref()).map(|observed| &observed.advert);
-        seen.places.push(advert.map(|advert| (advert.latitude, advert.longitude)));
     }
     seen
 }
@@ -209,18 +209,8 @@ fn traffic<'a>(location: &'a LocationState, name: &DeploymentName) -> Option<&'a
 
 impl Seen {
     fn view<'a>(&'a self, latency_ms: &'a dyn Fn(usize, usize) -> f64) -> View<'a> {
-        let Self { asked, away, known, capacity, .. } = self;
+        let Self { asked, away, known, capacity } = self;
         View { asked, away, known, capacity, latency_ms }
-    }
-
-    /// Estimated by the distance; far where a location has never said where it is.
-    fn latency_ms(&self, from: usize, to: usize) -> f64 {
-        const UNKNOWN_MS: f64 = 1_000.0;
-        match (self.places[from], self.places[to]) {
-            _ if from == to => 0.0,
-            (Some(from), Some(to)) => ENDS_MS + distance_km(from, to) * MS_PER_KM,
-            _ => UNKNOWN_MS,
-        }
     }
 }
 

@@ -15,6 +15,7 @@ mod choice;
 mod config;
 mod deployments;
 mod jobs;
+mod latency;
 mod observe;
 mod publish;
 mod reconcile;

@@ -1,6 +1,9 @@
 //! Reports of locations, and their leases.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyplace_api::{Event, EventSeverity};
 use anyplace_global_core::RefusedUntil;
@@ -44,6 +47,7 @@ impl App {
             attempts: report.attempts.into_iter().map(|it| (it.attempt.clone(), it)).collect(),
             prewarms: report.prewarms,
             traffic: report.traffic,
+            latency_ms: Arc::new(report.latency_ms),
         };
         if let Some(before) = &mut location.observed {
             // After a start, a location says nothing of new connections until it has measured.

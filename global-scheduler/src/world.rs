@@ -55,6 +55,8 @@ pub(crate) struct Observed {
     pub(crate) attempts: BTreeMap<AttemptId, AttemptStatus>,
     pub(crate) prewarms: BTreeMap<String, BTreeMap<MachineId, ImageState>>,
     pub(crate) traffic: BTreeMap<DeploymentName, Traffic>,
+    /// Round trips to other locations.
+    pub(crate) latency_ms: Arc<BTreeMap<LocationId, f64>>,
 }
 
 /// A location.

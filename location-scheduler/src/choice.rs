@@ -1,5 +1,5 @@
 //! Which parts of deployments' new connections go to other locations: measured by the routers, decided here every
-//! second within the grants of the global scheduler, kept on disk, then published with the routes. Without news of
+//! second, nearest first, within the grants of the global scheduler, kept on disk, then published with the routes. Without news of
 //! routers or the global scheduler, what was decided last stays in force.
 
 use std::{
@@ -78,20 +78,30 @@ pub(crate) async fn run(scheduler: Arc<Scheduler>) -> anyhow::Result<()> {
 
 async fn round(scheduler: &Scheduler, tells: bool) -> anyhow::Result<()> {
     let here = &scheduler.config.location;
-    let decided = {
+    let (latency_ms, decided) = {
         let mut live = scheduler.live();
         if !live.is_warm() {
             return Ok(());
         }
-        decide(&mut live, here, now_ms(), |vip| match scheduler.routes.get(&format!("vips/{vip}")) {
-            Some(RouteRecord::Vip(route)) => Some(route),
-            _ => None,
-        })
+        let latency_ms = live.latency.known(Instant::now());
+        let latency_ms = (latency_ms != live.state.latency_ms).then_some(latency_ms);
+        if let Some(latency_ms) = &latency_ms {
+            live.state.latency_ms.clone_from(latency_ms);
+        }
+        let decided =
+            decide(&mut live, here, now_ms(), |vip| match scheduler.routes.get(&format!("vips/{vip}")) {
+                Some(RouteRecord::Vip(route)) => Some(route),
+                _ => None,
+            });
+        (latency_ms, decided)
     };
     // Before any router knows: after a crash, flows that went elsewhere must still be found there.
     scheduler.disk.away(&decided.away).await?;
+    if let Some(latency_ms) = &latency_ms {
+        scheduler.disk.latency(latency_ms).await?;
+    }
     let mut live = scheduler.live();
-    let changes = !decided.away.is_empty();
+    let changes = !decided.away.is_empty() || latency_ms.is_some();
     for (name, away) in decided.away {
         match away {
             Some(away) => live.state.away.insert(name, away),
@@ -139,7 +149,7 @@ fn decide(
             Sharing::remembered(here, kept.map(Vec::as_slice).unwrap_or_default(), grant.asked, now_ms)
         });
         sharing.measured(now_ms, rate);
-        if sharing.decide(now_ms, &grant, &route) {
+        if sharing.decide(now_ms, &grant, &route, &state.latency_ms) {
             let away = sharing.away();
             tracing::info!(deployment = %name, away = ?away.first().map(|it| &it.spans), "other parts go elsewhere");
             decided.away.push((name.clone(), Some(away)));

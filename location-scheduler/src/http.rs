@@ -6,8 +6,8 @@ use std::{net::IpAddr, str::FromStr, sync::Arc, time::Instant};
 use anyplace_api::{Client, ErrorCode, LogQuery, Problem, WatchQuery};
 use anyplace_location_core::{FreeRoom, Life, instance_statuses};
 use anyplace_model::{
-    InstanceId, InstanceStatus, InvalidId, MachineId, MachineRecord, MachineReport, Route, RouteRecord,
-    TrafficReport,
+    InstanceId, InstanceStatus, InvalidId, MachineId, MachineRecord, MachineReport, Probes, Route,
+    RouteRecord, TrafficReport,
 };
 use anyplace_service::{Failure, Json, Query, TokenHash, bearer, healthz, not_found, text_stream};
 use axum::{
@@ -20,7 +20,7 @@ use axum::{
 };
 
 use crate::{
-    live::Heard,
+    live::{Heard, Live},
     scheduler::{MAX_MACHINES, Scheduler, now_ms},
 };
 
@@ -125,19 +125,22 @@ async fn report(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// What a machine's router measured. It takes effect with the next decision.
+/// What a machine's router measured, and what it should measure. It takes effect with the next decision.
 async fn traffic(
     scheduler: App,
     Path(machine): Path<String>,
     Json(report): Json<TrafficReport>,
-) -> Result<StatusCode, Failure> {
+) -> Result<Json<Probes>, Failure> {
     let machine: MachineId = parse(&machine, "machine")?;
     let mut live = scheduler.live();
     // Others count for nothing, and there is no bound to how many those are.
-    if live.state.machines.contains_key(&machine) {
-        live.choice.measured(machine, report.connections);
+    if !live.state.machines.contains_key(&machine) {
+        return Ok(Json(Probes::default()));
     }
-    Ok(StatusCode::NO_CONTENT)
+    let Live { state, choice, latency, .. } = &mut *live;
+    let probes = latency.measured(&state.machines, &machine, report.latency_ms, Instant::now());
+    choice.measured(machine, report.connections);
+    Ok(Json(probes))
 }
 
 /// Refuses another machine.

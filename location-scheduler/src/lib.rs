@@ -13,13 +13,15 @@
 //!
 //! Store (`data_dir/store.redb`): `instances/<instance>` reservations, `fence` (changes with each plan; a plan is
 //! written only on the revision that it was made from), `desired/<key>` the last wish of the global scheduler,
-//! `machines/<machine>` machines with their size, `away/<deployment>` which parts of its new connections go elsewhere, `ran/<instance>` who ran ended instances (for their logs).
+//! `machines/<machine>` machines with their size, `away/<deployment>` which parts of its new connections go elsewhere,
+//! `latency` round trips to other locations, `ran/<instance>` who ran ended instances (for their logs).
 //!
 //! This crate must not know users, runtimes or packets, nor other locations but as distant backends.
 
 mod choice;
 mod config;
 mod http;
+mod latency;
 mod live;
 mod naming;
 mod persist;

@@ -10,7 +10,7 @@ use anyplace_location_core::{Change, Life, Machine, Plan, State};
 use anyplace_model::{LocationDesired, MachineId, MachineReport};
 use anyplace_store::Revision;
 
-use crate::choice::Choice;
+use crate::{choice::Choice, latency::Latency};
 
 /// After a start, machines get so long to find the scheduler again: until then nothing is concluded from their
 /// silence, routes and reports are withheld (those of before stay in force), and nothing is planned. Watches and
@@ -27,6 +27,8 @@ pub(crate) struct Live {
     pub(crate) state: State,
     /// New connections, and where they may go.
     pub(crate) choice: Choice,
+    /// How far other locations are.
+    pub(crate) latency: Latency,
     /// The last plan that was carried out.
     pub(crate) plan: Plan,
     /// What the global scheduler wants, as it said it.
@@ -64,9 +66,11 @@ impl Live {
         let (plan, unsaved) = (Plan::default(), BTreeSet::new());
         let wanted = Arc::default();
         let choice = Choice::default();
+        let latency = Latency::remembered(&state.latency_ms, now);
         Self {
             state,
             choice,
+            latency,
             plan,
             wanted,
             planned: false,
@@ -181,6 +185,7 @@ impl Live {
         self.unheard.remove(machine);
         self.unsaved.remove(machine);
         self.choice.forget(machine);
+        self.latency.forget(machine);
     }
 
     /// Records of machines to write, each once.
@@ -221,6 +226,7 @@ impl Live {
             }
         }
         self.choice.granted(grants);
+        self.latency.aim(&state.site.location, state.remote.values());
         self.wanted = desired;
     }
 

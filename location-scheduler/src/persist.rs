@@ -7,7 +7,9 @@ use std::{
 
 use anyhow::Context as _;
 use anyplace_location_core::{Change, Reservation, State};
-use anyplace_model::{Away, DeploymentName, InstanceId, LocationDesired, MachineId, MachineReport};
+use anyplace_model::{
+    Away, DeploymentName, InstanceId, LocationDesired, LocationId, MachineId, MachineReport,
+};
 use anyplace_store::{EmbeddedStore, MAX_VALUE_BYTES, Revision, Store as _, StoreExt as _, Txn, TxnOutcome};
 use serde::{Deserialize, Serialize};
 
@@ -17,6 +19,7 @@ const MACHINES: &str = "machines/";
 const DESIRED: &str = "desired/";
 const RAN: &str = "ran/";
 const AWAY: &str = "away/";
+const LATENCY: &str = "latency";
 
 /// A transaction is closed when it has so many operations or bytes: well below the store's limits of 1,024 and
 /// 1.5 MiB, whatever the last operation adds.
@@ -41,6 +44,7 @@ pub(crate) struct Stored {
     pub(crate) machines: BTreeMap<MachineId, MachineReport>,
     pub(crate) desired: BTreeMap<String, LocationDesired>,
     pub(crate) away: BTreeMap<DeploymentName, Vec<Away>>,
+    pub(crate) latency_ms: BTreeMap<LocationId, f64>,
     pub(crate) history: History,
 }
 
@@ -87,6 +91,8 @@ impl Disk {
         let (machines, _) = store.list_json::<MachineReport>(MACHINES).await.context(context)?;
         let (desired, _) = store.list_json::<LocationDesired>(DESIRED).await.context(context)?;
         let (away, _) = store.list_json::<Vec<Away>>(AWAY).await.context(context)?;
+        let latency: Option<(BTreeMap<LocationId, f64>, _)> =
+            store.get_json(LATENCY).await.context(context)?;
         let (ran, _) = store.list_json::<Ran>(RAN).await.context(context)?;
         let mut ran: Vec<(u64, InstanceId, MachineId)> = ran
             .into_iter()
@@ -114,6 +120,7 @@ impl Disk {
                 .into_iter()
                 .filter_map(|(key, away, _)| Some((key.strip_prefix(AWAY)?.parse().ok()?, away)))
                 .collect(),
+            latency_ms: latency.map(|(latency, _)| latency).unwrap_or_default(),
             history,
         })
     }
@@ -184,6 +191,11 @@ impl Disk {
             }
         }
         self.write(txn).await
+    }
+
+    /// Writes the round trips to other locations.
+    pub(crate) async fn latency(&self, latency_ms: &BTreeMap<LocationId, f64>) -> anyhow::Result<()> {
+        self.write(Txn::new().put_json(LATENCY, latency_ms)?).await
     }
 
     /// What changed of the global scheduler's wish, to be written: what is too much for one transaction is. It is only

@@ -81,7 +81,7 @@ impl Scheduler {
     pub(crate) fn publish_routes(&self, live: &Live) {
         if live.is_warm() {
             let mut routes = routes(&live.state);
-            stamp(&mut routes, &self.routes.entries(), now_ms());
+            stamp(&mut routes, &self.routes.entries(), &live.state.latency_ms, now_ms());
             self.routes.replace(routes);
         }
     }
@@ -193,6 +193,7 @@ async fn open(config: Config, shutdown: CancellationToken) -> anyhow::Result<Sch
         wishes: BTreeMap::new(),
         remote: BTreeMap::new(),
         away: stored.away,
+        latency_ms: stored.latency_ms,
         prewarms: BTreeMap::new(),
         warm: BTreeMap::new(),
     };

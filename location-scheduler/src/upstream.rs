@@ -121,6 +121,7 @@ fn compose(scheduler: &Scheduler) -> Option<LocationReport> {
         attempts: attempt_statuses(&live.state, &live.plan),
         prewarms: prewarm_statuses(&live.state),
         traffic: live.choice.traffic.clone(),
+        latency_ms: live.state.latency_ms.clone(),
     })
 }
 

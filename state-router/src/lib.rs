@@ -1,5 +1,5 @@
 //! The state router of a machine: follows its location's routes, programs the data plane with them, and tells the
-//! BGP daemon what to announce, and the location scheduler how many new connections come.
+//! BGP daemon what to announce, and the location scheduler how many new connections come and how far other locations are.
 //!
 //! The data plane is pinned in the kernel, so nothing stops when this process is killed. A snapshot of the routes on
 //! disk lets a new process serve before, and without, its location scheduler.
@@ -9,6 +9,7 @@
 mod bgp;
 mod config;
 mod flow_log;
+mod latency;
 mod metrics;
 mod plane;
 mod routes;
@@ -28,7 +29,7 @@ pub use config::{BgpConfig, Config, FlowLogConfig};
 pub use shares::{Backend, BackendState, Owner, Shares, shares};
 pub use trace::{Flow, Hop, Served, Step, Trace, trace};
 
-use crate::bgp::Bgp;
+use crate::{bgp::Bgp, latency::Latency};
 #[doc(hidden)]
 pub use crate::{
     flow_log::{Log, run as run_flow_log},
@@ -74,11 +75,15 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let mut plane = Plane::new(data_plane, config.machine.clone());
     let flow_log = flow_log
         .map(|(events, log)| tokio::spawn(flow_log::run(events, log, plane.names(), shutdown.clone())));
-    let metrics = metrics::serve(config.listen, config.pin_dir.clone(), plane.names(), shutdown.clone());
+    let latency = Latency::new();
+    let pin_dir = config.pin_dir.clone();
+    let metrics = metrics::serve(config.listen, pin_dir, plane.names(), latency.clone(), shutdown.clone());
     let mut bgp = config.bgp.clone().map(Bgp::new);
     let mut routes = Routes::load(config.data_dir.join("routes.log"));
     let (machine, pin_dir) = (config.machine.clone(), config.pin_dir.clone());
-    let traffic = tokio::spawn(traffic::run(client.clone(), machine, pin_dir, shutdown.clone()));
+    let traffic =
+        tokio::spawn(traffic::run(client.clone(), machine, pin_dir, latency.clone(), shutdown.clone()));
+    let probing = tokio::spawn(latency.run(config.address, config.fleet.clone(), shutdown.clone()));
     let mut watcher = Watcher::<RouteRecord>::new(client, Client::ROUTES_PATH);
     let mut failing = false;
 
@@ -135,6 +140,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         flow_log.await.context("the flow log panicked")?;
     }
     traffic.await.context("the counting of new connections panicked")?;
+    probing.await.context("the measuring of latency panicked")?;
     metrics.await.context("the metrics' listener panicked")
 }
 

@@ -1,4 +1,4 @@
-//! `GET /metrics`: what the eBPF programs counted, as Prometheus text.
+//! `GET /metrics`: what the eBPF programs counted, and round trips to other locations, as Prometheus text.
 //!
 //! The counters are read through the pinned maps, so a scrape never waits for the router, nor the router for it.
 
@@ -15,7 +15,7 @@ use axum::{
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::plane::Names;
+use crate::{latency::Latency, plane::Names};
 
 /// A counter's name and its value.
 type Row<T> = (&'static str, fn(&T) -> u64);
@@ -25,9 +25,11 @@ pub(crate) fn serve(
     listen: SocketAddr,
     pin_dir: PathBuf,
     names: Names,
+    latency: Latency,
     shutdown: CancellationToken,
 ) -> JoinHandle<()> {
-    let router = Router::new().route("/metrics", get(move || answer(pin_dir.clone(), names.clone())));
+    let router =
+        Router::new().route("/metrics", get(move || answer(pin_dir.clone(), names.clone(), latency.clone())));
     tokio::spawn(async move {
         if let Err(error) = anyplace_service::serve(listen, router, shutdown).await {
             tracing::warn!("no metrics: {error:#}");
@@ -35,9 +37,12 @@ pub(crate) fn serve(
     })
 }
 
-async fn answer(pin_dir: PathBuf, names: Names) -> Response {
+async fn answer(pin_dir: PathBuf, names: Names, latency: Latency) -> Response {
     // A system call for each VIP, and for each port of an instance.
-    let text = tokio::task::spawn_blocking(move || render(&Meters::open(&pin_dir)?, &names));
+    let text =
+        tokio::task::spawn_blocking(
+            move || Ok(render(&Meters::open(&pin_dir)?, &names)? + &latency.render()),
+        );
     match text.await.context("reading the counters").and_then(|text| text) {
         Ok(text) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}\n")).into_response(),

@@ -55,6 +55,8 @@ pub enum Owner {
         location: LocationId,
         /// Great-circle distance in kilometres.
         distance_km: f64,
+        /// Round trip in milliseconds as it was measured; not in the route, so whoever knows it fills it in.
+        latency_ms: Option<f64>,
         /// Ready instances there.
         ready: u32,
     },
@@ -89,6 +91,7 @@ impl From<&RemoteLocation> for Owner {
         Self::Location {
             location: remote.location.clone(),
             distance_km: remote.distance_km,
+            latency_ms: None,
             ready: remote.ready,
         }
     }

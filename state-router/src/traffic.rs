@@ -1,4 +1,5 @@
-//! Tells the location scheduler how many new connections enter at this machine, by virtual IP.
+//! Tells the location scheduler how many new connections enter at this machine, by virtual IP, and the round trips to
+//! other locations that it asked for.
 //!
 //! The counters are read through the pinned maps, like the metrics. Without the location scheduler nothing is kept: the next
 //! report is of the time since the last reading.
@@ -15,6 +16,8 @@ use anyplace_ebpf::{Meters, VipKey};
 use anyplace_model::{MachineId, TrafficReport};
 use tokio_util::sync::CancellationToken;
 
+use crate::latency::Latency;
+
 /// The location scheduler decides so often.
 const PERIOD: Duration = Duration::from_secs(1);
 /// Reading takes a system call for each VIP port: at most one part of so many of the time.
@@ -26,7 +29,13 @@ const PATIENCE: Duration = Duration::from_secs(2);
 type Counts = BTreeMap<VipKey, u64>;
 
 /// Reports until the shutdown. Packets matter more: failures are logged, and tried again.
-pub(crate) async fn run(client: Client, machine: MachineId, pin_dir: PathBuf, shutdown: CancellationToken) {
+pub(crate) async fn run(
+    client: Client,
+    machine: MachineId,
+    pin_dir: PathBuf,
+    latency: Latency,
+    shutdown: CancellationToken,
+) {
     let mut last: Option<(Instant, Counts)> = None;
     let mut failing = false;
     let mut pause = PERIOD;
@@ -52,13 +61,16 @@ pub(crate) async fn run(client: Client, machine: MachineId, pin_dir: PathBuf, sh
         let connections = last.as_ref().map(|(before_at, before)| rates(before, &now, at - *before_at));
         last = Some((at, now));
         let Some(connections) = connections else { continue };
-        let report = TrafficReport { connections };
+        let report = TrafficReport { connections, latency_ms: latency.latency_ms() };
         let sent = tokio::select! {
             sent = tokio::time::timeout(PATIENCE, client.report_traffic(&machine, &report)) => sent,
             () = shutdown.cancelled() => return,
         };
         match sent {
-            Ok(Ok(())) => failing = false,
+            Ok(Ok(probes)) => {
+                failing = false;
+                latency.aim(&probes);
+            }
             Ok(Err(error)) => {
                 if !std::mem::replace(&mut failing, true) {
                     tracing::warn!(%error, "the location scheduler isn't told of new connections");

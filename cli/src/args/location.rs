@@ -3,6 +3,8 @@
 use anyplace_model::{LocationId, OffPeakWindow};
 use clap::{Args, Subcommand};
 
+use super::OutputArg;
+
 /// Operating a location.
 #[derive(Debug, Subcommand)]
 pub(crate) enum LocationCommand {
@@ -25,6 +27,13 @@ pub(crate) enum LocationCommand {
     Undrain {
         /// The location
         name: LocationId,
+    },
+    /// Show how far locations are from each other: round trips as routers measured them, or estimated by distance
+    Latency {
+        /// Only from this location
+        from: Option<LocationId>,
+        #[command(flatten)]
+        output: OutputArg,
     },
     /// Change settings
     Set(LocationSetArgs),

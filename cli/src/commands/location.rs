@@ -1,19 +1,30 @@
-//! `location ...`: an operator's settings of a location.
+//! `location ...`: an operator's settings of a location, and the latency between locations.
 
+use anyplace_api::LatencyView;
 use anyplace_model::LocationSettings;
 
-use crate::{args::LocationCommand, context::Session, output};
+use crate::{
+    args::LocationCommand,
+    context::Session,
+    output::{self, Table},
+};
 
 /// What becomes of the settings.
 type Change = Box<dyn FnOnce(&mut LocationSettings)>;
 
 pub(super) async fn run(session: &Session, command: LocationCommand) -> anyhow::Result<()> {
     let client = session.api()?;
+    if let LocationCommand::Latency { from, output } = command {
+        let views = client.latency(from.as_ref()).await?;
+        return output::data(output.format, &views, || latency_text(&views));
+    }
     let (name, change): (_, Change) = match command {
         LocationCommand::Withdraw { name } => (name, Box::new(|settings| settings.withdrawn = true)),
         LocationCommand::Announce { name } => (name, Box::new(|settings| settings.withdrawn = false)),
         LocationCommand::Drain { name } => (name, Box::new(|settings| settings.draining = true)),
         LocationCommand::Undrain { name } => (name, Box::new(|settings| settings.draining = false)),
+        // Shown above.
+        LocationCommand::Latency { .. } => return Ok(()),
         LocationCommand::Set(args) => {
             // None with `--no-off-peak`.
             let window = args.off_peak.window;
@@ -30,4 +41,21 @@ pub(super) async fn run(session: &Session, command: LocationCommand) -> anyhow::
         output::yes_no(settings.draining),
     ));
     Ok(())
+}
+
+fn latency_text(views: &[LatencyView]) -> String {
+    let mut table = Table::new(&["FROM", "TO", "LATENCY", "BY", "DISTANCE"]);
+    for view in views {
+        table.row([
+            view.from.to_string(),
+            view.to.to_string(),
+            format!("{:.1} ms", view.latency_ms),
+            if view.measured { "measured" } else { "distance" }.into(),
+            format!("{:.0} km", view.distance_km),
+        ]);
+    }
+    if table.is_empty() {
+        output::note("fewer than two locations have reported; see `anyplace get locations`");
+    }
+    table.to_string()
 }

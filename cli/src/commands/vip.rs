@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use anyplace_api::{Client, DeploymentView, RoutesView};
+use anyplace_api::{Client, DeploymentView, LocationRoutes, RoutesView};
 use anyplace_model::{DeploymentName, LocationId, Port, Protocol, Route, Traffic, vips};
 use anyplace_state_router::{Backend, BackendState, Flow, Hop, Owner, Shares, Step, Trace, shares, trace};
 use serde::Serialize;
@@ -137,10 +137,7 @@ fn description(
         let entered = there.map(|it| {
             let shares = known.get(&it.location).map(|route| {
                 let mut shares = shares(route);
-                shares
-                    .backends
-                    .iter_mut()
-                    .for_each(|backend| say_more(backend, deployment, it.traffic.as_ref()));
+                shares.backends.iter_mut().for_each(|backend| say_more(backend, deployment, it));
                 shares
             });
             let problem = it.problem.clone().or_else(|| {
@@ -155,12 +152,16 @@ fn description(
     Ok(Description { deployment: deployment.name.clone(), vips })
 }
 
-/// What the instance's machine says about it, where it takes no connections; what another location grants.
-fn say_more(backend: &mut Backend, deployment: &DeploymentView, traffic: Option<&Traffic>) {
-    let instance = match &backend.owner {
+/// What the instance's machine says about it, where it takes no connections; how far another location is, and what it
+/// grants.
+fn say_more(backend: &mut Backend, deployment: &DeploymentView, entered: &LocationRoutes) {
+    let instance = match &mut backend.owner {
         Owner::Instance { instance, .. } => instance,
-        Owner::Location { location, .. } => {
-            if let Some(quota) = traffic.and_then(|traffic| traffic.grant.quotas.get(location)) {
+        Owner::Location { location, latency_ms, .. } => {
+            *latency_ms = entered.latency_ms.get(location).copied();
+            if let Some(quota) =
+                entered.traffic.as_ref().and_then(|traffic| traffic.grant.quotas.get(location))
+            {
                 backend.why += &format!("; grants {quota:.1} new connections a second");
             }
             return;
@@ -217,8 +218,9 @@ fn table(shares: &Shares) -> String {
     for backend in &shares.backends {
         let (name, at) = match &backend.owner {
             Owner::Instance { instance, machine, .. } => (instance.to_string(), machine.to_string()),
-            Owner::Location { location, distance_km, ready } => {
-                (format!("location {location}"), format!("{distance_km:.0} km, {ready} ready"))
+            Owner::Location { location, distance_km, latency_ms, ready } => {
+                let measured = latency_ms.map(|ms| format!("{ms:.1} ms, ")).unwrap_or_default();
+                (format!("location {location}"), format!("{measured}{distance_km:.0} km, {ready} ready"))
             }
         };
         table.row([

@@ -10,7 +10,8 @@ use std::{
 
 use anyplace_api::{
     ApplyOutcome, CapacityView, DeploymentPhase, DeploymentView, ErrorCode, Event, EventSeverity, JobView,
-    LocationRoutes, LocationShare, LogQuery, NewToken, Problem, RoutesView, TokenRequest, WatchQuery,
+    LatencyQuery, LatencyView, LocationRoutes, LocationShare, LogQuery, NewToken, Problem, RoutesView,
+    TokenRequest, WatchQuery,
 };
 use anyplace_model::{
     Advert, AttemptId, Away, Bytes, DeploymentSpec, Endpoint, Explanation, FULL_WEIGHT, GpuBlock,
@@ -77,6 +78,7 @@ fn router(state: Shared) -> Router {
         .route("/v1/watch/jobs", get(watch_jobs))
         .route("/v1/locations/{name}", patch(set_location).get(location))
         .route("/v1/capacity", get(capacity))
+        .route("/v1/latency", get(latency))
         .route("/v1/events", get(events))
         .route("/v1/tokens", post(create_token))
         .layer(axum::middleware::from_fn(authenticate))
@@ -254,6 +256,7 @@ async fn routes(State(state): State<Shared>, Path(name): Path<String>) -> Result
             local: local.clone(),
             remote: remote.clone(),
             away: if busy && !local.is_empty() { vec![away.clone()] } else { Vec::new() },
+            nearest: Vec::new(),
         };
         vips.iter().map(route).collect::<Vec<_>>()
     };
@@ -262,6 +265,7 @@ async fn routes(State(state): State<Shared>, Path(name): Path<String>) -> Result
         withdrawn: name == "nrt",
         routes,
         traffic: (name == "ams" && busy).then(traffic),
+        latency_ms: [("nrt".parse().unwrap(), 120.5)].into_iter().filter(|_| name == "ams").collect(),
         problem: problem.map(Into::into),
     };
     Ok(Json(RoutesView {
@@ -416,6 +420,19 @@ async fn capacity() -> Json<Vec<CapacityView>> {
         instances: 3,
         advert: advert(),
     }])
+}
+
+async fn latency(Query(query): Query<LatencyQuery>) -> Json<Vec<LatencyView>> {
+    let view = |from: &str, to: &str, latency_ms, measured| LatencyView {
+        from: from.parse().unwrap(),
+        to: to.parse().unwrap(),
+        latency_ms,
+        measured,
+        distance_km: 9_340.4,
+    };
+    let mut views = vec![view("ams", "nrt", 120.5, true), view("nrt", "ams", 140.6, false)];
+    views.retain(|view| query.from.as_ref().is_none_or(|from| *from == view.from));
+    Json(views)
 }
 
 async fn events() -> Json<Vec<Event>> {

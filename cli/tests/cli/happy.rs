@@ -176,6 +176,7 @@ fn lists_are_one_line_for_each_and_parse_as_json_and_yaml() {
         &["describe", "job", "nightly"],
         &["describe", "location", "ams"],
         &["capacity"],
+        &["location", "latency"],
         &["events", "hello"],
     ] {
         home.run(args).ok();
@@ -202,6 +203,22 @@ fn describe_and_capacity_show_what_matters() {
     for part in ["alive,draining", "7.85/8", "15Gi/16Gi", "2x H100 (80Gi)", "Europe/Amsterdam", "no"] {
         assert!(text.contains(part), "{part}: {text}");
     }
+}
+
+#[test]
+fn latency_says_what_is_measured() {
+    let (home, _fake, _registry) = everything();
+    let text = home.run(&["location", "latency"]).ok();
+    let rows: Vec<String> =
+        text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+    let expected = [
+        "FROM TO LATENCY BY DISTANCE",
+        "ams nrt 120.5 ms measured 9340 km",
+        "nrt ams 140.6 ms distance 9340 km",
+    ];
+    assert_eq!(rows, expected);
+    let one = home.run(&["location", "latency", "nrt"]).ok();
+    assert!(one.contains("140.6 ms") && !one.contains("120.5 ms"), "{one}");
 }
 
 #[test]

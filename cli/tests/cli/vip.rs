@@ -61,7 +61,7 @@ fn describe_says_what_enters_and_what_may_go_elsewhere() {
                 nrt 81.5";
     assert!(text.lines().any(|it| it == line), "{text}");
     let tokyo = text.lines().find(|line| line.contains("location nrt")).unwrap();
-    assert!(tokyo.contains("75.0%"), "{text}");
+    assert!(tokyo.contains("75.0%") && tokyo.contains("120.5 ms, 9340 km, 1 ready"), "{text}");
     assert!(
         tokyo.contains("has a share of 75.0% of what enters here; grants 81.5 new connections a second"),
         "{text}"

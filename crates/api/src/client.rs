@@ -4,14 +4,15 @@ use std::{net::IpAddr, time::Duration};
 
 use anyplace_model::{
     DeploymentName, DeploymentSpec, Explanation, InstanceId, JobName, JobSpec, LocationId, LocationRecord,
-    LocationReport, LocationSettings, MachineId, MachineRecord, MachineReport, Prewarm, Route, TrafficReport,
+    LocationReport, LocationSettings, MachineId, MachineRecord, MachineReport, Prewarm, Probes, Route,
+    TrafficReport,
 };
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
-    ApplyOutcome, CapacityView, DeploymentView, ErrorCode, Event, JobView, LogQuery, NewToken, PrewarmQuery,
-    PrewarmView, Problem, RoutesView, TokenRequest,
+    ApplyOutcome, CapacityView, DeploymentView, ErrorCode, Event, JobView, LatencyView, LogQuery, NewToken,
+    PrewarmQuery, PrewarmView, Problem, RoutesView, TokenRequest,
 };
 
 /// How long a request may take; watches and logs are streams and have their own bounds.
@@ -316,6 +317,13 @@ impl Client {
         self.get("/v1/capacity").await
     }
 
+    /// Round trips between locations; those from one where given.
+    pub async fn latency(&self, from: Option<&LocationId>) -> Result<Vec<LatencyView>, ClientError> {
+        let request = self.request(Method::GET, "/v1/latency").query(&[("from", from)]).timeout(TIMEOUT);
+        let response = self.send(request, "/v1/latency").await?;
+        response.json().await.map_err(|error| self.broken("/v1/latency", error.to_string()))
+    }
+
     /// What happened, oldest first; to one subject where given, such as `deployment/hello`.
     pub async fn events(&self, subject: Option<&str>) -> Result<Vec<Event>, ClientError> {
         let request = self.request(Method::GET, "/v1/events").query(&[("subject", subject)]).timeout(TIMEOUT);
@@ -342,13 +350,13 @@ impl Client {
         self.no_content(Method::PUT, &format!("/v1/machines/{}/report", report.machine), Some(report)).await
     }
 
-    /// Tells the location scheduler how many new connections enter at a machine.
+    /// Tells the location scheduler how many new connections enter at a machine; what its router should measure.
     pub async fn report_traffic(
         &self,
         machine: &MachineId,
         report: &TrafficReport,
-    ) -> Result<(), ClientError> {
-        self.no_content(Method::PUT, &format!("/v1/machines/{machine}/traffic"), Some(report)).await
+    ) -> Result<Probes, ClientError> {
+        self.json(Method::PUT, &format!("/v1/machines/{machine}/traffic"), Some(report)).await
     }
 
     /// The location's machines.

@@ -20,6 +20,7 @@
 //! | `DELETE /v1/prewarm?image=` | | 204 |
 //! | `GET /v1/images/in-use` | | array of image references, for registries |
 //! | `GET /v1/capacity` | | array of `CapacityView` |
+//! | `GET /v1/latency?from=` | | array of `LatencyView` |
 //! | `GET /v1/events?subject=deployment/hello` | | array of `Event`, oldest first |
 //! | `POST /v1/tokens` | `TokenRequest` | `NewToken` |
 //! | `GET /v1/watch/{deployments,jobs}?epoch=&from_revision=` | | NDJSON of `WatchEvent<DeploymentView / JobView>` |
@@ -27,7 +28,10 @@
 //! | `PUT /v1/locations/{name}/report` | `LocationReport` | 204 |
 //! | `GET /healthz`, `GET /openapi.json` | | without a token |
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use anyplace_model::{
     Advert, DeploymentName, DeploymentSpec, ImageState, InstanceStatus, JobPhase, JobSpec, LocationId,
@@ -129,8 +133,35 @@ pub struct LocationRoutes {
     /// What it said last of the deployment's new connections; none where load moves nothing to other locations.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub traffic: Option<Traffic>,
+    /// Measured round trips, in milliseconds, to the other locations that serve it.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub latency_ms: BTreeMap<LocationId, f64>,
     /// Why the location couldn't be asked; its routers keep the last routes.
     pub problem: Option<String>,
+}
+
+/// The round trip between two locations.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct LatencyView {
+    /// From this location,
+    pub from: LocationId,
+    /// to this one and back.
+    pub to: LocationId,
+    /// In milliseconds.
+    pub latency_ms: f64,
+    /// Measured by the routers of one of them; else estimated by the distance.
+    pub measured: bool,
+    /// Great-circle distance in kilometres.
+    pub distance_km: f64,
+}
+
+/// Which round trips.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct LatencyQuery {
+    /// Only those from this location.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub from: Option<LocationId>,
 }
 
 /// A job: what was asked for, and what became of it.
@@ -181,8 +212,8 @@ pub struct PrewarmShare {
     /// The location.
     pub location: LocationId,
     /// The image's state on each machine that was chosen for it.
-    #[schema(value_type = std::collections::BTreeMap<String, ImageState>)]
-    pub machines: std::collections::BTreeMap<MachineId, ImageState>,
+    #[schema(value_type = BTreeMap<String, ImageState>)]
+    pub machines: BTreeMap<MachineId, ImageState>,
 }
 
 /// Which wish to delete.

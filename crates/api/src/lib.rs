@@ -11,9 +11,9 @@ mod watch;
 pub use client::{Client, ClientError, LogOptions};
 pub use error::{ErrorCode, Problem};
 pub use global::{
-    ApplyOutcome, CapacityView, DeploymentPhase, DeploymentView, Event, EventSeverity, JobView,
-    LocationRoutes, LocationShare, LogQuery, NewToken, PrewarmQuery, PrewarmShare, PrewarmView, Role,
-    RoutesView, TokenRequest, TokenScope,
+    ApplyOutcome, CapacityView, DeploymentPhase, DeploymentView, Event, EventSeverity, JobView, LatencyQuery,
+    LatencyView, LocationRoutes, LocationShare, LogQuery, NewToken, PrewarmQuery, PrewarmShare, PrewarmView,
+    Role, RoutesView, TokenRequest, TokenScope,
 };
 pub use reqwest::Method;
 pub use watch::{WatchEvent, WatchQuery, Watcher};

@@ -31,15 +31,17 @@ pub use location::{
 pub use machine::{Assignment, Condition, Gpu, ImageState, MachineDesired, MachineRecord, MachineReport};
 pub use naming::{GATEWAY, GATEWAY6, INSTANCE_NET6, container_mac, host_interface, instance_address6};
 pub use off_peak::{InvalidWindow, OffPeakWindow};
-pub use place::distance_km;
+pub use place::{distance_km, estimated_latency_ms};
 pub use prewarm::{PRIORITY_AWAITED, PRIORITY_MAX, Prewarm};
 pub use quantity::{Bytes, DurationMs, InvalidQuantity, MilliCpu};
 pub use reason::{Explanation, LocationExplanation, ReasonCode, Refusal};
-pub use route::{Announcement, Away, Endpoint, FULL_WEIGHT, PARTS, RemoteLocation, Route, RouteRecord, Span};
+pub use route::{
+    Announcement, Away, Endpoint, FULL_WEIGHT, Nearest, PARTS, RemoteLocation, Route, RouteRecord, Span,
+};
 pub use spec::{
     Check, CheckKind, DeploymentSpec, ExecCheck, GpuRequest, Health, HttpCheck, Instances, Isolation,
     JobSpec, LoadMetric, LoadTarget, PlacementConstraints, Port, Protocol, Resources, SchedulingPolicy, Spec,
     TcpCheck,
 };
-pub use traffic::{Grant, Traffic, TrafficReport};
+pub use traffic::{Grant, Probes, Traffic, TrafficReport};
 pub use workload::{AttemptId, Workload};

@@ -245,6 +245,9 @@ pub struct LocationReport {
     /// after a start nothing has been measured for a moment.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub traffic: BTreeMap<DeploymentName, Traffic>,
+    /// Measured round trips to other locations in milliseconds.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub latency_ms: BTreeMap<LocationId, f64>,
 }
 
 /// What became of a placement.

@@ -12,6 +12,16 @@ pub fn distance_km(from: (f64, f64), to: (f64, f64)) -> f64 {
     2.0 * EARTH_RADIUS_KM * chord.clamp(0.0, 1.0).sqrt().asin()
 }
 
+/// There and back through fibre that is half as long again as the great circle.
+const MS_PER_KM: f64 = 1.5 / 100.0;
+/// What the ends add.
+const ENDS_MS: f64 = 0.5;
+
+/// The round trip between two locations in milliseconds, where nobody has measured it.
+pub fn estimated_latency_ms(distance_km: f64) -> f64 {
+    ENDS_MS + distance_km * MS_PER_KM
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

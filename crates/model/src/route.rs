@@ -28,12 +28,25 @@ pub struct Route {
     pub ports: Vec<Port>,
     /// Instances in this location, ended ones excluded.
     pub local: Vec<Endpoint>,
-    /// Other locations with ready instances, nearest first.
+    /// Other locations with ready instances, by distance.
     pub remote: Vec<RemoteLocation>,
     /// Which parts of the new connections that enter the location go to others, and did before; the newest first. None
     /// where all stay; where nothing is ready in the location, what stays goes to the nearest other.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub away: Vec<Away>,
+    /// Which other location gets what nothing in this one is ready for, and which got it before; the newest first.
+    /// Without any, and where that one doesn't serve, it is the one at the least distance.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nearest: Vec<Nearest>,
+}
+
+/// Which other location was the nearest from one time on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Nearest {
+    /// Since when, on the same clock as the endpoints' times.
+    pub since_ms: u64,
+    /// The location.
+    pub location: LocationId,
 }
 
 /// The new connections of a virtual IP that enter a location are shared in so many parts.
@@ -69,6 +82,22 @@ impl Route {
     pub fn parts_to(&self, location: &LocationId) -> u16 {
         let spans = self.away.first().map_or(&[][..], |away| &away.spans);
         spans.iter().filter(|span| span.to.as_ref() == Some(location)).map(|span| span.parts).sum()
+    }
+
+    /// Other locations that can take connections.
+    pub fn serving(&self) -> impl Iterator<Item = &RemoteLocation> {
+        self.remote.iter().filter(|remote| remote.ready > 0 && !remote.ingress.is_empty())
+    }
+
+    /// The other location that gets what nothing in this one is ready for.
+    pub fn takes_over(&self) -> Option<&RemoteLocation> {
+        let newest = self.nearest.first();
+        newest.and_then(|newest| self.serving().find(|it| it.location == newest.location)).or_else(|| {
+            let order = |a: &&RemoteLocation, b: &&RemoteLocation| {
+                a.distance_km.total_cmp(&b.distance_km).then_with(|| a.location.cmp(&b.location))
+            };
+            self.serving().min_by(order)
+        })
     }
 }
 

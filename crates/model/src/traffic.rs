@@ -1,6 +1,9 @@
 //! Records about new connections: how many come, how many can be served, and how many may go where.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr},
+};
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -13,6 +16,19 @@ pub struct TrafficReport {
     /// New TCP connections a second that entered at the machine since the report before, by virtual IP.
     #[schema(value_type = BTreeMap<String, f64>)]
     pub connections: BTreeMap<IpAddr, f64>,
+    /// Round trips to other locations in milliseconds, where this router is the one that measures them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub latency_ms: BTreeMap<LocationId, f64>,
+}
+
+/// The answer to a router's report: the other locations to which it should measure round trips. None, where another
+/// router does.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Probes {
+    /// Some addresses of each location's machines; one that answers is enough.
+    #[serde(default)]
+    #[schema(value_type = BTreeMap<String, Vec<String>>)]
+    pub targets: BTreeMap<LocationId, Vec<Ipv4Addr>>,
 }
 
 /// What a location says of a deployment's new connections. All figures but parts are new connections a second.

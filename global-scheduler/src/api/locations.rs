@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use anyplace_api::{CapacityView, ErrorCode, EventSeverity, Problem, WatchQuery};
+use anyplace_api::{CapacityView, ErrorCode, EventSeverity, LatencyQuery, LatencyView, Problem, WatchQuery};
 use anyplace_model::{LocationId, LocationRecord, LocationReport, LocationSettings};
 use anyplace_service::{Failure, Json, Query};
 use axum::{
@@ -13,7 +13,7 @@ use axum::{
 use jiff::Timestamp;
 
 use super::extract::Name;
-use crate::{app::App, batch::Batch, views};
+use crate::{app::App, batch::Batch, latency, views};
 
 /// A report of 1,000 machines with some ten thousand instances is about half of it.
 const MAX_REPORT_BYTES: usize = 16 << 20;
@@ -116,6 +116,21 @@ pub(super) async fn desired(
         feed
     };
     Ok(feed.response(query, app.shutdown.clone()))
+}
+
+/// Round trips between locations: measured by their routers, else estimated by distance.
+#[utoipa::path(get, path = "/v1/latency", tag = "locations",
+    params(("from" = Option<String>, Query, description = "Only those from this location")),
+    responses((status = 200, body = Vec<LatencyView>), (status = "default", body = Problem, content_type = "application/problem+json")))]
+pub(super) async fn latency(
+    State(app): State<Arc<App>>,
+    Query(query): Query<LatencyQuery>,
+) -> Result<Json<Vec<LatencyView>>, Failure> {
+    let world = app.world();
+    if let Some(from) = query.from.as_ref().filter(|from| world.location(from).is_none()) {
+        return Err(unknown_location(from));
+    }
+    Ok(Json(latency::views(&world, query.from.as_ref())))
 }
 
 /// Capacity by location.

@@ -1,6 +1,6 @@
 //! Routes of a deployment's virtual IPs, fetched from the location schedulers: what their routers follow.
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::Duration};
 
 use anyplace_api::{ErrorCode, LocationRoutes, Problem, RoutesView};
 use anyplace_model::{DeploymentName, LocationId, Route, Traffic};
@@ -21,6 +21,7 @@ struct Source {
     location: LocationId,
     withdrawn: bool,
     traffic: Option<Traffic>,
+    latency_ms: Arc<BTreeMap<LocationId, f64>>,
     address: Result<(String, String), String>,
 }
 
@@ -51,11 +52,13 @@ fn source(id: &LocationId, location: &LocationState, name: &DeploymentName) -> S
         Some(observed) => Ok((observed.advertise.clone(), observed.log_token.clone())),
     };
     let traffic = location.observed.as_ref().and_then(|observed| observed.traffic.get(name)).cloned();
-    Source { location: id.clone(), withdrawn: location.settings.withdrawn, traffic, address }
+    let latency_ms =
+        location.observed.as_ref().map(|observed| observed.latency_ms.clone()).unwrap_or_default();
+    Source { location: id.clone(), withdrawn: location.settings.withdrawn, traffic, latency_ms, address }
 }
 
 async fn ask(app: &App, source: Source, vips: &[IpAddr]) -> LocationRoutes {
-    let Source { location, withdrawn, traffic, address } = source;
+    let Source { location, withdrawn, traffic, latency_ms, address } = source;
     let answer = match address {
         Ok((address, token)) => match tokio::time::timeout(PATIENCE, fetch(app, &address, token, vips)).await
         {
@@ -68,7 +71,9 @@ async fn ask(app: &App, source: Source, vips: &[IpAddr]) -> LocationRoutes {
         Ok(routes) => (routes, None),
         Err(problem) => (Vec::new(), Some(problem)),
     };
-    LocationRoutes { location, withdrawn, routes, traffic, problem }
+    let others = routes.iter().flat_map(|route: &Route| &route.remote).map(|it| &it.location);
+    let latency_ms = others.filter_map(|it| Some((it.clone(), *latency_ms.get(it)?))).collect();
+    LocationRoutes { location, withdrawn, routes, traffic, latency_ms, problem }
 }
 
 async fn fetch(app: &App, address: &str, token: String, vips: &[IpAddr]) -> Result<Vec<Route>, String> {

@@ -101,3 +101,34 @@ async fn a_withdrawn_location_grants_nothing_and_without_a_load_there_are_no_gra
     eventually("no grants", || async { granted(&ams).is_none() }).await;
     bed.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn measured_latency_counts_more_than_distance() {
+    let (mut bed, ams, fra, nrt) = bed().await;
+    let seen = |views: &[anyplace_api::LatencyView], from: &str, to: &str| {
+        let found = views.iter().find(|it| (it.from.as_str(), it.to.as_str()) == (from, to)).unwrap();
+        (found.latency_ms, found.measured)
+    };
+    let views = bed.admin.latency(None).await.unwrap();
+    assert_eq!(views.len(), 6);
+    assert!(views.iter().all(|it| !it.measured) && seen(&views, "ams", "nrt").0 > 130.0, "{views:?}");
+    ams.script.lock().unwrap().latency_ms =
+        [("fra", 80.0), ("nrt", 40.0), ("stranger", 1.0)].map(|(to, ms)| (to.parse().unwrap(), ms)).into();
+    eventually("the matrix", || async {
+        let views = bed.admin.latency(Some(&"nrt".parse().unwrap())).await.unwrap();
+        views.len() == 2 && seen(&views, "nrt", "ams") == (40.0, true) && !seen(&views, "nrt", "fra").1
+    })
+    .await;
+    let problem = bed.admin.latency(Some(&"xyz".parse().unwrap())).await.unwrap_err();
+    assert!(problem.to_string().contains("no location xyz has joined"), "{problem}");
+
+    bed.admin.apply_deployment(&load()).await.unwrap();
+    say(&fra, 0.0, 500.0);
+    say(&nrt, 0.0, 500.0);
+    say(&ams, 100.0, 20.0);
+    eventually("the grant of Tokyo, which is further and nearer", || async {
+        granted(&ams).is_some_and(|it| quota(&it, "nrt") > 70.0 && quota(&it, "fra") == 0.0)
+    })
+    .await;
+    bed.stop().await;
+}

@@ -12,8 +12,8 @@ use anyplace_api::{Client, Role, TokenRequest, TokenScope, WatchEvent, Watcher};
 use anyplace_global_scheduler::Config;
 use anyplace_model::{
     Advert, AttemptStatus, Bytes, DeploymentName, DeploymentSpec, ImageState, InstancePhase, InstanceStatus,
-    Isolation, JobSpec, LocationDesired, LocationReport, MachineId, MilliCpu, PlacementStatus, ReasonCode,
-    Refusal, RemoteRoute, Traffic, Workload,
+    Isolation, JobSpec, LocationDesired, LocationId, LocationReport, MachineId, MilliCpu, PlacementStatus,
+    ReasonCode, Refusal, RemoteRoute, Traffic, Workload,
 };
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
@@ -159,6 +159,8 @@ pub(crate) struct Script {
     pub(crate) prewarms: BTreeMap<String, BTreeMap<MachineId, ImageState>>,
     /// What it says of new connections.
     pub(crate) traffic: BTreeMap<DeploymentName, Traffic>,
+    /// How far it says that others are.
+    pub(crate) latency_ms: BTreeMap<LocationId, f64>,
     /// What it was told to have.
     pub(crate) desired: BTreeMap<String, LocationDesired>,
 }
@@ -275,6 +277,7 @@ fn make_report(name: &str, epoch: u64, sequence: u64, advert: &Advert, script: &
         attempts: script.foreign.clone(),
         prewarms: script.prewarms.clone(),
         traffic: script.traffic.clone(),
+        latency_ms: script.latency_ms.clone(),
     };
     for desired in script.desired.values() {
         match desired {

@@ -6,6 +6,8 @@ use std::{collections::BTreeMap, iter};
 use anyplace_choice::{self as choice, Demand, Shares, Want, warmth};
 use anyplace_model::{Away, Grant, LocationId, PARTS, RemoteLocation, Route, Span, Traffic};
 
+use crate::routes::by_latency;
+
 const _: () = assert!(PARTS as usize == choice::PARTS);
 
 /// The new connections of one deployment that enter this location.
@@ -35,13 +37,23 @@ impl Sharing {
         self.demand.measured(now_ms, entering);
     }
 
-    /// Decides anew which parts go where, by a grant and by who serves at all; returns whether anything changes.
-    pub fn decide(&mut self, now_ms: u64, grant: &Grant, route: &Route) -> bool {
+    /// Decides anew which parts go where, by a grant, by who serves at all, and by the measured round trips; returns
+    /// whether anything changes.
+    pub fn decide(
+        &mut self,
+        now_ms: u64,
+        grant: &Grant,
+        route: &Route,
+        latency_ms: &BTreeMap<LocationId, f64>,
+    ) -> bool {
         self.follow_clock(now_ms);
         let here = self.sites[0].clone();
+        let mut others: Vec<&RemoteLocation> = route.serving().collect();
+        let order = by_latency(latency_ms);
+        others.sort_by(|a, b| order(a, b));
         let serving: Vec<usize> = iter::once(&here)
             .filter(|_| serves_here(route))
-            .chain(serving(route).map(|remote| &remote.location))
+            .chain(others.into_iter().map(|remote| &remote.location))
             .map(|location| self.number(location))
             .collect();
         // What is granted by who doesn't serve comes last, and counts for nothing.
@@ -78,7 +90,7 @@ impl Sharing {
             counts.into_iter().map(|(site, parts)| (self.sites[site].clone(), parts as u16)).collect();
         let stays = PARTS - away.values().sum::<u16>();
         // As the tables have it.
-        if let Some(nearest) = serving(route).next().filter(|_| stays > 0 && !serves_here(route)) {
+        if let Some(nearest) = route.takes_over().filter(|_| stays > 0 && !serves_here(route)) {
             *away.entry(nearest.location.clone()).or_default() += stays;
         }
         Traffic { entering, asked: self.demand.asked(), capacity, away, grant: grant.clone() }
@@ -133,11 +145,6 @@ fn serves_here(route: &Route) -> bool {
     route.local.iter().any(|endpoint| endpoint.ready && !endpoint.draining)
 }
 
-/// Other locations that can take connections, nearest first.
-fn serving(route: &Route) -> impl Iterator<Item = &RemoteLocation> {
-    route.remote.iter().filter(|remote| remote.ready > 0 && !remote.ingress.is_empty())
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -162,6 +169,11 @@ mod tests {
         Grant { revision: 1, asked: 126.0, quotas }
     }
 
+    /// Nothing: the tests' locations are told apart by name.
+    fn measured() -> BTreeMap<LocationId, f64> {
+        BTreeMap::new()
+    }
+
     fn sharing() -> Sharing {
         let mut sharing = Sharing::remembered(&"ams".parse().unwrap(), &[], 0.0, 0);
         sharing.measured(1_000, 100.0);
@@ -176,33 +188,42 @@ mod tests {
     #[test]
     fn parts_go_to_the_nearest_within_the_grant_and_are_named() {
         let (mut sharing, both) = (sharing(), route(true, &["fra", "nrt"]));
-        assert!(!sharing.decide(1_000, &Grant::default(), &both), "without a grant all stays");
+        assert!(!sharing.decide(1_000, &Grant::default(), &both, &measured()), "without a grant all stays");
         let grant = grant(&[("ams", 63.0), ("nrt", 63.0), ("fra", 31.5)]);
-        assert!(sharing.decide(1_000, &grant, &both));
+        assert!(sharing.decide(1_000, &grant, &both, &measured()));
         assert_eq!(parts(&sharing), [(64, "fra".into()), (64, "nrt".into())]);
         let traffic = sharing.traffic(100.0, 50.0, &grant, &both);
         assert_eq!((traffic.entering, traffic.asked, traffic.capacity), (100.0, 126.0, 50.0));
         assert_eq!((traffic.away.len(), traffic.away["fra"]), (2, 64));
         // A location that has gone has nothing any more, at once.
-        assert!(sharing.decide(2_000, &grant, &route(true, &["nrt"])));
+        assert!(sharing.decide(2_000, &grant, &route(true, &["nrt"]), &measured()));
         assert_eq!(parts(&sharing).iter().map(|(parts, _)| *parts).sum::<u16>(), 128);
         assert!(parts(&sharing).iter().all(|(_, to)| to == "nrt"), "{:?}", parts(&sharing));
+    }
+
+    #[test]
+    fn parts_go_to_who_is_the_nearest_by_measurement() {
+        let (mut sharing, both) = (sharing(), route(true, &["fra", "nrt"]));
+        let measured = BTreeMap::from([("fra".parse().unwrap(), 30.0), ("nrt".parse().unwrap(), 20.0)]);
+        let grant = grant(&[("ams", 63.0), ("nrt", 31.5), ("fra", 63.0)]);
+        assert!(sharing.decide(1_000, &grant, &both, &measured));
+        assert_eq!(parts(&sharing), [(64, "nrt".into()), (64, "fra".into())]);
     }
 
     #[test]
     fn a_restart_goes_on_where_it_was() {
         let (mut sharing, both) = (sharing(), route(true, &["fra", "nrt"]));
         let grant = grant(&[("ams", 63.0), ("fra", 63.0)]);
-        assert!(sharing.decide(1_000, &grant, &both));
+        assert!(sharing.decide(1_000, &grant, &both, &measured()));
         let away = sharing.away();
         let mut again = Sharing::remembered(&"ams".parse().unwrap(), &away, grant.asked, 2_000);
         assert_eq!(again.away(), away);
-        assert!(!again.decide(2_000, &grant, &both), "nothing to do");
+        assert!(!again.decide(2_000, &grant, &both, &measured()), "nothing to do");
         assert_eq!(again.away(), away);
         // And with a clock that was set back: what has moved rests from now on, not for hours.
         let mut again = Sharing::remembered(&"ams".parse().unwrap(), &away, grant.asked, 10);
-        assert!(!again.decide(10, &Grant::default(), &both));
-        assert!(again.decide(10 + choice::REST_MS, &Grant::default(), &both), "home again");
+        assert!(!again.decide(10, &Grant::default(), &both, &measured()));
+        assert!(again.decide(10 + choice::REST_MS, &Grant::default(), &both, &measured()), "home again");
     }
 
     #[test]

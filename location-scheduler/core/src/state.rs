@@ -41,6 +41,8 @@ pub struct State {
     pub remote: BTreeMap<DeploymentName, RemoteRoute>,
     /// Which parts of deployments' new connections go to other locations, and did before; the newest first.
     pub away: BTreeMap<DeploymentName, Vec<Away>>,
+    /// Measured round trips to other locations, in milliseconds.
+    pub latency_ms: BTreeMap<LocationId, f64>,
     /// Machines that the last plan had fetch the images of waiting attempts.
     pub prewarms: BTreeMap<AttemptId, MachineId>,
     /// Images that the last plan had machines keep warm, with their priorities.

@@ -53,7 +53,7 @@ impl Routers {
             loop {
                 for (machine, rate) in &rates {
                     let connections = BTreeMap::from([(VIP.parse().unwrap(), *rate)]);
-                    let report = TrafficReport { connections };
+                    let report = TrafficReport { connections, ..TrafficReport::default() };
                     let _ = client.report_traffic(&machine.parse().unwrap(), &report).await;
                 }
                 tokio::time::sleep(std::time::Duration::from_millis(200)).await;
@@ -128,5 +128,45 @@ async fn who_serves_no_more_has_nothing_at_once_and_without_a_load_all_comes_hom
     bed.global.desired.remove("routes/hello");
     bed.until(SOON, "the end", |bed| bed.running().is_empty()).await;
     routes.until(SOON, |r| r.away(VIP).is_empty()).await;
+    bed.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_router_measures_and_the_nearest_by_that_takes_over_also_after_a_restart() {
+    let mut bed = Bed::start(&["m1", "m2"]).await;
+    let backend = |location: &str, ingress: &str| json!({"location": location, "latitude": 35.76, "longitude": 140.39, "ready": 1, "ingress": [ingress]});
+    let mut backends =
+        vec![backend("ams", "10.1.1.1"), backend("nrt", "10.2.1.1"), backend("gru", "10.3.1.1")];
+    backends[2]["latitude"] = (-23.43).into();
+    backends[2]["longitude"] = (-46.47).into();
+    let route = json!({"deployment": "hello", "vip": VIP, "ports": [{"port": 80}], "backends": backends});
+    bed.global.desired.set("routes/hello", LocationDesired::Route(serde_json::from_value(route).unwrap()));
+    let routes = bed.routes();
+    routes.until(SOON, |it| it.takes_over(VIP).as_deref() == Some("nrt")).await;
+
+    let client = bed.client();
+    let say = async |machine: &str, measured: &[(&str, f64)]| {
+        let latency_ms = measured.iter().map(|(to, ms)| (to.parse().unwrap(), *ms)).collect();
+        let report = TrafficReport { latency_ms, ..TrafficReport::default() };
+        client.report_traffic(&machine.parse().unwrap(), &report).await.unwrap().targets
+    };
+    let asked = say("m1", &[]).await;
+    let expected = BTreeMap::from([
+        (nrt(), vec!["10.2.1.1".parse().unwrap()]),
+        ("gru".parse().unwrap(), vec!["10.3.1.1".parse().unwrap()]),
+    ]);
+    assert_eq!(asked, expected, "all others that serve something");
+    assert!(say("m2", &[("nrt", 1.0)]).await.is_empty(), "one is enough");
+    assert!(say("stranger", &[("nrt", 1.0)]).await.is_empty());
+    say("m1", &[("nrt", 120.0), ("gru", 100.0)]).await;
+    routes.until(SOON, |it| it.takes_over(VIP).as_deref() == Some("gru")).await;
+    let report = bed.global.until(SOON, |report| !report.latency_ms.is_empty()).await;
+    assert_eq!(report.latency_ms, BTreeMap::from([(nrt(), 120.0), ("gru".parse().unwrap(), 100.0)]));
+
+    drop(routes);
+    bed.restart().await;
+    let routes = bed.routes();
+    routes.until(SOON, |it| it.takes_over(VIP).is_some()).await;
+    assert_eq!(routes.now().takes_over(VIP).as_deref(), Some("gru"), "nobody has measured anything since");
     bed.stop().await;
 }

@@ -45,6 +45,11 @@ impl View {
         self.route(vip).map_or(0, |route| route.parts_to(&location.parse().unwrap()))
     }
 
+    /// The other location that gets what nothing here is ready for.
+    pub(crate) fn takes_over(&self, vip: &str) -> Option<String> {
+        Some(self.route(vip)?.takes_over()?.location.to_string())
+    }
+
     /// How many prefixes are announced, once it is known.
     pub(crate) fn announced(&self) -> Option<usize> {
         match self.0.get("announcement") {

@@ -11,17 +11,21 @@
 //! another owner appears. An instance that began stops, one that drains takes connections again.
 //!
 //! Where nothing is away, new connections stay in the location while any instance is ready; else they go to the nearest
-//! other location; only where nothing is ready anywhere they go to instances that drain.
+//! other location, which the route names; only where nothing is ready anywhere they go to instances that drain.
+//!
+//! [`Prober`] measures round trips to other locations, from which that is decided.
 //!
 //! This crate must not know about deployments, images, sockets or maps.
 
 mod apportion;
+mod latency;
 
 use std::{cmp::Reverse, net::Ipv4Addr};
 
-use anyplace_model::{Away, Endpoint, PARTS, RemoteLocation, Route};
+use anyplace_model::{Away, Endpoint, LocationId, PARTS, RemoteLocation, Route};
 
 pub use apportion::{MAX_BUCKETS, MIN_BUCKETS};
+pub use latency::{PACKET_BYTES, Prober, answer};
 
 use apportion::{Base, MAX_SLOTS, given, quotas, rank};
 
@@ -46,12 +50,13 @@ pub struct Tables {
 /// Builds the tables of a route.
 pub fn tables(route: &Route) -> Tables {
     let slots = slots(route);
-    let here = Candidates { slots: &slots, remote: &[], away: &[] };
+    let here = Candidates { slots: &slots, remote: &[], away: &[], nearest: &[] };
     let ready = here.now();
     let local = if ready.weighs_nothing() {
         // With nothing ready, draining instances keep serving the flows that they have, and a relayed flow must still
         // find them.
-        here.table(&Moment { taking: taking(&slots, |it| it.ready || it.draining), away: None }, &[])
+        let taking = taking(&slots, |it| it.ready || it.draining);
+        here.table(&Moment { taking, away: None, nearest: 0 }, &[])
     } else {
         here.table(&ready, &here.changes())
     };
@@ -59,7 +64,8 @@ pub fn tables(route: &Route) -> Tables {
     if serving.is_empty() {
         return Tables { full: local.clone(), local };
     }
-    let all = Candidates { slots: &slots, remote: &serving, away: &route.away };
+    let nearest = nearest(route, &serving);
+    let all = Candidates { slots: &slots, remote: &serving, away: &route.away, nearest: &nearest };
     let full = all.table(&all.now(), &all.changes());
     Tables { full, local }
 }
@@ -92,12 +98,20 @@ fn slots(route: &Route) -> Vec<Option<&Endpoint>> {
     slots
 }
 
-/// Locations that have ready instances and machines to send to, nearest first.
+/// Locations that have ready instances and machines to send to.
 fn serving(route: &Route) -> Vec<&RemoteLocation> {
-    let mut serving: Vec<&RemoteLocation> =
-        route.remote.iter().filter(|remote| remote.ready > 0 && !remote.ingress.is_empty()).collect();
-    serving.sort_by(|a, b| a.distance_km.total_cmp(&b.distance_km).then_with(|| a.location.cmp(&b.location)));
+    let mut serving: Vec<&RemoteLocation> = route.serving().collect();
+    serving.sort_by(|a, b| a.location.cmp(&b.location));
     serving
+}
+
+/// Which of them was the nearest since when, the newest first; none that doesn't serve any more.
+fn nearest(route: &Route, serving: &[&RemoteLocation]) -> Vec<(u64, Option<usize>)> {
+    let place = |location: &LocationId| serving.iter().position(|it| it.location == *location);
+    let now = route.takes_over().and_then(|it| place(&it.location));
+    let since_ms = route.nearest.first().map_or(0, |newest| newest.since_ms);
+    let earlier = route.nearest.iter().skip(1).map(|it| (it.since_ms, place(&it.location)));
+    std::iter::once((since_ms, now)).chain(earlier).collect()
 }
 
 fn is_ready(endpoint: &Endpoint) -> bool {
@@ -116,6 +130,8 @@ struct Candidates<'a> {
     remote: &'a [&'a RemoteLocation],
     /// What went to other locations, the newest first.
     away: &'a [Away],
+    /// Since when which of `remote` was the nearest, the newest first.
+    nearest: &'a [(u64, Option<usize>)],
 }
 
 /// Who took which part of new connections at one time.
@@ -125,6 +141,8 @@ struct Moment {
     taking: Vec<u64>,
     /// Which of what went to other locations was in force.
     away: Option<usize>,
+    /// Which of the nearest.
+    nearest: usize,
 }
 
 impl Moment {
@@ -146,11 +164,14 @@ enum Step {
     Instance { slot: usize, began: bool },
     /// Parts moved; before, this was in force.
     Parts { before: Option<usize> },
+    /// Another location is the nearest.
+    Nearest { before: usize },
 }
 
 impl Candidates<'_> {
     fn now(&self) -> Moment {
-        Moment { taking: taking(self.slots, is_ready), away: (!self.away.is_empty()).then_some(0) }
+        let away = (!self.away.is_empty()).then_some(0);
+        Moment { taking: taking(self.slots, is_ready), away, nearest: 0 }
     }
 
     /// What led to now, the latest first.
@@ -171,6 +192,9 @@ impl Candidates<'_> {
             let before = Some(index + 1).filter(|before| *before < self.away.len());
             // Of two in one millisecond, the list says which came last.
             changes.push(Change { time: (away.since_ms, false), step: Step::Parts { before } });
+        }
+        for (before, (since_ms, _)) in (1..self.nearest.len()).zip(self.nearest) {
+            changes.push(Change { time: (*since_ms, false), step: Step::Nearest { before } });
         }
         changes.sort_by_key(|change| (Reverse(change.time.0), change.time.1));
         changes
@@ -194,6 +218,7 @@ impl Candidates<'_> {
                     then.taking[*slot] = self.slots[*slot].map_or(0, |it| u64::from(it.weight.max(1)));
                 }
                 Step::Parts { before } => then.away = *before,
+                Step::Nearest { before } => then.nearest = *before,
             }
             if changes.peek().is_some_and(|next| next.time == *time) {
                 continue;
@@ -220,8 +245,9 @@ impl Candidates<'_> {
         let base = Base::of(used);
         // The size must not depend on what is away now, since that may be nothing for a moment.
         let scale = if self.away.is_empty() { 1 } else { (usize::from(PARTS) / base.len()).max(1) };
+        let nearest = self.nearest.get(moment.nearest).and_then(|(_, place)| *place);
         let slots = if moment.weighs_nothing() {
-            self.remote.first()?;
+            nearest?;
             Vec::new()
         } else {
             let keys: Vec<u64> = (0..used as u64).collect();
@@ -229,7 +255,8 @@ impl Candidates<'_> {
             slots.into_iter().flat_map(|slot| std::iter::repeat_n(slot, scale)).collect()
         };
         let mut owners: Vec<Owner> = slots.iter().map(|slot| Owner::Slot(usize::from(*slot))).collect();
-        owners.resize(base.len() * scale, Owner::Remote(0));
+        // Only where nobody here takes connections is anything left.
+        owners.resize(base.len() * scale, Owner::Remote(nearest.unwrap_or_default()));
         let Some(away) = moment.away.and_then(|index| self.away.get(index)) else { return Some(owners) };
         let given = given(&slots, taking, owners.len());
         let each = owners.len() / usize::from(PARTS);

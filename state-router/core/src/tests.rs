@@ -4,7 +4,7 @@ use std::{
 };
 
 use anyplace_model::{
-    Endpoint, FULL_WEIGHT, InstanceId, LocationId, MachineId, Port, Protocol, RemoteLocation, Span,
+    Endpoint, FULL_WEIGHT, InstanceId, LocationId, MachineId, Nearest, Port, Protocol, RemoteLocation, Span,
 };
 use proptest::prelude::*;
 
@@ -35,7 +35,14 @@ fn remote(index: u8, distance_km: f64, ready: u32, ingress: u8) -> RemoteLocatio
 
 fn route(local: Vec<Endpoint>, remote: Vec<RemoteLocation>) -> Route {
     let port = Port { port: NonZeroU16::MIN, container_port: None, protocol: Protocol::Tcp };
-    Route { vip: Ipv4Addr::new(203, 0, 113, 1).into(), ports: vec![port], local, remote, away: Vec::new() }
+    Route {
+        vip: Ipv4Addr::new(203, 0, 113, 1).into(),
+        ports: vec![port],
+        local,
+        remote,
+        away: Vec::new(),
+        nearest: Vec::new(),
+    }
 }
 
 prop_compose! {
@@ -273,6 +280,51 @@ fn parts_of_a_location_that_serves_no_more_come_home() {
     // And where nothing is ready here either, all that isn't elsewhere goes to the nearest.
     route.local.iter_mut().for_each(|it| it.ready = false);
     assert!(locations(&tables(&route).full).iter().all(|it| *it == 103));
+}
+
+proptest! {
+    /// The oracle remembers, like that of the instances, but a location is one owner.
+    #[test]
+    fn the_hop_before_is_in_the_last_other_location_that_was_the_nearest(
+        history in prop::collection::vec(102_u8..106, 1..8),
+    ) {
+        let remotes = (102..106).map(|index| remote(index, f64::from(index), 1, 3)).collect();
+        let mut route = route(vec![endpoint(1, false, false)], remotes);
+        let mut owners: Vec<u8> = Vec::new();
+        for (since_ms, nearest) in (1..).zip(history) {
+            let location = LocationId::new(format!("l{nearest}")).unwrap();
+            route.nearest.insert(0, Nearest { since_ms, location });
+            owners.retain(|owner| *owner != nearest);
+            let tables = tables(&route);
+            for bucket in &tables.full {
+                prop_assert_eq!(bucket.now.octets()[1], nearest);
+                prop_assert_eq!(bucket.before.map(|hop| hop.octets()[1]), owners.last().copied());
+            }
+            prop_assert!(tables.local.is_empty());
+            owners.push(nearest);
+        }
+    }
+}
+
+#[test]
+fn the_nearest_is_who_the_route_says_and_else_the_one_at_the_least_distance() {
+    let remotes = vec![remote(102, 100.0, 1, 1), remote(103, 200.0, 1, 1), remote(104, 300.0, 0, 1)];
+    let mut route = route(vec![], remotes);
+    let to = |route: &Route| {
+        let found: BTreeSet<u8> = locations(&tables(route).full).into_iter().collect();
+        found.into_iter().collect::<Vec<_>>()
+    };
+    assert_eq!(to(&route), [102]);
+    let nearest =
+        |location: u8, since_ms| Nearest { since_ms, location: format!("l{location}").parse().unwrap() };
+    route.nearest = vec![nearest(103, 5)];
+    assert_eq!(to(&route), [103]);
+    route.nearest = vec![nearest(104, 6), nearest(103, 5)];
+    assert_eq!(to(&route), [102], "it serves no more");
+    // Flows that went abroad are found when an instance comes, also where two were the nearest by turns.
+    route.nearest = vec![nearest(102, 6), nearest(103, 5)];
+    route.local = vec![Endpoint { began_ms: 9, ..endpoint(1, true, false) }];
+    assert!(tables(&route).full.iter().all(|bucket| bucket.before.unwrap().octets()[1] == 102));
 }
 
 #[test]

@@ -14,6 +14,7 @@ fn put(last: u8, ports: u16) -> WatchEvent<RouteRecord> {
         local: vec![],
         remote: vec![],
         away: Vec::new(),
+        nearest: Vec::new(),
     });
     WatchEvent::Put { revision: 1, key: format!("vips/{vip}"), value }
 }

@@ -1,7 +1,7 @@
 use std::num::NonZeroU16;
 
 use anyplace_ebpf_model::{Machine, Program, Verdict, instance6, opening};
-use anyplace_model::{Away, Endpoint, FULL_WEIGHT, PARTS, Port, RemoteLocation, Span};
+use anyplace_model::{Away, Endpoint, FULL_WEIGHT, Nearest, PARTS, Port, RemoteLocation, Span};
 use anyplace_seed::Seed;
 
 use super::*;
@@ -39,7 +39,14 @@ pub(crate) fn remote(name: &str, distance_km: f64) -> RemoteLocation {
 }
 
 pub(crate) fn route(local: Vec<Endpoint>, remote: Vec<RemoteLocation>) -> Route {
-    Route { vip: Ipv4Addr::new(203, 0, 113, 1).into(), ports: ports(), local, remote, away: Vec::new() }
+    Route {
+        vip: Ipv4Addr::new(203, 0, 113, 1).into(),
+        ports: ports(),
+        local,
+        remote,
+        away: Vec::new(),
+        nearest: Vec::new(),
+    }
 }
 
 fn ports() -> Vec<Port> {
@@ -101,7 +108,10 @@ fn any_routes(seed: &mut Seed, vip: IpAddr) -> BTreeMap<LocationId, Route> {
             Away { since_ms, spans: (0..4).map(span).collect() }
         };
         let away = if shared { vec![away(60), away(40), away(20)] } else { Vec::new() };
-        Route { vip, ports: ports(), local: local[here].clone(), remote, away }
+        let mut near = |since_ms| Nearest { since_ms, location: name(seed.index(locations)) };
+        let nearest = [near(55), near(35), near(15)];
+        let nearest = nearest[..seed.index(4)].to_vec();
+        Route { vip, ports: ports(), local: local[here].clone(), remote, away, nearest }
     };
     (0..locations).map(|here| (name(here), route(here))).collect()
 }

@@ -158,6 +158,7 @@ impl World {
             attempts: BTreeMap::new(),
             remote: BTreeMap::new(),
             away: BTreeMap::new(),
+            latency_ms: BTreeMap::new(),
             prewarms: BTreeMap::new(),
             warm: BTreeMap::new(),
             wishes: BTreeMap::new(),
