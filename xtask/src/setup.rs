@@ -19,6 +19,8 @@ use Sign::{File, Program, Python};
 const PACKAGES: &[(&str, Sign, &str)] = &[
     ("gcc", Program("cc"), "linking, and the C parts of ring and zstd"),
     ("libc6-dev", File("/usr/include/stdlib.h"), "linking"),
+    ("protobuf-compiler", Program("protoc"), "building the client of etcd"),
+    ("libprotobuf-dev", File("/usr/include/google/protobuf/descriptor.proto"), "building the client of etcd"),
     ("iproute2", Program("ip"), "network namespaces and links"),
     ("ethtool", Program("ethtool"), "offloads of the testbed's links"),
     ("bird2", Program("bird"), "BGP between locations and clients"),
@@ -36,6 +38,7 @@ const PACKAGES: &[(&str, Sign, &str)] = &[
     ("docker.io", Program("dockerd"), "the tests with another engine"),
     ("skopeo", Program("skopeo"), "the tests and benches with another client"),
     ("faketime", Program("faketime"), "the registry's tests with clocks that are set"),
+    ("openssl", Program("openssl"), "the store's tests with TLS"),
     ("curl", Program("curl"), "looking at the platform from outside"),
     ("procps", Program("ps"), "looking at the platform from outside"),
     ("tzdata", File("/usr/share/zoneinfo/Asia/Tokyo"), "the locations' time zones"),

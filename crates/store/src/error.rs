@@ -138,6 +138,33 @@ pub enum Error {
         /// Its key.
         key: String,
     },
+    /// The configuration can't be.
+    #[error("{field} {reason}")]
+    Config {
+        /// The field.
+        field: &'static str,
+        /// What is wrong with it, and what to do.
+        reason: String,
+    },
+    /// No member of etcd serves; nothing was written.
+    #[error("etcd at {endpoints} doesn't serve ({reason}); look at its members, and try again")]
+    Unavailable {
+        /// Who was asked.
+        endpoints: String,
+        /// The last answer.
+        reason: String,
+    },
+    /// A write may have happened, or may still happen.
+    #[error("whether etcd made a change is unknown ({reason}); read the keys again before the next write")]
+    OutcomeUnknown {
+        /// How the request ended.
+        reason: String,
+    },
+    /// etcd has reached its quota, and takes no writes.
+    #[error(
+        "etcd's space is used up; compact and defragment it (or raise --quota-backend-bytes), then `etcdctl alarm disarm`"
+    )]
+    Full,
     /// The store is shut down.
     #[error("store is closed")]
     Closed,

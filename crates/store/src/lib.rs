@@ -1,8 +1,9 @@
-//! Keys, revisions, transactions, watches and leases over an embedded engine.
+//! Keys, revisions, transactions, watches and leases over two engines.
 //!
 //! The one durable thing in the control plane. [`Store`] has etcd's semantics: ordered keys, a revision for each
 //! change, conditional transactions, watches that resume from a revision, leases. [`EmbeddedStore`] keeps it all in
-//! one local file and is the default; an etcd engine has to pass the same contract tests (`tests/contract.rs`).
+//! one local file and is the default; [`EtcdStore`] keeps it in etcd, for those who outgrow one machine. Both pass the
+//! same contract tests (`tests/contract`).
 //!
 //! The usual way to follow a prefix without missing anything:
 //!
@@ -15,6 +16,7 @@
 
 mod embedded;
 mod error;
+mod etcd;
 mod ext;
 mod kv;
 mod store;
@@ -22,6 +24,7 @@ mod txn;
 
 pub use embedded::{EmbeddedStore, Limits};
 pub use error::{Error, Result};
+pub use etcd::{EtcdConfig, EtcdStore};
 pub use ext::{JsonEntry, StoreExt};
 pub use kv::{EventKind, KeyValue, LeaseId, Revision, WatchEvent};
 pub use store::{BoxFuture, Store, WatchStream};

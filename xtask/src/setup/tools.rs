@@ -43,6 +43,21 @@ const TOOLS: &[Tool] = &[
         needed: Which::Usual,
         install: with_npm,
     },
+    // Extracted rather than installed: the package would start a server.
+    Tool {
+        name: "etcd-3.4",
+        purpose: "the store's tests on etcd",
+        version: "bookworm/etcd-server",
+        needed: Which::Usual,
+        install: with_apt,
+    },
+    Tool {
+        name: "etcd-3.5",
+        purpose: "the store's tests on a newer etcd",
+        version: "trixie/etcd-server",
+        needed: Which::Usual,
+        install: with_apt,
+    },
     Tool {
         name: "garage",
         purpose: "the registry's tests on a cluster that loses nodes; its build takes minutes",
@@ -79,6 +94,43 @@ fn with_npm(folder: &Path, package: &str) -> Result<()> {
     let quiet = ["--ignore-scripts", "--no-audit", "--no-fund", "--loglevel", "error"];
     let words = [&["install", "--prefix", &at], quiet.as_slice(), &[package]].concat();
     shell::show(shell::command("npm", &words)?)
+}
+
+/// The files of a Debian package, of a release that needn't be this machine's.
+fn with_apt(folder: &Path, from: &str) -> Result<()> {
+    let (release, package) = from.split_once('/').context("a tool's version has no release")?;
+    let apt = folder.join("apt");
+    let (lists, sources) = (apt.join("lists"), apt.join("sources.list"));
+    std::fs::create_dir_all(lists.join("partial")).with_context(|| format!("make {}", lists.display()))?;
+    let keyring = "/usr/share/keyrings/debian-archive-keyring.gpg";
+    let line = format!("deb [signed-by={keyring}] http://deb.debian.org/debian {release} main\n");
+    std::fs::write(&sources, line).with_context(|| format!("write {}", sources.display()))?;
+    let options = [
+        format!("Dir::Etc::SourceList={}", sources.display()),
+        "Dir::Etc::SourceParts=/dev/null".to_owned(),
+        format!("Dir::State::Lists={}", lists.display()),
+        "Dir::Cache::pkgcache=".to_owned(),
+        "Dir::Cache::srcpkgcache=".to_owned(),
+        "Acquire::Languages=none".to_owned(),
+        "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false".to_owned(),
+        // So that nobody else need be able to write here.
+        "APT::Sandbox::User=root".to_owned(),
+    ];
+    for words in [["update", "--quiet"], ["download", package]] {
+        let options = options.iter().flat_map(|option| ["-o", option]);
+        let words: Vec<_> = options.chain(words).collect();
+        let mut command = shell::command("apt-get", &words)?;
+        command.current_dir(&apt);
+        shell::show(command)?;
+    }
+    let found = std::fs::read_dir(&apt).with_context(|| format!("read {}", apt.display()))?;
+    let package = found
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
+        .with_context(|| format!("apt-get left no package in {}", apt.display()))?;
+    let words = ["--extract", &package.to_string_lossy(), &folder.to_string_lossy()];
+    shell::show(shell::command("dpkg-deb", &words)?)?;
+    std::fs::remove_dir_all(&apt).with_context(|| format!("remove {}", apt.display()))
 }
 
 /// A program of one version, with the dependencies that it was published with; quickly rather than optimised.

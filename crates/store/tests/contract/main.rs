@@ -7,6 +7,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "clippy only exempts functions marked as tests")]
 
 mod cases;
+#[path = "../common/mod.rs"]
+mod common;
 mod conditions;
 mod leases;
 mod oracle;
@@ -19,6 +21,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyplace_store::{EmbeddedStore, Error, Store, WatchEvent, WatchStream};
+use common::Cluster;
 use futures_util::StreamExt;
 
 /// An empty store, and what it needs to live.
@@ -27,10 +30,24 @@ struct Fixture {
     _home: Box<dyn Any + Send>,
 }
 
-async fn embedded() -> Fixture {
+async fn embedded() -> Option<Fixture> {
     let home = tempfile::tempdir().unwrap();
     let store = EmbeddedStore::open(home.path().join("data").join("store")).unwrap();
-    Fixture { store, _home: Box::new(home) }
+    Some(Fixture { store, _home: Box::new(home) })
+}
+
+async fn etcd(version: &str) -> Option<Fixture> {
+    let cluster = Cluster::start(common::program(version)?, 1, false, &[]).await;
+    let store = cluster.store("contract").await;
+    Some(Fixture { store, _home: Box::new(cluster) })
+}
+
+async fn etcd_3_4() -> Option<Fixture> {
+    etcd("3.4").await
+}
+
+async fn etcd_3_5() -> Option<Fixture> {
+    etcd("3.5").await
 }
 
 /// Fails a test that would hang. Far above what any case takes, so it measures nothing.
@@ -79,7 +96,7 @@ macro_rules! contract {
             $($(
                 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
                 async fn $case() {
-                    let fixture = crate::$engine().await;
+                    let Some(fixture) = crate::$engine().await else { return };
                     crate::$module::$case(&fixture.store).await;
                 }
             )+)+
@@ -88,3 +105,5 @@ macro_rules! contract {
 }
 
 contract!(embedded);
+contract!(etcd_3_4);
+contract!(etcd_3_5);
