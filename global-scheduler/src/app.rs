@@ -5,15 +5,22 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Context as _;
 use anyplace_api::{Client, DeploymentView, ErrorCode, JobView, Problem};
 use anyplace_service::{Failure, Feed, TokenHash, unix_epoch};
-use anyplace_store::{EmbeddedStore, Store as _};
+use anyplace_store::{Error as StoreError, Store, TxnOutcome};
 use jiff::{SignedDuration, Timestamp};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::{Config, batch::Batch, choice::Ledgers, publish, records::Tombstone, world::World};
+use crate::{
+    Config,
+    batch::Batch,
+    choice::Ledgers,
+    publish,
+    records::Tombstone,
+    term::{TERM, Term},
+    world::World,
+};
 
 /// How long expired tokens are remembered, so that they are told that they expired.
 const EXPIRED_TOKEN_KEPT: SignedDuration = SignedDuration::from_hours(30 * 24);
@@ -23,7 +30,9 @@ const TOMBSTONE_KEPT: SignedDuration = SignedDuration::from_hours(30 * 24);
 /// The global scheduler.
 pub(crate) struct App {
     pub(crate) config: Config,
-    store: Arc<EmbeddedStore>,
+    store: Arc<dyn Store>,
+    /// The present term: each write has the condition that no later one has begun.
+    pub(crate) term: Term,
     world: Mutex<World>,
     writing: tokio::sync::Mutex<()>,
     pub(crate) wake: Notify,
@@ -46,7 +55,8 @@ pub(crate) struct Writer<'a> {
 
 impl App {
     pub(crate) async fn load(
-        store: Arc<EmbeddedStore>,
+        store: Arc<dyn Store>,
+        term: Term,
         config: Config,
         admin: &str,
         shutdown: CancellationToken,
@@ -57,6 +67,7 @@ impl App {
             http: Client::new("http://127.0.0.1", None)?,
             config,
             store,
+            term,
             world: Mutex::new(world),
             writing: tokio::sync::Mutex::new(()),
             wake: Notify::new(),
@@ -147,14 +158,36 @@ impl Writer<'_> {
             return Ok(());
         }
         let (txn, changes) = batch.seal(&self.app.world())?;
-        let outcome = self.app.store.txn(txn).await.context("writing to the store")?;
-        if !outcome.is_committed() {
-            return Err(Problem::new(ErrorCode::Conflict, "it was changed by someone else in the meantime")
-                .fix("look at it again, and repeat")
-                .into());
+        let txn = txn.when_revision(TERM, self.app.term.revision);
+        match self.app.store.txn(txn).await {
+            Ok(TxnOutcome::Committed { revision }) => {
+                let mut world = self.app.world();
+                changes.into_iter().for_each(|change| change(&mut world, revision));
+                Ok(())
+            }
+            Ok(TxnOutcome::Conflict { key, .. }) if key == TERM => {
+                Err(self.step_down("a later term has begun: this global scheduler no longer leads"))
+            }
+            Ok(TxnOutcome::Conflict { .. }) => {
+                Err(Problem::new(ErrorCode::Conflict, "it was changed by someone else in the meantime")
+                    .fix("look at it again, and repeat")
+                    .into())
+            }
+            // The memory may be behind the store now. What may still be under way ends with the term.
+            Err(error @ StoreError::OutcomeUnknown { .. }) => Err(self.step_down(&error.to_string())),
+            Err(error @ (StoreError::Unavailable { .. } | StoreError::Full)) => {
+                Err(Problem::new(ErrorCode::Unavailable, error.to_string()).fix("then repeat").into())
+            }
+            Err(error) => Err(anyhow::Error::new(error).context("writing to the store").into()),
         }
-        let mut world = self.app.world();
-        changes.into_iter().for_each(|change| change(&mut world, outcome.revision()));
-        Ok(())
+    }
+
+    /// Ends the term: everything is read anew before anything else is written.
+    fn step_down(&self, reason: &str) -> Failure {
+        tracing::warn!(reason, "the term ends");
+        self.app.shutdown.cancel();
+        Problem::new(ErrorCode::NotLeading, format!("whether it was done is unknown: {reason}"))
+            .fix("look at it in a moment, and repeat if it isn't done")
+            .into()
     }
 }

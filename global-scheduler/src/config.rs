@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use anyplace_model::INSTANCE_NET6;
+use anyplace_store::EtcdConfig;
 use ipnet::IpNet;
 use serde::Deserialize;
 
@@ -15,6 +16,12 @@ const MIN_LEASE_MS: u64 = 200;
 pub struct Config {
     /// Where the store and `admin.token` are.
     pub data_dir: PathBuf,
+    /// Keeps the store in etcd rather than in `data_dir`. Then several global schedulers may run over it; one leads.
+    #[serde(default)]
+    pub etcd: Option<EtcdConfig>,
+    /// How clients reach the API, told by the others when this one leads.
+    #[serde(default)]
+    pub advertise: Option<String>,
     /// Address of the API.
     #[serde(default = "default_listen")]
     pub listen: SocketAddr,
@@ -36,6 +43,10 @@ const fn default_lease() -> u64 {
 impl Config {
     pub(crate) const fn lease(&self) -> Duration {
         Duration::from_millis(self.location_lease_ms)
+    }
+
+    pub(crate) fn advertised(&self) -> String {
+        self.advertise.clone().unwrap_or_else(|| format!("http://{}", self.listen))
     }
 
     pub(crate) fn validate(&self) -> anyhow::Result<()> {

@@ -1,6 +1,6 @@
 //! The API, placement into locations, virtual IPs and the off-peak queue.
 //!
-//! One process with one store. What is desired (deployments, placements, jobs, settings, tokens) is written to the
+//! One process with one store, or several over one etcd, of which one leads. What is desired (deployments, placements, jobs, settings, tokens) is written to the
 //! store by conditional transactions, one writer at a time, and mirrored in memory; what is observed (reports of
 //! locations) is in memory only, and comes again within a heartbeat of a restart. A reconcile loop compares the
 //! two, plans, writes, and publishes what each location should have as a watch stream. Beside it, a ledger grants every
@@ -20,12 +20,17 @@ mod observe;
 mod publish;
 mod reconcile;
 mod records;
+mod standby;
+mod term;
 mod views;
 mod vips;
 mod world;
 
+use std::{net::SocketAddr, sync::Arc};
+
 use anyhow::Context as _;
-use anyplace_store::EmbeddedStore;
+use anyplace_store::Store;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 pub use config::Config;
@@ -43,10 +48,70 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     config.validate()?;
     anyplace_service::install_crypto_provider();
     let admin = anyplace_service::load_or_create_token(&config.data_dir.join("admin.token"))?;
-    let path = config.data_dir.join("store.redb");
-    let store = tokio::task::spawn_blocking(move || EmbeddedStore::open(path)).await.context("opening")??;
+    let store = anyplace_store::open(config.data_dir.join("store.redb"), config.etcd.as_ref())
+        .await
+        .context("opening")?;
+    if config.etcd.is_none() {
+        // The file's lock keeps others out.
+        let term = term::begin(store.as_ref()).await?;
+        return lead(store, term, config, &admin, shutdown).await;
+    }
+    let (me, seen) = (term::Leader::new(config.advertised()), watch::Sender::new(None));
+    while let Some(won) = stand_by(store.as_ref(), &me, &seen, config.listen, &shutdown).await? {
+        let end = shutdown.child_token();
+        let (led, ()) = tokio::join!(
+            async {
+                let led = lead(store.clone(), won.term, config.clone(), &admin, end.clone()).await;
+                end.cancel();
+                led
+            },
+            term::keep(store.as_ref(), &won, &end),
+        );
+        // What can't be read or listened on is told again by the next try; giving up would leave nobody.
+        if let Err(error) = led {
+            tracing::error!(error = format!("{error:#}"), "the term ended");
+            if shutdown.is_cancelled() {
+                return Err(error);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Answers that another one leads until this one does. None after the shutdown.
+async fn stand_by(
+    store: &dyn Store,
+    me: &term::Leader,
+    seen: &watch::Sender<Option<term::Leader>>,
+    listen: SocketAddr,
+    shutdown: &CancellationToken,
+) -> anyhow::Result<Option<term::Lead>> {
+    let end = shutdown.child_token();
+    let elected = async {
+        let won = term::win(store, me, seen, &end).await;
+        end.cancel();
+        won
+    };
+    let standby = anyplace_service::serve(listen, standby::service(seen.subscribe()), end.clone());
+    let (won, served) = tokio::join!(elected, async {
+        let served = standby.await;
+        end.cancel();
+        served
+    });
+    served?;
+    Ok(won)
+}
+
+/// Does everything until the shutdown, or the end of the term.
+async fn lead(
+    store: Arc<dyn Store>,
+    term: term::Term,
+    config: Config,
+    admin: &str,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
     let listen = config.listen;
-    let app = app::App::load(store, config, &admin, shutdown.clone()).await?;
+    let app = app::App::load(store, term, config, admin, shutdown.clone()).await?;
     // What locations should have is published before the first of them can ask, or they would stop everything.
     app.reconcile_once().await?;
     let reconciler = tokio::spawn(reconcile::run(app.clone()));

@@ -26,6 +26,7 @@ pub(crate) fn all(app: &App, world: &World) {
         .collect();
     for (id, location) in &world.locations {
         let mut desired = routes.clone();
+        desired.insert("term".into(), LocationDesired::Term(app.term.number));
         desired.insert(
             "settings".into(),
             LocationDesired::Settings {

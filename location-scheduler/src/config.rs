@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration}
 use anyhow::ensure;
 use anyplace_location_core::{Site, Timing};
 use anyplace_model::{LocationId, OffPeakWindow};
+use anyplace_store::EtcdConfig;
 use serde::Deserialize;
 
 /// `location-scheduler.toml`.
@@ -13,6 +14,9 @@ use serde::Deserialize;
 pub struct Config {
     /// Folder for the store and the machine token.
     pub data_dir: PathBuf,
+    /// Keeps the store in etcd rather than in `data_dir`.
+    #[serde(default)]
+    pub etcd: Option<EtcdConfig>,
     /// Where the API listens.
     #[serde(default = "listen")]
     pub listen: SocketAddr,

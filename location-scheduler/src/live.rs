@@ -219,6 +219,8 @@ impl Live {
                 LocationDesired::Grant { deployment, grant } => {
                     grants.insert(deployment, grant);
                 }
+                // Compared before anything of it gets here.
+                LocationDesired::Term(_) => {}
                 LocationDesired::Settings { settings, vip_prefixes } => {
                     state.settings = settings;
                     state.vip_prefixes = Some(vip_prefixes);

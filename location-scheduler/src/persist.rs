@@ -10,7 +10,7 @@ use anyplace_location_core::{Change, Reservation, State};
 use anyplace_model::{
     Away, DeploymentName, InstanceId, LocationDesired, LocationId, MachineId, MachineReport,
 };
-use anyplace_store::{EmbeddedStore, MAX_VALUE_BYTES, Revision, Store as _, StoreExt as _, Txn, TxnOutcome};
+use anyplace_store::{MAX_VALUE_BYTES, Revision, Store, StoreExt as _, Txn, TxnOutcome};
 use serde::{Deserialize, Serialize};
 
 const FENCE: &str = "fence";
@@ -74,11 +74,11 @@ impl History {
 /// The location's store.
 #[derive(Clone)]
 pub(crate) struct Disk {
-    store: Arc<EmbeddedStore>,
+    store: Arc<dyn Store>,
 }
 
 impl Disk {
-    pub(crate) const fn new(store: Arc<EmbeddedStore>) -> Self {
+    pub(crate) const fn new(store: Arc<dyn Store>) -> Self {
         Self { store }
     }
 
@@ -135,7 +135,8 @@ impl Disk {
         changes: &[Change],
         forgotten: &[InstanceId],
     ) -> anyhow::Result<Revision> {
-        let mut fence = Fence { store: &self.store, revision: before.revision, now_ms: before.now_ms };
+        let mut fence =
+            Fence { store: self.store.as_ref(), revision: before.revision, now_ms: before.now_ms };
         let mut txn = wish;
         for change in changes {
             txn = match change {
@@ -241,7 +242,7 @@ pub(crate) fn too_large(change: &Change) -> bool {
 }
 
 struct Fence<'a> {
-    store: &'a EmbeddedStore,
+    store: &'a dyn Store,
     revision: Revision,
     now_ms: u64,
 }

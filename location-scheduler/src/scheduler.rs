@@ -14,7 +14,6 @@ use anyplace_service::{
     Feed, TokenHash, generate_token, install_crypto_provider, load_or_create_token, read_token, serve,
     unix_epoch,
 };
-use anyplace_store::EmbeddedStore;
 use tokio::{sync::Notify, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
@@ -166,7 +165,7 @@ async fn open(config: Config, shutdown: CancellationToken) -> anyhow::Result<Sch
     let location_token = read_token(&config.token_file)?;
     let machine_token = load_or_create_token(&config.data_dir.join("machine.token"))?;
     let path = config.data_dir.join("store.redb");
-    let store = tokio::task::spawn_blocking(move || EmbeddedStore::open(path)).await??;
+    let store = anyplace_store::open(path, config.etcd.as_ref()).await?;
     let disk = Disk::new(store);
     let stored = disk.load().await?;
     tracing::info!(

@@ -24,7 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// plan that follows from it.
 pub(crate) async fn watch(scheduler: Arc<Scheduler>) -> anyhow::Result<()> {
     let path = Client::location_desired_path(&scheduler.config.location);
-    let mut watcher = Watcher::<LocationDesired>::new(scheduler.global.clone(), path);
+    let mut watcher = Watcher::<LocationDesired>::new(scheduler.global.clone(), path.clone());
     let (mut wanted, mut dirty) = (BTreeMap::new(), false);
     let mut link = Link::default();
     loop {
@@ -45,6 +45,21 @@ pub(crate) async fn watch(scheduler: Arc<Scheduler>) -> anyhow::Result<()> {
             }
             WatchEvent::Delete { key, .. } => dirty |= wanted.remove(&key).is_some(),
             WatchEvent::Synced { .. } if dirty => {
+                let (before, now) = (term(&scheduler.live().wanted), term(&wanted));
+                if now < before {
+                    // One that led, slept, and hasn't noticed yet that another leads.
+                    tracing::warn!(
+                        before,
+                        now,
+                        "an earlier global scheduler still speaks; it is not listened to"
+                    );
+                    tokio::select! {
+                        () = tokio::time::sleep(HEARTBEAT) => {}
+                        () = scheduler.shutdown.cancelled() => return Ok(()),
+                    }
+                    watcher = Watcher::new(scheduler.global.clone(), path.clone());
+                    continue;
+                }
                 dirty = false;
                 if *scheduler.live().wanted != wanted {
                     scheduler.want(Arc::new(wanted.clone()));
@@ -52,6 +67,14 @@ pub(crate) async fn watch(scheduler: Arc<Scheduler>) -> anyhow::Result<()> {
             }
             WatchEvent::Synced { .. } => {}
         }
+    }
+}
+
+/// The global scheduler's term in which this was wanted.
+fn term(wanted: &BTreeMap<String, LocationDesired>) -> u64 {
+    match wanted.get("term") {
+        Some(LocationDesired::Term(term)) => *term,
+        _ => 0,
     }
 }
 

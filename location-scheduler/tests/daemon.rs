@@ -16,7 +16,7 @@ mod routes;
 use std::time::Duration;
 
 use anyplace_api::{Client, ErrorCode, LogQuery};
-use anyplace_model::{ImageState, InstancePhase, LocationSettings, ReasonCode};
+use anyplace_model::{ImageState, InstancePhase, LocationDesired, LocationSettings, ReasonCode};
 use bed::{Bed, LEASE, attempt, placement};
 
 /// A generous bound for "at once" on a busy machine; what is asserted to be fast says its own.
@@ -155,6 +155,32 @@ async fn without_the_global_scheduler_the_location_heals_even_after_a_restart() 
     routes
         .until(SOON, |r| r.ready_endpoints("203.0.113.1").iter().any(|endpoint| endpoint.machine != machine))
         .await;
+    bed.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_an_earlier_term_of_the_global_scheduler_wants_is_void() {
+    let mut bed = Bed::start(&["m1", "m2"]).await;
+    let desired = bed.global.desired.clone();
+    desired.set("term", LocationDesired::Term(5));
+    bed.want("hello", placement("hello", 1, 2, ""));
+    bed.global.until(SOON, |r| r.placements.iter().any(|p| ready_in(p, 1) == 2)).await;
+    let wanted = desired.entries();
+    // One that led before, and slept: it knows nothing of the deployment.
+    desired.replace([("term".to_owned(), LocationDesired::Term(4))].into());
+    for _ in 0..2 {
+        // Many times the moment in which it would be followed; and a restart doesn't forget the term.
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        bed.global.until(SOON, |r| r.placements.iter().any(|p| ready_in(p, 1) == 2)).await;
+        bed.restart().await;
+    }
+    assert_eq!(bed.started(), 2, "what runs was left alone");
+    // The present one is listened to, whatever was missed meanwhile.
+    let mut next = wanted;
+    next.remove("placements/hello");
+    next.insert("term".into(), LocationDesired::Term(6));
+    desired.replace(next);
+    bed.until(SOON, "nothing runs", |bed| bed.running().is_empty()).await;
     bed.stop().await;
 }
 

@@ -1,6 +1,13 @@
 //! The typed client, for the command line and between the daemons.
 
-use std::{net::IpAddr, time::Duration};
+use std::{
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use anyplace_model::{
     DeploymentName, DeploymentSpec, Explanation, InstanceId, JobName, JobSpec, LocationId, LocationRecord,
@@ -64,33 +71,67 @@ impl ClientError {
     }
 }
 
-/// A client of one server. Cheap to clone.
+/// A client of one server, or of several of which one leads. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Client {
     http: reqwest::Client,
-    base: String,
+    bases: Arc<Bases>,
     token: Option<String>,
 }
 
+/// Servers of which one leads.
+#[derive(Debug)]
+struct Bases {
+    urls: Vec<String>,
+    /// The one that answered last.
+    current: AtomicUsize,
+}
+
+impl Bases {
+    /// Splits what is written with commas.
+    fn parse(text: &str) -> Result<Self, ClientError> {
+        let mut urls = Vec::new();
+        for base in text.split(',').map(str::trim) {
+            let invalid = || ClientError::InvalidUrl { url: base.into() };
+            let url = reqwest::Url::parse(base).map_err(|_| invalid())?;
+            if !matches!(url.scheme(), "http" | "https") || url.host().is_none() {
+                return Err(invalid());
+            }
+            urls.push(base.trim_end_matches('/').to_owned());
+        }
+        Ok(Self { urls, current: AtomicUsize::new(0) })
+    }
+
+    fn current(&self) -> (usize, &str) {
+        let index = self.current.load(Ordering::Relaxed) % self.urls.len();
+        (index, &self.urls[index])
+    }
+
+    /// The next one is asked from now on, unless another request found that already.
+    fn leave(&self, index: usize) {
+        let next = (index + 1) % self.urls.len();
+        let _ = self.current.compare_exchange(index, next, Ordering::Relaxed, Ordering::Relaxed);
+    }
+}
+
 impl Client {
-    /// A client of the server at `base`, such as `http://127.0.0.1:7600`, with a bearer token.
+    /// A client of the server at `base`, such as `http://127.0.0.1:7600`, with a bearer token. Several servers are
+    /// written with commas: the one that leads is found.
     ///
     /// # Errors
     /// `base` isn't an http or https URL.
     pub fn new(base: &str, token: Option<String>) -> Result<Self, ClientError> {
-        let invalid = || ClientError::InvalidUrl { url: base.into() };
-        let url = reqwest::Url::parse(base).map_err(|_| invalid())?;
-        if !matches!(url.scheme(), "http" | "https") || url.host().is_none() {
-            return Err(invalid());
-        }
-        let http =
-            reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT).build().map_err(|_| invalid())?;
-        Ok(Self { http, base: base.trim_end_matches('/').into(), token })
+        let bases = Arc::new(Bases::parse(base)?);
+        let http = reqwest::Client::builder()
+            .connect_timeout(CONNECT_TIMEOUT)
+            .build()
+            .map_err(|_| ClientError::InvalidUrl { url: base.into() })?;
+        Ok(Self { http, bases, token })
     }
 
-    /// The server's address.
+    /// The server's address; of several, of the one that answered last.
     pub fn base(&self) -> &str {
-        &self.base
+        self.bases.current().1
     }
 
     /// The same connection pool towards another server with another token.
@@ -98,21 +139,52 @@ impl Client {
     /// # Errors
     /// `base` isn't an http or https URL.
     pub fn with_base(&self, base: &str, token: Option<String>) -> Result<Self, ClientError> {
-        let url = reqwest::Url::parse(base).map_err(|_| ClientError::InvalidUrl { url: base.into() })?;
-        let base = url.as_str().trim_end_matches('/').to_string();
-        Ok(Self { http: self.http.clone(), base, token })
+        Ok(Self { http: self.http.clone(), bases: Arc::new(Bases::parse(base)?), token })
     }
 
     fn request(&self, method: Method, path: &str) -> RequestBuilder {
-        let request = self.http.request(method, format!("{}{path}", self.base));
+        let request = self.http.request(method, format!("{}{path}", self.base()));
         match &self.token {
             Some(token) => request.bearer_auth(token),
             None => request,
         }
     }
 
+    /// Sends a request; of several servers, to the next one where this one surely did nothing.
     async fn send(&self, request: RequestBuilder, path: &str) -> Result<Response, ClientError> {
-        let response = request.send().await.map_err(|error| self.unreachable(path, &error))?;
+        let mut request = request.build().map_err(|error| self.broken(path, error.to_string()))?;
+        let mut left = self.bases.urls.len();
+        loop {
+            let (index, base) = self.bases.current();
+            let mut url = reqwest::Url::parse(&format!("{base}{path}"))
+                .map_err(|_| ClientError::InvalidUrl { url: base.into() })?;
+            url.set_query(request.url().query());
+            *request.url_mut() = url;
+            left -= 1;
+            let again = if left > 0 { request.try_clone() } else { None };
+            let (error, undone) = match self.http.execute(request).await {
+                Ok(response) => match self.accept(response, path).await {
+                    Ok(response) => return Ok(response),
+                    Err(error) => {
+                        let undone = error.code() == Some(ErrorCode::NotLeading);
+                        if !undone && !matches!(error, ClientError::Unreachable { .. }) {
+                            return Err(error);
+                        }
+                        (error, undone)
+                    }
+                },
+                Err(error) => (self.unreachable(path, &error), error.is_connect()),
+            };
+            self.bases.leave(index);
+            match again.filter(|_| undone) {
+                Some(again) => request = again,
+                None => return Err(error),
+            }
+        }
+    }
+
+    /// The response, where it is no refusal.
+    async fn accept(&self, response: Response, path: &str) -> Result<Response, ClientError> {
         let status = response.status();
         if status.is_success() {
             return Ok(response);
@@ -173,12 +245,16 @@ impl Client {
         self.send(self.request(Method::GET, path).query(query), path).await
     }
 
+    /// The error of a server that is connected and says nothing; of several, the next one is asked from now on.
     pub(crate) fn silent(&self, path: &str) -> ClientError {
-        ClientError::Unreachable { url: format!("{}{path}", self.base), reason: "it fell silent".into() }
+        let (index, base) = self.bases.current();
+        let url = format!("{base}{path}");
+        self.bases.leave(index);
+        ClientError::Unreachable { url, reason: "it fell silent".into() }
     }
 
     pub(crate) fn broken(&self, path: &str, reason: String) -> ClientError {
-        ClientError::Unexpected { url: format!("{}{path}", self.base), reason }
+        ClientError::Unexpected { url: format!("{}{path}", self.base()), reason }
     }
 
     fn unreachable(&self, path: &str, error: &reqwest::Error) -> ClientError {
@@ -188,7 +264,7 @@ impl Client {
             reason = source;
         }
         let reason = if error.is_timeout() { "no answer in time".into() } else { reason.to_string() };
-        ClientError::Unreachable { url: format!("{}{path}", self.base), reason }
+        ClientError::Unreachable { url: format!("{}{path}", self.base()), reason }
     }
 }
 

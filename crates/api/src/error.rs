@@ -30,6 +30,8 @@ pub enum ErrorCode {
     LimitExceeded,
     /// What is needed for the answer can't be reached.
     Unavailable,
+    /// Another global scheduler leads, or will in a moment.
+    NotLeading,
     /// A fault of the server.
     Internal,
 }
@@ -45,7 +47,7 @@ impl ErrorCode {
             Self::AlreadyExists | Self::Conflict => 409,
             Self::Compacted => 410,
             Self::LimitExceeded => 429,
-            Self::Unavailable => 503,
+            Self::Unavailable | Self::NotLeading => 503,
             Self::Internal => 500,
         }
     }

@@ -130,6 +130,9 @@ pub enum LocationDesired {
         /// What it may send where.
         grant: Grant,
     },
+    /// Key `term`. The number of the term in which this was decided: each start of a global scheduler, and each change of
+    /// the one that leads, begins a higher one. What an earlier term decided is void.
+    Term(u64),
     /// Key `settings`.
     Settings {
         /// The operator's settings.

@@ -22,6 +22,9 @@ mod kv;
 mod store;
 mod txn;
 
+use std::path::PathBuf;
+use std::sync::Arc;
+
 pub use embedded::{EmbeddedStore, Limits};
 pub use error::{Error, Result};
 pub use etcd::{EtcdConfig, EtcdStore};
@@ -29,3 +32,17 @@ pub use ext::{JsonEntry, StoreExt};
 pub use kv::{EventKind, KeyValue, LeaseId, Revision, WatchEvent};
 pub use store::{BoxFuture, Store, WatchStream};
 pub use txn::{Compare, MAX_KEY_BYTES, MAX_TXN_BYTES, MAX_TXN_OPS, MAX_VALUE_BYTES, Op, Txn, TxnOutcome};
+
+/// Opens the store that a configuration names: etcd's where it has one, else the file.
+///
+/// # Errors
+/// What the engine can't open.
+pub async fn open(path: PathBuf, etcd: Option<&EtcdConfig>) -> Result<Arc<dyn Store>> {
+    match etcd {
+        Some(etcd) => Ok(EtcdStore::open(etcd).await?),
+        None => {
+            let opened = tokio::task::spawn_blocking(move || EmbeddedStore::open(path)).await;
+            Ok(opened.map_err(|error| Error::Engine(Arc::new(error)))??)
+        }
+    }
+}

@@ -5,7 +5,10 @@
 mod api;
 mod choice;
 mod deployments;
+#[path = "../../../crates/store/tests/common/mod.rs"]
+mod etcd;
 mod jobs;
+mod leaders;
 mod logs;
 mod prewarm;
 mod routes;

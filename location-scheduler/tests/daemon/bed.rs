@@ -146,6 +146,7 @@ impl Bed {
 
 fn config(folder: &Path, listen: SocketAddr, global: &Global) -> Config {
     Config {
+        etcd: None,
         data_dir: folder.join("data"),
         listen,
         advertise: format!("http://{listen}"),

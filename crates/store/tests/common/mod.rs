@@ -18,7 +18,11 @@ const START_MAX: Duration = Duration::from_secs(120);
 /// An etcd of this version, which `cargo xtask setup` fetches. None, with the reason printed, where it isn't; CI must have
 /// it.
 pub(crate) fn program(version: &str) -> Option<PathBuf> {
-    let tools = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/tools");
+    let tools = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .ancestors()
+        .map(|folder| folder.join("target/tools"))
+        .find(|tools| tools.is_dir())
+        .unwrap_or_default();
     let program = tools.join(format!("etcd-{version}/usr/bin/etcd"));
     let found = Command::new(&program).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
     if found.is_ok_and(|status| status.success()) {
