@@ -1,6 +1,7 @@
 //! The command line: what can be asked, and its help.
 
 mod access;
+mod admin;
 mod images;
 mod location;
 mod registry;
@@ -13,6 +14,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 
 use crate::output::Format;
 pub(crate) use access::{AccountCommand, AccountSetArgs, AuditArgs, TeamCommand, TeamSetArgs};
+pub(crate) use admin::{AdminCommand, ExportArgs, ImportArgs, StoreOf};
 pub(crate) use images::{
     BuildArgs, ImageCommand, ImagePullArgs, ImageStoreArgs, ImageStoreCommand, PrewarmCommand,
     PrewarmSetArgs, PushArgs, SendArgs,
@@ -152,6 +154,9 @@ pub(crate) enum ClientCommand {
         #[command(flatten)]
         output: OutputArg,
     },
+    /// Back the schedulers' stores up, and move them between a local file and etcd
+    #[command(subcommand)]
+    Admin(AdminCommand),
     /// Show what happened
     Events {
         /// To what, such as `deployment/hello` or `location/ams`; everything without

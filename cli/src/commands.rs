@@ -1,5 +1,6 @@
 //! The client commands: each asks the API and prints the answer.
 
+mod admin;
 mod apply;
 mod build;
 mod capacity;
@@ -87,6 +88,7 @@ async fn dispatch(session: &Session, command: ClientCommand) -> anyhow::Result<E
         ClientCommand::Events { subject, output } => {
             events::run(session, subject.as_deref(), output.format).await?;
         }
+        ClientCommand::Admin(command) => admin::run(session, command).await?,
         ClientCommand::Location(command) => location::run(session, command).await?,
         ClientCommand::Vip(command) => vip::run(session, command).await?,
         ClientCommand::Token(command) => token::run(session, command).await?,

@@ -63,6 +63,7 @@ pub(crate) fn router() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(prewarm::set, prewarm::list, prewarm::delete))
         .routes(routes!(platform::instances))
         .routes(routes!(platform::events))
+        .routes(routes!(platform::export))
         .routes(routes!(platform::create_token))
         .routes(routes!(platform::watch_deployments))
         .routes(routes!(platform::watch_jobs))

@@ -83,6 +83,11 @@ impl App {
         Ok(app)
     }
 
+    /// Everything stored, at one revision.
+    pub(crate) async fn export(&self) -> anyhow::Result<Vec<u8>> {
+        Ok(anyplace_store::export(self.store.as_ref(), crate::STORE_OF).await?)
+    }
+
     /// The state in memory. Held for moments only, never across an await.
     pub(crate) fn world(&self) -> MutexGuard<'_, World> {
         // Each change to the world is complete before anything that could panic.

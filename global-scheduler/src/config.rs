@@ -45,6 +45,10 @@ impl Config {
         Duration::from_millis(self.location_lease_ms)
     }
 
+    pub(crate) fn store_path(&self) -> PathBuf {
+        self.data_dir.join("store.redb")
+    }
+
     pub(crate) fn advertised(&self) -> String {
         self.advertise.clone().unwrap_or_else(|| format!("http://{}", self.listen))
     }

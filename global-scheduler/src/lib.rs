@@ -40,6 +40,30 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
     api::router().split_for_parts().1
 }
 
+/// Whose store an export is.
+const STORE_OF: &str = "global-scheduler";
+
+/// What is in the store of a configuration, as a file. Over etcd, the scheduler may run meanwhile; a local file is only
+/// read while it doesn't.
+///
+/// # Errors
+/// The store can't be opened or read.
+pub async fn export(config: &Config) -> anyhow::Result<Vec<u8>> {
+    config.validate()?;
+    let store = anyplace_store::open(config.store_path(), config.etcd.as_ref()).await?;
+    Ok(anyplace_store::export(store.as_ref(), STORE_OF).await?)
+}
+
+/// Fills the empty store of a configuration with what was exported; returns the number of entries.
+///
+/// # Errors
+/// The file isn't a whole export, the store isn't empty, or can't be opened or written.
+pub async fn import(config: &Config, file: &[u8]) -> anyhow::Result<usize> {
+    config.validate()?;
+    let store = anyplace_store::open_any(config.store_path(), config.etcd.as_ref()).await?;
+    Ok(anyplace_store::import(store.as_ref(), STORE_OF, file).await?)
+}
+
 /// Runs the global scheduler until the shutdown.
 ///
 /// # Errors
@@ -48,9 +72,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     config.validate()?;
     anyplace_service::install_crypto_provider();
     let admin = anyplace_service::load_or_create_token(&config.data_dir.join("admin.token"))?;
-    let store = anyplace_store::open(config.data_dir.join("store.redb"), config.etcd.as_ref())
-        .await
-        .context("opening")?;
+    let store = anyplace_store::open(config.store_path(), config.etcd.as_ref()).await.context("opening")?;
     if config.etcd.is_none() {
         // The file's lock keeps others out.
         let term = term::begin(store.as_ref()).await?;

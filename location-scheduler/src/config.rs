@@ -65,6 +65,10 @@ const fn drain_ms() -> u64 {
 }
 
 impl Config {
+    pub(crate) fn store_path(&self) -> PathBuf {
+        self.data_dir.join("store.redb")
+    }
+
     /// Refuses impossible values.
     pub(crate) fn validate(&self) -> anyhow::Result<()> {
         ensure!(

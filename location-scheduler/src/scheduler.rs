@@ -164,8 +164,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
 async fn open(config: Config, shutdown: CancellationToken) -> anyhow::Result<Scheduler> {
     let location_token = read_token(&config.token_file)?;
     let machine_token = load_or_create_token(&config.data_dir.join("machine.token"))?;
-    let path = config.data_dir.join("store.redb");
-    let store = anyplace_store::open(path, config.etcd.as_ref()).await?;
+    let store = anyplace_store::open(config.store_path(), config.etcd.as_ref()).await?;
     let disk = Disk::new(store);
     let stored = disk.load().await?;
     tracing::info!(

@@ -407,6 +407,12 @@ impl Client {
         response.json().await.map_err(|error| self.broken("/v1/events", error.to_string()))
     }
 
+    /// Everything stored, at one moment, as a file for `anyplace admin import`.
+    pub async fn export(&self) -> Result<bytes::Bytes, ClientError> {
+        let response = self.open("/v1/export", &()).await?;
+        response.bytes().await.map_err(|error| self.broken("/v1/export", error.to_string()))
+    }
+
     /// Makes a token.
     pub async fn create_token(&self, request: &TokenRequest) -> Result<NewToken, ClientError> {
         self.json(Method::POST, "/v1/tokens", Some(request)).await

@@ -22,6 +22,7 @@
 //! | `GET /v1/capacity` | | array of `CapacityView` |
 //! | `GET /v1/latency?from=` | | array of `LatencyView` |
 //! | `GET /v1/events?subject=deployment/hello` | | array of `Event`, oldest first |
+//! | `GET /v1/export` | | everything stored, as NDJSON; for admins |
 //! | `POST /v1/tokens` | `TokenRequest` | `NewToken` |
 //! | `GET /v1/watch/{deployments,jobs}?epoch=&from_revision=` | | NDJSON of `WatchEvent<DeploymentView / JobView>` |
 //! | `GET /v1/watch/locations/{name}/desired?epoch=&from_revision=` | | NDJSON of `WatchEvent<LocationDesired>` |

@@ -138,6 +138,27 @@ pub enum Error {
         /// Its key.
         key: String,
     },
+    /// What isn't an export can't be imported.
+    #[error("line {line}: {reason}")]
+    Import {
+        /// Line of the file, from 1; 0 where it is about no line.
+        line: usize,
+        /// What is wrong, and what to do.
+        reason: String,
+    },
+    /// An import needs an empty store.
+    #[error(
+        "the store isn't empty ({entries} keys, such as {key}); import into another one, or move this one away"
+    )]
+    NotEmpty {
+        /// The first key.
+        key: String,
+        /// How many there are.
+        entries: usize,
+    },
+    /// An import has begun and not ended.
+    #[error("an import into this store has not ended; repeat `anyplace admin import`")]
+    Unfinished,
     /// The configuration can't be.
     #[error("{field} {reason}")]
     Config {

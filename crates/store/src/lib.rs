@@ -20,6 +20,7 @@ mod etcd;
 mod ext;
 mod kv;
 mod store;
+mod transfer;
 mod txn;
 
 use std::path::PathBuf;
@@ -31,13 +32,24 @@ pub use etcd::{EtcdConfig, EtcdStore};
 pub use ext::{JsonEntry, StoreExt};
 pub use kv::{EventKind, KeyValue, LeaseId, Revision, WatchEvent};
 pub use store::{BoxFuture, Store, WatchStream};
+pub use transfer::{export, import};
 pub use txn::{Compare, MAX_KEY_BYTES, MAX_TXN_BYTES, MAX_TXN_OPS, MAX_VALUE_BYTES, Op, Txn, TxnOutcome};
 
 /// Opens the store that a configuration names: etcd's where it has one, else the file.
 ///
 /// # Errors
-/// What the engine can't open.
+/// What the engine can't open, and a store whose import hasn't ended.
 pub async fn open(path: PathBuf, etcd: Option<&EtcdConfig>) -> Result<Arc<dyn Store>> {
+    let store = open_any(path, etcd).await?;
+    transfer::check_whole(store.as_ref()).await?;
+    Ok(store)
+}
+
+/// [`open`], also where an import hasn't ended: to repeat it.
+///
+/// # Errors
+/// What the engine can't open.
+pub async fn open_any(path: PathBuf, etcd: Option<&EtcdConfig>) -> Result<Arc<dyn Store>> {
     match etcd {
         Some(etcd) => Ok(EtcdStore::open(etcd).await?),
         None => {

@@ -4,7 +4,11 @@ use std::sync::Arc;
 
 use anyplace_api::{ErrorCode, Event, EventSeverity, NewToken, Problem, Role, TokenRequest, WatchQuery};
 use anyplace_service::{Failure, Json, Query, TokenHash, generate_token};
-use axum::{extract::State, response::Response};
+use axum::{
+    extract::State,
+    http::header::CONTENT_TYPE,
+    response::{IntoResponse as _, Response},
+};
 use jiff::{SignedDuration, Timestamp};
 use serde::Deserialize;
 
@@ -39,6 +43,14 @@ pub(super) struct EventQuery {
 pub(super) async fn events(State(app): State<Arc<App>>, Query(query): Query<EventQuery>) -> Json<Vec<Event>> {
     let wanted = |event: &&Event| query.subject.as_ref().is_none_or(|subject| event.subject == *subject);
     Json(app.world().events.iter().map(|(_, event)| event).filter(wanted).cloned().collect())
+}
+
+/// Everything stored, as lines of JSON, at one moment; for `anyplace admin import`. It has tokens only as hashes.
+#[utoipa::path(get, path = "/v1/export", tag = "platform",
+    responses((status = 200, body = String, content_type = "application/x-ndjson"), (status = "default", body = Problem, content_type = "application/problem+json")))]
+pub(super) async fn export(State(app): State<Arc<App>>) -> Result<Response, Failure> {
+    let file = app.export().await?;
+    Ok(([(CONTENT_TYPE, "application/x-ndjson")], file).into_response())
 }
 
 /// Make a token. It is shown only here.

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use anyplace_api::{Client, ClientError, ErrorCode};
+use anyplace_api::{Client, ClientError, ErrorCode, Role};
 use anyplace_global_scheduler::Config;
 use anyplace_model::DeploymentName;
 use anyplace_seed::Seed;
@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     etcd::{self, Cluster},
-    support::{deployment, eventually},
+    support::{Bed, deployment, eventually, job},
 };
 
 /// The child's configuration.
@@ -49,6 +49,11 @@ struct Scheduler {
 
 impl Scheduler {
     fn start(home: &Path, name: &str, cluster: &Cluster) -> Scheduler {
+        Scheduler::run(Scheduler::configure(home, name, cluster))
+    }
+
+    /// The file of a configuration, and the address in it.
+    fn configure(home: &Path, name: &str, cluster: &Cluster) -> (PathBuf, String) {
         let listen = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let dir = home.join(name);
         std::fs::create_dir(&dir).unwrap();
@@ -60,8 +65,12 @@ impl Scheduler {
         });
         let path = dir.join("config.json");
         std::fs::write(&path, config.to_string()).unwrap();
-        let child = spawn(&path);
-        Scheduler { config: path, url: format!("http://{listen}"), child }
+        (path, format!("http://{listen}"))
+    }
+
+    fn run((config, url): (PathBuf, String)) -> Scheduler {
+        let child = spawn(&config);
+        Scheduler { config, url, child }
     }
 
     fn signal(&self, signal: Signal) {
@@ -176,6 +185,59 @@ async fn apply(client: &Client, name: &str, kept: &mut BTreeSet<String>) {
     })
     .await;
     kept.insert(name.to_owned());
+}
+
+/// From a file to etcd and back, with addresses, tokens and jobs; the backup is made while the scheduler runs.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_scheduler_moves_to_etcd_and_back_with_all_it_knows() {
+    let Some(program) = etcd::program("3.5") else { return };
+    let mut bed = Bed::start().await;
+    let viewer = bed.token(Role::Viewer, None).await;
+    for name in ["a", "b", "c"] {
+        bed.admin.apply_deployment(&deployment(json!({"name": name}))).await.unwrap();
+    }
+    bed.admin.delete_deployment(&"b".parse().unwrap()).await.unwrap();
+    bed.admin.submit_job(&job(json!({"name": "nightly"}))).await.unwrap();
+    let known = async |client: &Client| {
+        let deployments = client.deployments().await.unwrap();
+        let mut known: Vec<_> = deployments.iter().map(|view| (view.name.to_string(), view.vip)).collect();
+        known.extend(
+            client.jobs().await.unwrap().iter().map(|view| (view.name.to_string(), [0, 0, 0, 0].into())),
+        );
+        known
+    };
+    let before = known(&bed.admin).await;
+    let file = bed.admin.export().await.unwrap();
+    let refused = bed.client(Some(viewer.clone())).export().await.unwrap_err();
+    assert_eq!(refused.code(), Some(ErrorCode::Forbidden), "specs have secrets");
+    bed.stop().await;
+
+    let cluster = Cluster::start(program, 1, false, &[]).await;
+    let home = tempfile::tempdir().unwrap();
+    let config = Scheduler::configure(home.path(), "etcd", &cluster);
+    let moved: Config = serde_json::from_slice(&std::fs::read(&config.0).unwrap()).unwrap();
+    let entries = anyplace_global_scheduler::import(&moved, &file).await.unwrap();
+    let scheduler = Scheduler::run(config);
+    eventually("it leads", || scheduler.leads()).await;
+    assert_eq!(known(&scheduler.client()).await, before);
+    let again = Client::new(&scheduler.url, Some(viewer)).unwrap();
+    assert_eq!(again.deployments().await.unwrap().len(), 2, "tokens go along");
+    scheduler.client().delete_deployment(&"c".parse().unwrap()).await.unwrap();
+    let left = known(&scheduler.client()).await;
+
+    // Over etcd the store may be read while the scheduler runs; it knows no more about it.
+    let back = anyplace_global_scheduler::export(&moved).await.unwrap();
+    let folder = home.path().join("file");
+    let file: Config =
+        serde_json::from_value(json!({"data_dir": folder, "vip_pools": ["203.0.113.0/24"]})).unwrap();
+    assert!(anyplace_global_scheduler::import(&file, &back).await.unwrap() > entries / 2);
+    let refused = anyplace_global_scheduler::import(&file, &back).await.unwrap_err();
+    assert!(refused.to_string().contains("the store isn't empty"), "{refused}");
+    drop(scheduler);
+    std::fs::copy(folder.join("store.redb"), bed.path().join("store.redb")).unwrap();
+    bed.restart_stopped().await;
+    assert_eq!(known(&bed.admin).await, left);
+    bed.stop().await;
 }
 
 /// The fence itself: once a later term has begun, a leader that knows nothing of it, and whose lease still lasts, writes
