@@ -48,6 +48,7 @@ pub struct VipKey {
 
 impl VipKey {
     /// A key as the packet names it.
+    #[inline(always)]
     pub const fn new(address: u32, port: u16, protocol: u8) -> Self {
         Self { address, port, protocol, reserved: 0 }
     }
@@ -122,6 +123,14 @@ pub struct PortKey {
     pub reserved: u8,
 }
 
+impl PortKey {
+    /// A key as packets name it.
+    #[inline(always)]
+    pub const fn new(instance: u32, vip: u32, vip_port: u16, protocol: u8) -> Self {
+        Self { instance, vip, vip_port, protocol, reserved: 0 }
+    }
+}
+
 /// The port it listens on inside.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -174,6 +183,15 @@ pub struct FlowKey {
     pub protocol: u8,
     /// Zero.
     pub reserved: [u8; 3],
+}
+
+impl FlowKey {
+    /// A key as packets name it.
+    #[inline(always)]
+    pub const fn new(source: u32, vip: u32, ports: crate::Ports, protocol: u8) -> Self {
+        let (source_port, vip_port) = (ports.source, ports.destination);
+        Self { source, vip, source_port, vip_port, protocol, reserved: [0; 3] }
+    }
 }
 
 /// The instance that owns a flow.

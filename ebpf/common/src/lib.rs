@@ -10,6 +10,7 @@
 
 mod counters;
 mod events;
+mod filter;
 mod hash;
 mod layout;
 mod layout6;
@@ -17,6 +18,7 @@ mod wire;
 
 pub use counters::{Counter, Counters, InstanceCounters, VipCounters};
 pub use events::{FLOW_EVENTS_BYTES, FlowEvent, Outcome, flow_sample, mapped};
+pub use filter::{FILTER_WORDS, filter_bit};
 pub use hash::{bucket_index, flow_hash, flow_hash6, source_port};
 pub use layout::{
     Bucket, Config, FleetKey, FlowKey, FlowValue, FragmentKey, INTERFACE_NAME_BYTES, InstanceValue, Layout,

@@ -113,6 +113,23 @@ impl Ipv6Header {
     pub const fn destination(&self) -> Address6 {
         pieces(self.destination)
     }
+
+    /// Changes the destination.
+    #[inline(always)]
+    pub const fn set_destination(&mut self, address: Address6) {
+        self.destination = words(address);
+    }
+}
+
+#[inline(always)]
+const fn words(address: Address6) -> [u16; 8] {
+    const fn halves(piece: u32) -> [u16; 2] {
+        let [a, b, c, d] = piece.to_ne_bytes();
+        [u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d])]
+    }
+    let [[a, b], [c, d], [e, f], [g, h]] =
+        [halves(address[0]), halves(address[1]), halves(address[2]), halves(address[3])];
+    [a, b, c, d, e, f, g, h]
 }
 
 #[inline(always)]

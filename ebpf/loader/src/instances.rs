@@ -57,6 +57,7 @@ impl DataPlane {
         for port in &instance.ports {
             self.set_port(key, port)?;
         }
+        self.maps.filter.add(key)?;
         self.maps.instances.set(key, value)?;
         self.remove_ports(key, &instance.ports)?;
         if let Some(old) = old.filter(|old| old.interface != interface) {
@@ -71,6 +72,8 @@ impl DataPlane {
         let key = address(instance);
         let old = self.maps.instances.get(key)?;
         self.maps.instances.remove(key)?;
+        let left = self.maps.instances.entries()?;
+        self.maps.filter.remove(key, left.into_iter().map(|(address, _)| address))?;
         self.remove_ports(key, &[])?;
         match old {
             Some(old) => self.links.remove(REPLY, old.interface),

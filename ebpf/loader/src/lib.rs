@@ -7,7 +7,7 @@
 //! ```text
 //! PIN_DIR/v2/                  one folder for each layout version
 //!   CONFIG CONFIG6 BUCKETS INSTANCES FLEET RATES COUNTERS VIP_COUNTERS INSTANCE_COUNTERS WALK
-//!   FLOW_EVENTS FLOW_EVENTS_LOST
+//!   INSTANCE_FILTER FLOW_EVENTS FLOW_EVENTS_LOST
 //!   VIPS PORTS REPLIES FLOWS EMBRYONIC FRAGMENTS, and with a 6 behind the name those for VIPs that are IPv6 addresses
 //!   links/ingress_IFINDEX  links/target_IFINDEX  links/target6_IFINDEX  links/reply_IFINDEX
 //! ```
@@ -21,6 +21,7 @@ mod attach;
 mod counter_slots;
 mod counters;
 mod error;
+mod filter;
 mod fleet;
 mod flow;
 mod flow_events;

@@ -12,6 +12,7 @@ use aya::{
 use crate::{
     Capacity, Error,
     arena::Arena,
+    filter::InstanceFilter,
     sys,
     types::{MapKey, VipKey},
     vips::whole,
@@ -105,6 +106,7 @@ pub(crate) struct Maps {
     pub(crate) vips: Table<common::VipKey, common::VipValue>,
     pub(crate) vips6: Table<common::VipKey6, common::VipValue>,
     pub(crate) instances: Table<u32, common::InstanceValue>,
+    pub(crate) filter: InstanceFilter,
     pub(crate) ports: Table<common::PortKey, common::PortValue>,
     pub(crate) ports6: Table<common::PortKey6, common::PortValue>,
     pub(crate) replies: Table<common::ReplyKey, common::ReplyValue>,
@@ -131,10 +133,14 @@ impl Maps {
         let used = entries.iter().map(|(_, _, value)| whole(value.full, value.local));
         let arena = Arena::new(buckets.fd().as_fd(), sizes.buckets, used)
             .map_err(|io_error| BUCKETS.error("mmap", SyscallError { call: "mmap", io_error }.into()))?;
+        let instances: Table<u32, common::InstanceValue> =
+            Table::take(object, &INSTANCES, INSTANCES.entries)?;
+        let addresses: Vec<u32> = instances.entries()?.into_iter().map(|(address, _)| address).collect();
         let maps = Self {
             vips,
             vips6,
-            instances: Table::take(object, &INSTANCES, INSTANCES.entries)?,
+            instances,
+            filter: InstanceFilter::take(object, &addresses)?,
             ports: Table::take(object, &PORTS, PORTS.entries)?,
             ports6: Table::take(object, &PORTS6, PORTS6.entries)?,
             replies: Table::take(object, &REPLIES, REPLIES.entries)?,
@@ -291,6 +297,7 @@ pub(crate) const CONFIG: Spec = Spec::new::<u32, common::Config>("CONFIG", 1);
 pub(crate) const CONFIG6: Spec = Spec::new::<u32, common::Config6>("CONFIG6", 1);
 pub(crate) const VIPS: Spec = Spec::new::<common::VipKey, common::VipValue>("VIPS", common::MAX_VIPS);
 const BUCKETS: Spec = Spec::new::<u32, common::Bucket>("BUCKETS", common::ARENA_BUCKETS);
+pub(crate) const INSTANCE_FILTER: Spec = Spec::new::<u32, u64>("INSTANCE_FILTER", common::FILTER_WORDS);
 const INSTANCES: Spec = Spec::new::<u32, common::InstanceValue>("INSTANCES", common::MAX_INSTANCES);
 pub(crate) const PORTS: Spec = Spec::new::<common::PortKey, common::PortValue>("PORTS", common::MAX_PORTS);
 const REPLIES: Spec = Spec::new::<common::ReplyKey, common::ReplyValue>("REPLIES", common::MAX_PORTS);
@@ -317,7 +324,7 @@ pub(crate) const INSTANCE_COUNTERS: Spec =
 pub(crate) const FLOW_EVENTS: Spec = Spec::new::<(), ()>("FLOW_EVENTS", common::FLOW_EVENTS_BYTES);
 pub(crate) const FLOW_EVENTS_LOST: Spec = Spec::new::<u32, u64>("FLOW_EVENTS_LOST", 1);
 
-const ALL: [&Spec; 24] = [
+const ALL: [&Spec; 25] = [
     &CONFIG,
     &CONFIG6,
     &VIPS,
@@ -330,6 +337,7 @@ const ALL: [&Spec; 24] = [
     &WALK,
     &BUCKETS,
     &INSTANCES,
+    &INSTANCE_FILTER,
     &PORTS,
     &REPLIES,
     &FLOWS,
@@ -348,6 +356,6 @@ fn take(object: &mut Ebpf, name: &'static str) -> Result<Map, Error> {
     object.take_map(name).ok_or(Error::Missing { kind: "map", name })
 }
 
-fn typed<T: TryFrom<Map, Error = MapError>>(object: &mut Ebpf, spec: &Spec) -> Result<T, Error> {
+pub(crate) fn typed<T: TryFrom<Map, Error = MapError>>(object: &mut Ebpf, spec: &Spec) -> Result<T, Error> {
     T::try_from(take(object, spec.name)?).map_err(|source| spec.error("open", source))
 }

@@ -44,6 +44,15 @@ impl Ethernet {
     }
 }
 
+/// What an encapsulated frame begins with.
+#[repr(C)]
+struct Headers {
+    ethernet: Ethernet,
+    outer: Encapsulation,
+}
+
+const _: () = assert!(size_of::<Headers>() == ETHERNET + ENCAPSULATION_BYTES);
+
 #[xdp]
 pub fn ingress(ctx: XdpContext) -> u32 {
     match try_ingress(&ctx) {
@@ -148,8 +157,7 @@ pub(crate) struct Client {
 /// Sends a packet, whose length was checked, to the hops of its flow.
 #[inline(always)]
 pub(crate) fn forward(ctx: &XdpContext, client: &Client, vip: &VipValue) -> Result<u32, Counter> {
-    maps::count(Counter::Packets);
-    maps::add(Counter::Bytes, u64::from(client.length));
+    maps::count_packet(u64::from(client.length));
     maps::count_vip(vip.counter, u64::from(client.length), client.opens);
 
     let config = maps::config().ok_or(Counter::HelperFailed)?;
@@ -163,29 +171,31 @@ pub(crate) fn forward(ctx: &XdpContext, client: &Client, vip: &VipValue) -> Resu
     }
     let bucket = maps::bucket(&vip.full, client.hash).ok_or(Counter::NoBackend)?;
     let outer = encapsulation(config, client, bucket.now, bucket.before);
-    let local = bucket.now == config.address || maps::instance(bucket.now).is_some();
-    let old_ethernet = at::<Ethernet>(ctx, 0).ok_or(Counter::HelperFailed)?;
-    // SAFETY: `at` checked the bounds, and no helper moved the packet since.
-    let mut ethernet = unsafe { *old_ethernet };
-    if client.ipv6 {
-        ethernet.ethertype = ETHERTYPE_IPV4;
-    }
+    let local = bucket.now == config.address || maps::is_instance(bucket.now);
 
     // SAFETY: the context is the kernel's; every packet pointer is fetched anew below.
     if unsafe { bpf_xdp_adjust_head(ctx.ctx, -(ENCAPSULATION_BYTES as i32)) } != 0 {
         return Err(Counter::HelperFailed);
     }
-    let new_ethernet = at::<Ethernet>(ctx, 0).ok_or(Counter::HelperFailed)?;
-    let new_outer = at::<Encapsulation>(ctx, ETHERNET).ok_or(Counter::HelperFailed)?;
-    // A hop on this machine: `target` takes it as if it had been received. Else back to the fabric's router, which
-    // forwards by the outer destination.
-    let (ethernet, action) = if local { (ethernet, XDP_PASS) } else { (ethernet.back(), XDP_TX) };
-    // SAFETY: `at` checked the bounds after the packet moved.
+    let headers = at::<Headers>(ctx, 0).ok_or(Counter::HelperFailed)?;
+    // SAFETY: `at` checked the bounds after the packet moved. The old Ethernet header stands in the last bytes of the new
+    // headers, and is copied before those are written.
     unsafe {
-        *new_ethernet = ethernet;
-        *new_outer = outer;
+        let old = headers.byte_add(ENCAPSULATION_BYTES).cast::<Ethernet>();
+        let new = &raw mut (*headers).ethernet;
+        // A hop on this machine: `target` takes it as if it had been received. Else back to the fabric's router, which
+        // forwards by the outer destination.
+        if local {
+            (*new).destination = (*old).destination;
+            (*new).source = (*old).source;
+        } else {
+            (*new).destination = (*old).source;
+            (*new).source = (*old).destination;
+        }
+        (*new).ethertype = ETHERTYPE_IPV4;
+        (*headers).outer = outer;
     }
-    Ok(action)
+    Ok(if local { XDP_PASS } else { XDP_TX })
 }
 
 /// The header for a flow's packet: first hop as the destination, the rest right-aligned in the list.

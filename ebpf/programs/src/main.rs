@@ -14,9 +14,11 @@
 
 mod answers;
 mod answers6;
+mod deliver;
 mod events;
 mod ingress;
 mod ingress6;
+mod inner;
 mod maps;
 mod maps6;
 mod packet;

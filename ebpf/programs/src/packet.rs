@@ -1,6 +1,7 @@
 //! Offsets and small readings of packets.
 
 use anyplace_ebpf_common::{FragmentKey, Ipv4Header, TCP, UDP};
+use aya_ebpf::programs::TcContext;
 
 /// Length of an Ethernet header; VLAN tags are not looked into.
 pub(crate) const ETHERNET: usize = 14;
@@ -80,17 +81,28 @@ pub(crate) fn quotes(icmp_type: u8) -> bool {
 /// A checksum after `from`, which it covers, became `to`.
 #[inline(always)]
 pub(crate) fn updated(checksum: u16, from: u16, to: u16) -> u16 {
-    let mut sum = u32::from(!checksum) + u32::from(!from) + u32::from(to);
+    changed(checksum, u32::from(!from) + u32::from(to))
+}
+
+/// A checksum after the sum that it covers grew by `difference`: a few words, each of 16 bits.
+#[inline(always)]
+pub(crate) fn changed(checksum: u16, difference: u32) -> u16 {
+    let mut sum = u32::from(!checksum) + difference;
     sum = (sum & 0xffff) + (sum >> 16);
     sum = (sum & 0xffff) + (sum >> 16);
     !(sum as u16)
 }
 
+/// What a sum grows by when an address becomes another, in four words.
+#[inline(always)]
+pub(crate) fn difference(from: u32, to: u32) -> u32 {
+    (!from & 0xffff) + (!from >> 16) + (to & 0xffff) + (to >> 16)
+}
+
 /// The same for an address.
 #[inline(always)]
 pub(crate) fn updated_address(checksum: u16, from: u32, to: u32) -> u16 {
-    let checksum = updated(checksum, from as u16, to as u16);
-    updated(checksum, (from >> 16) as u16, (to >> 16) as u16)
+    changed(checksum, difference(from, to))
 }
 
 #[inline(always)]
@@ -120,4 +132,14 @@ pub(crate) fn negotiates(tcp_flags: u8) -> bool {
 #[inline(always)]
 pub(crate) fn continues_connection(tcp_flags: u8) -> bool {
     tcp_flags & (SYN | ACK | RST | FIN) == ACK
+}
+
+/// A pointer to a `T` at `offset` of a socket buffer, if its first part has that many bytes.
+#[inline(always)]
+pub(crate) fn in_buffer<T>(ctx: &TcContext, offset: usize) -> Option<*mut T> {
+    let start = ctx.data();
+    if start + offset + size_of::<T>() > ctx.data_end() {
+        return None;
+    }
+    Some((start + offset) as *mut T)
 }

@@ -6,7 +6,7 @@
 use anyplace_ebpf_common::{Address6, Counter, FragmentKey6, Ipv6Header, MAX_EXTENSIONS, TCP, UDP, Walk};
 use aya_ebpf::{
     bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, xdp_md},
-    helpers::{bpf_csum_diff, bpf_csum_update},
+    helpers::bpf_csum_update,
     programs::{TcContext, XdpContext},
 };
 
@@ -203,12 +203,16 @@ pub(crate) fn checksum(protocol: u8, transport: usize) -> (usize, u64) {
     if protocol == TCP { (transport + 16, 0) } else { (transport + 6, u64::from(BPF_F_MARK_MANGLED_0)) }
 }
 
-/// What a sum grows by when an address becomes another.
+/// What a sum grows by when an address becomes another: less than two words.
 #[inline(always)]
 pub(crate) fn difference(from: &Address6, to: &Address6) -> u32 {
-    let (mut from, mut to) = (*from, *to);
-    // SAFETY: two buffers of sixteen bytes.
-    unsafe { bpf_csum_diff(from.as_mut_ptr(), 16, to.as_mut_ptr(), 16, 0) as u32 }
+    let mut sum = 0;
+    for (from, to) in from.iter().zip(to) {
+        sum += u64::from(!from) + u64::from(*to);
+    }
+    sum = (sum & 0xffff_ffff) + (sum >> 32);
+    sum = (sum & 0xffff) + (sum >> 16);
+    ((sum & 0xffff) + (sum >> 16)) as u32
 }
 
 /// Updates the checksum at an offset, which covers a pseudo-header, for an address in the IP header that became another.

@@ -7,31 +7,27 @@
 //! Flows are known from their second packet on (FLOWS); what was seen once is in a table of its own (EMBRYONIC), so that
 //! a flood of new tuples forgets nobody's connection.
 
-use core::mem::offset_of;
+use core::mem::{MaybeUninit, offset_of};
 
 use anyplace_ebpf_common::{
-    Bucket, Config, Counter, ENCAPSULATION_BYTES, Encapsulation, FlowKey, GUE_FLAGS_AND_PROTOCOL,
-    GUE_FLAGS_AND_PROTOCOL_IPV6, GUE_PORT, HOPS, ICMP, InstanceValue, Ipv4Header, PortKey, Ports, TCP, UDP,
-    VipKey, flow_hash,
+    Bucket, Config, Counter, ENCAPSULATION_BYTES, Encapsulation, GUE_FLAGS_AND_PROTOCOL,
+    GUE_FLAGS_AND_PROTOCOL_IPV6, GUE_PORT, HOPS, InstanceValue, Ipv4Header, PortKey, UDP, VipKey, flow_hash,
 };
 use aya_ebpf::{
-    bindings::{
-        BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, TC_ACT_SHOT, TC_ACT_UNSPEC,
-        bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
-    },
-    helpers::{bpf_redirect_neigh, bpf_redirect_peer},
+    bindings::{BPF_F_RECOMPUTE_CSUM, TC_ACT_SHOT, TC_ACT_UNSPEC},
+    helpers::bpf_redirect_neigh,
     macros::classifier,
     programs::TcContext,
 };
 
 use crate::{
-    events, maps,
-    packet::{self, ETHERNET, ETHERTYPE_IPV4, ICMP_BYTES, IPV4, TCP_FLAGS},
-    quoted,
+    deliver::{deliver, helper},
+    events,
+    inner::{self, FRAGMENT_UNKNOWN, INNER, Inner, MALFORMED, OPTIONS, READ},
+    maps,
+    packet::{self, ETHERNET, ETHERTYPE_IPV4, in_buffer},
 };
 
-/// Offset of the client's packet.
-pub(crate) const INNER: usize = ETHERNET + ENCAPSULATION_BYTES;
 /// Hops tried on this machine for one packet: a relay, its two instances, the first of them again, and one to spare.
 pub(crate) const MAX_TRIES: usize = 5;
 
@@ -44,63 +40,6 @@ pub fn target(ctx: TcContext) -> i32 {
             TC_ACT_SHOT
         }
     }
-}
-
-/// The client's packet, as far as it matters here.
-struct Inner {
-    flow: FlowKey,
-    kind: Kind,
-    /// Length of its IP header.
-    header: usize,
-    /// May be served by whoever gets it: a TCP SYN.
-    opens: bool,
-    /// Worth remembering when the last hop serves it: UDP, or TCP in mid-connection.
-    continues: bool,
-}
-
-impl Inner {
-    /// The same, by way of the packet's control block: so that the verifier doesn't know any more which branches led
-    /// here, and goes through what follows once and not for each of them (half of 646,206 instructions, of a million).
-    #[inline(always)]
-    fn forgotten(mut self, ctx: &TcContext) -> Self {
-        const OPENS: u32 = 1 << 8;
-        const CONTINUES: u32 = 1 << 9;
-        const FRAGMENT: u32 = 1 << 10;
-        const ERROR: u32 = 1 << 11;
-        let mut word = self.header as u32;
-        word |= if self.opens { OPENS } else { 0 } | if self.continues { CONTINUES } else { 0 };
-        word |= match self.kind {
-            Kind::Transport => 0,
-            Kind::Fragment => FRAGMENT,
-            Kind::Error => ERROR,
-        };
-        // SAFETY: the context is the kernel's, and its control block this program's.
-        let word = unsafe {
-            let place = &raw mut (*ctx.skb.skb).cb[0];
-            place.write_volatile(word);
-            place.read_volatile()
-        };
-        self.header = (word & 60) as usize;
-        self.opens = word & OPENS != 0;
-        self.continues = word & CONTINUES != 0;
-        self.kind = match word & (FRAGMENT | ERROR) {
-            0 => Kind::Transport,
-            FRAGMENT => Kind::Fragment,
-            _ => Kind::Error,
-        };
-        self
-    }
-}
-
-/// What is rewritten beside the IP header.
-#[derive(Clone, Copy, PartialEq)]
-enum Kind {
-    /// Port and checksum of the transport header.
-    Transport,
-    /// Nothing: a fragment after the first.
-    Fragment,
-    /// The quoted packet of an ICMP error.
-    Error,
 }
 
 /// The hop being tried and those after it. Three variables and not an array: an index that the verifier can't follow
@@ -168,6 +107,57 @@ impl Route {
     }
 }
 
+/// The encapsulation, if the frame is long enough for one. Read where it stands: it is gone with the first change of the
+/// packet.
+#[inline(always)]
+pub(crate) fn outer(ctx: &TcContext) -> Option<&Encapsulation> {
+    let found = match in_buffer::<Encapsulation>(ctx, ETHERNET) {
+        None => {
+            // Longer frames may have their first bytes elsewhere.
+            ctx.pull_data(INNER as u32).ok()?;
+            in_buffer::<Encapsulation>(ctx, ETHERNET)?
+        }
+        Some(found) => found,
+    };
+    // SAFETY: `in_buffer` checked the bounds; the verifier refuses a use after the packet has moved.
+    Some(unsafe { &*found })
+}
+
+/// The same once more, for what comes after the client's packet was read: so that the verifier forgets how far it was looked
+/// into, and goes through the rest once and not for each kind of packet.
+#[inline(always)]
+pub(crate) fn outer_again(ctx: &TcContext) -> Result<&Encapsulation, Counter> {
+    // SAFETY: the context is the kernel's; volatile, or the compiler would know them from before.
+    let (start, end) = unsafe {
+        let skb = ctx.skb.skb;
+        ((&raw const (*skb).data).read_volatile(), (&raw const (*skb).data_end).read_volatile())
+    };
+    let (start, end) = (start as usize, end as usize);
+    if start + INNER > end {
+        return Err(Counter::HelperFailed);
+    }
+    // SAFETY: the bounds were checked.
+    Ok(unsafe { &*((start + ETHERNET) as *const Encapsulation) })
+}
+
+/// Whether an encapsulation has the form that our ingress gives it; its protocol was looked at before.
+#[inline(always)]
+pub(crate) fn is_well_formed(outer: &Encapsulation) -> bool {
+    outer.private_type == 0 && outer.hop_count == HOPS && outer.next_hop <= HOPS
+}
+
+/// What becomes of a packet whose inner part isn't what our ingress sends.
+#[inline(always)]
+pub(crate) fn unreadable(found: u32, ours: bool) -> Result<i32, Counter> {
+    match found {
+        _ if !ours => Ok(TC_ACT_UNSPEC),
+        MALFORMED => Err(Counter::Malformed),
+        OPTIONS => Err(Counter::Options),
+        FRAGMENT_UNKNOWN => Err(Counter::FragmentUnknown),
+        _ => Err(Counter::HelperFailed),
+    }
+}
+
 /// A verdict, or the reason for a drop.
 #[inline(always)]
 fn try_target(ctx: &TcContext) -> Result<i32, Counter> {
@@ -175,7 +165,7 @@ fn try_target(ctx: &TcContext) -> Result<i32, Counter> {
     if unsafe { (*ctx.skb.skb).protocol } != u32::from(ETHERTYPE_IPV4) {
         return Ok(TC_ACT_UNSPEC);
     }
-    let Ok(outer) = ctx.load::<Encapsulation>(ETHERNET) else { return Ok(TC_ACT_UNSPEC) };
+    let Some(outer) = outer(ctx) else { return Ok(TC_ACT_UNSPEC) };
     if outer.ip.version_ihl != 0x45
         || outer.ip.protocol != UDP
         || outer.udp.destination != GUE_PORT.to_be()
@@ -186,27 +176,75 @@ fn try_target(ctx: &TcContext) -> Result<i32, Counter> {
         return Ok(TC_ACT_UNSPEC);
     }
     let config = maps::config().ok_or(Counter::HelperFailed)?;
-    let received = u32::from_ne_bytes(outer.ip.destination);
-    let ours = received == config.address || maps::instance(received).is_some();
-    let well_formed = outer.gue == GUE_FLAGS_AND_PROTOCOL
-        && outer.private_type == 0
-        && outer.hop_count == HOPS
-        && outer.next_hop <= HOPS;
-    let foreign = !maps::in_fleet(config, u32::from_ne_bytes(outer.ip.source));
-    if ours && foreign {
+    let mut arrival = Arrival::new(config, outer);
+    if arrival.is_ours() && arrival.is_foreign() {
         return Err(Counter::ForeignSource);
     }
-    let inner = if well_formed { inner(ctx, &outer) } else { Err(Counter::Malformed) };
-    let inner = match inner {
-        Ok(inner) => inner.forgotten(ctx),
-        Err(reason) if ours => return Err(reason),
-        Err(_) => return Ok(TC_ACT_UNSPEC),
+    let mut inner = MaybeUninit::uninit();
+    let found = if outer.gue != GUE_FLAGS_AND_PROTOCOL || !is_well_formed(outer) {
+        MALFORMED
+    } else if let Some(plain) = inner::plain(ctx, outer) {
+        inner.write(plain);
+        READ
+    } else {
+        inner::unusual(ctx.skb.skb, &mut inner, u32::from(u16::from_be(outer.ip.total_length)))
     };
-    let result = try_route(ctx, &inner, &outer, config, (ours, foreign));
+    if found != READ {
+        return unreadable(found, arrival.is_ours());
+    }
+    // SAFETY: `READ` says that it was written.
+    let inner = unsafe { inner.assume_init_mut() };
+    inner.forget(ctx);
+    arrival.forget(ctx);
+    let outer = outer_again(ctx)?;
+    let result = try_route(ctx, inner, outer, config, &arrival);
     if let Err(reason) = result {
         events::refused(&inner.flow, reason);
     }
     result
+}
+
+/// Where a packet arrived, and from where.
+pub(crate) struct Arrival {
+    /// Its outer destination: the first hop to try.
+    pub(crate) address: u32,
+    /// The instance of this machine with that address.
+    pub(crate) instance: Option<&'static InstanceValue>,
+    /// The bits below.
+    whose: u32,
+}
+
+/// The address is an instance's, or the machine's own.
+const OURS: u32 = 1;
+/// The packet comes from outside the fleet.
+const FOREIGN: u32 = 2;
+
+impl Arrival {
+    #[inline(always)]
+    pub(crate) fn new(config: &Config, outer: &Encapsulation) -> Self {
+        let address = u32::from_ne_bytes(outer.ip.destination);
+        let instance = maps::instance(address);
+        let ours = address == config.address || instance.is_some();
+        let foreign = !maps::in_fleet(config, u32::from_ne_bytes(outer.ip.source));
+        let whose = if ours { OURS } else { 0 } | if foreign { FOREIGN } else { 0 };
+        Self { address, instance, whose }
+    }
+
+    #[inline(always)]
+    pub(crate) fn is_ours(&self) -> bool {
+        self.whose & OURS != 0
+    }
+
+    #[inline(always)]
+    pub(crate) fn is_foreign(&self) -> bool {
+        self.whose & FOREIGN != 0
+    }
+
+    /// As [`Inner::forget`].
+    #[inline(always)]
+    pub(crate) fn forget(&mut self, ctx: &TcContext) {
+        self.whose = inner::forget(ctx, self.whose);
+    }
 }
 
 /// Tries the hops.
@@ -216,19 +254,21 @@ fn try_route(
     inner: &Inner,
     outer: &Encapsulation,
     config: &Config,
-    (ours, foreign): (bool, bool),
+    arrival: &Arrival,
 ) -> Result<i32, Counter> {
-    let received = u32::from_ne_bytes(outer.ip.destination);
-    let mut route = Route::new(received, outer);
-    if !ours {
+    let mut route = Route::new(arrival.address, outer);
+    // Who is at `route.hop`; looked up with each new hop, so the first, which was before, isn't looked up twice.
+    let mut here = arrival.instance;
+    if !arrival.is_ours() {
         // Routed here, but nobody's: the address of an instance that is gone, if it is about a VIP at all.
         if !maps::is_vip(inner.flow.vip) {
             return Ok(TC_ACT_UNSPEC);
         }
-        if foreign {
+        if arrival.is_foreign() {
             return Err(Counter::ForeignSource);
         }
         pass_on(&mut route)?;
+        here = maps::instance(route.hop);
     }
     let established = maps::flow_owner(&inner.flow);
     let owner = if established == 0 { maps::embryonic_owner(&inner.flow) } else { established };
@@ -236,31 +276,28 @@ fn try_route(
     for _ in 0..MAX_TRIES {
         if route.hop == config.address {
             relay(inner, &mut route)?;
+            here = maps::instance(route.hop);
             continue;
         }
-        let Some(instance) = maps::instance(route.hop) else {
-            if route.hop == received {
+        let Some(instance) = here else {
+            if route.hop == arrival.address {
                 // Only after the hops came round to where we started: nobody here to try.
                 return Err(Counter::NoInstance);
             }
             return forward(ctx, outer, config, &route);
         };
-        let port = maps::served_port(&PortKey {
-            instance: route.hop,
-            vip: inner.flow.vip,
-            vip_port: inner.flow.vip_port,
-            protocol: inner.flow.protocol,
-            reserved: 0,
-        });
-        if let Some(port) = port {
+        let flow = &inner.flow;
+        let port = PortKey::new(route.hop, flow.vip, flow.vip_port, flow.protocol);
+        if let Some(port) = maps::served_port(&port) {
             let owned = owner == route.hop;
-            if owned || inner.opens || route.left == 0 {
+            if owned || inner.opens() || route.left == 0 {
                 let new_flow = remember(inner, route.hop, owned, established != 0);
                 maps::count_instance(port.counter, client_bytes(outer), new_flow);
                 return deliver(ctx, inner, instance, route.hop, port.port);
             }
         }
         pass_on(&mut route)?;
+        here = maps::instance(route.hop);
     }
     Err(Counter::TtlExceeded)
 }
@@ -284,9 +321,9 @@ pub(crate) fn pass_on(route: &mut Route) -> Result<(), Counter> {
 #[inline(always)]
 fn remember(inner: &Inner, instance: u32, owned: bool, established: bool) -> bool {
     if owned {
-        return inner.continues && !established && maps::promote_flow(&inner.flow, instance);
+        return inner.continues() && !established && maps::promote_flow(&inner.flow, instance);
     }
-    if !inner.opens && !inner.continues {
+    if !inner.opens() && !inner.continues() {
         return false;
     }
     // An established flow that comes to another instance keeps its entry: nothing is evicted for it.
@@ -295,85 +332,6 @@ fn remember(inner: &Inner, instance: u32, owned: bool, established: bool) -> boo
     }
     maps::note_flow(&inner.flow, instance);
     false
-}
-
-/// Reads the client's packet; an error if it isn't one that our ingress sends.
-#[inline(always)]
-fn inner(ctx: &TcContext, outer: &Encapsulation) -> Result<Inner, Counter> {
-    let ip = ctx.load::<Ipv4Header>(INNER).map_err(malformed)?;
-    let header = packet::header_bytes(&ip);
-    let length = u16::from_be(ip.total_length) as usize;
-    if header == 0
-        || length < header
-        || length + ENCAPSULATION_BYTES != u16::from_be(outer.ip.total_length) as usize
-        || length + INNER > ctx.len() as usize
-    {
-        return Err(Counter::Malformed);
-    }
-    if !packet::is_tcp_or_udp(ip.protocol) {
-        let payload = length - header;
-        let is_error = ip.protocol == ICMP && !packet::is_fragment(&ip) && payload >= ICMP_BYTES;
-        return if is_error { error(ctx, &ip, header, payload) } else { Err(Counter::Malformed) };
-    }
-    let later = packet::is_later_fragment(&ip);
-    let ports = if later {
-        maps::fragment_ports(&packet::fragment_key(&ip)).ok_or(Counter::FragmentUnknown)?
-    } else if length < header + packet::transport_bytes(ip.protocol) {
-        return Err(Counter::Malformed);
-    } else {
-        ctx.load::<Ports>(INNER + header).map_err(malformed)?
-    };
-    if packet::is_first_fragment(&ip) {
-        maps::record_fragment(&packet::fragment_key(&ip), ports);
-    }
-    let (opens, continues) = if later {
-        (false, false)
-    } else if ip.protocol == TCP {
-        let flags = ctx.load::<u8>(INNER + header + TCP_FLAGS).map_err(malformed)?;
-        (packet::opens_connection(flags), packet::continues_connection(flags))
-    } else {
-        (false, true)
-    };
-    let flow = FlowKey {
-        source: u32::from_ne_bytes(ip.source),
-        vip: u32::from_ne_bytes(ip.destination),
-        source_port: ports.source,
-        vip_port: ports.destination,
-        protocol: ip.protocol,
-        reserved: [0; 3],
-    };
-    let kind = if later { Kind::Fragment } else { Kind::Transport };
-    Ok(Inner { flow, kind, header, opens, continues })
-}
-
-/// Reads an ICMP error: its flow is that of the packet it quotes, which one of our instances sent.
-#[inline(always)]
-fn error(ctx: &TcContext, ip: &Ipv4Header, header: usize, payload: usize) -> Result<Inner, Counter> {
-    let kind = ctx.load::<u8>(INNER + header).map_err(malformed)?;
-    let at = INNER + header + ICMP_BYTES;
-    if !packet::quotes(kind) || payload < ICMP_BYTES + IPV4 {
-        return Err(Counter::Malformed);
-    }
-    let quote = ctx.load::<Ipv4Header>(at).map_err(malformed)?;
-    let quote_header = packet::header_bytes(&quote);
-    if quote_header == 0
-        || payload < ICMP_BYTES + quote_header + 8
-        || quote.source != ip.destination
-        || !packet::is_tcp_or_udp(quote.protocol)
-        || packet::is_later_fragment(&quote)
-    {
-        return Err(Counter::Malformed);
-    }
-    let ports = ctx.load::<Ports>(at + quote_header).map_err(malformed)?;
-    let flow = FlowKey {
-        source: u32::from_ne_bytes(quote.destination),
-        vip: u32::from_ne_bytes(ip.destination),
-        source_port: ports.destination,
-        vip_port: ports.source,
-        protocol: quote.protocol,
-        reserved: [0; 3],
-    };
-    Ok(Inner { flow, kind: Kind::Error, header, opens: false, continues: false })
 }
 
 /// Turns the machine's own address into hops of this location.
@@ -385,50 +343,6 @@ fn relay(inner: &Inner, route: &mut Route) -> Result<(), Counter> {
         maps::bucket(&vip.local, hash)
     });
     route.relay(bucket)
-}
-
-/// Strips the encapsulation, rewrites the destination and hands the packet to the instance.
-#[inline(always)]
-fn deliver(
-    ctx: &TcContext,
-    inner: &Inner,
-    instance: &InstanceValue,
-    address: u32,
-    port: u16,
-) -> Result<i32, Counter> {
-    const IP: usize = ETHERNET;
-    let transport = ETHERNET + inner.header;
-    let flow = &inner.flow;
-    let (interface, mac) = (instance.interface, instance.mac);
-    ctx.adjust_room(-(ENCAPSULATION_BYTES as i32), BPF_ADJ_ROOM_MAC, 0).map_err(helper)?;
-    let (from, to) = (u64::from(flow.vip), u64::from(address));
-    ctx.l3_csum_replace(IP + offset_of!(Ipv4Header, checksum), from, to, 4).map_err(helper)?;
-    ctx.store(IP + offset_of!(Ipv4Header, destination), &address, 0).map_err(helper)?;
-    match inner.kind {
-        Kind::Transport => {
-            let (checksum, flags) = if flow.protocol == TCP {
-                (transport + 16, 0)
-            } else {
-                // A UDP checksum of zero means none, and must neither be updated nor come out of an update.
-                (transport + 6, u64::from(BPF_F_MARK_MANGLED_0))
-            };
-            ctx.l4_csum_replace(checksum, from, to, flags | u64::from(BPF_F_PSEUDO_HDR) | 4)
-                .map_err(helper)?;
-            ctx.l4_csum_replace(checksum, u64::from(flow.vip_port), u64::from(port), flags | 2)
-                .map_err(helper)?;
-            ctx.store(transport + offset_of!(Ports, destination), &port, 0).map_err(helper)?;
-        }
-        Kind::Fragment => {}
-        Kind::Error => {
-            if quoted::rewrite(ctx.skb.skb, transport as u32, address, port) != 0 {
-                return Err(Counter::HelperFailed);
-            }
-        }
-    }
-    ctx.store(0, &mac, 0).map_err(helper)?;
-    maps::count(Counter::Delivered);
-    // SAFETY: plain numbers.
-    Ok(unsafe { bpf_redirect_peer(interface, 0) } as i32)
 }
 
 /// Sends the packet, still encapsulated, to the hop on another machine.
@@ -472,14 +386,4 @@ struct HopList {
     next_hop: u8,
     hop_count: u8,
     hops: [u32; 3],
-}
-
-#[inline(always)]
-pub(crate) fn malformed<E>(_: E) -> Counter {
-    Counter::Malformed
-}
-
-#[inline(always)]
-pub(crate) fn helper<E>(_: E) -> Counter {
-    Counter::HelperFailed
 }

@@ -7,24 +7,29 @@ use core::mem::{MaybeUninit, offset_of};
 
 use anyplace_ebpf_common::{
     Counter, ENCAPSULATION_BYTES, Encapsulation, FlowKey6, FragmentValue6, GUE_FLAGS_AND_PROTOCOL_IPV6,
-    GUE_PORT, HOPS, ICMPV6, Ipv6Header, PortKey6, Ports, TCP, UDP, VipKey6, flow_hash6, instance_address,
+    GUE_PORT, ICMPV6, Ipv6Header, PortKey6, Ports, TCP, UDP, VipKey6, flow_hash6, instance_address,
 };
 use aya_ebpf::{
     bindings::{
         __sk_buff, BPF_F_ADJ_ROOM_DECAP_L3_IPV6, TC_ACT_SHOT, TC_ACT_UNSPEC,
         bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
     },
-    helpers::bpf_redirect_peer,
     macros::classifier,
     programs::TcContext,
 };
 
 use crate::{
-    events, maps, maps6,
-    packet::{self, ETHERNET, ETHERTYPE_IPV4, ICMP_BYTES, TCP_FLAGS},
+    deliver::{hand_over, helper, rewrite_transport},
+    events,
+    inner::{FAILED, FRAGMENT_UNKNOWN, INNER, MALFORMED, OPTIONS, READ, forget, malformed},
+    maps, maps6,
+    packet::{self, ETHERNET, ETHERTYPE_IPV4, ICMP_BYTES, TCP_FLAGS, in_buffer},
     packet6::{self, ETHERTYPE_IPV6, IPV6},
     quoted6,
-    target::{INNER, MAX_TRIES, Route, client_bytes, forward, helper, malformed, pass_on},
+    target::{
+        Arrival, MAX_TRIES, Route, client_bytes, forward, is_well_formed, outer, outer_again, pass_on,
+        unreadable,
+    },
 };
 
 #[classifier]
@@ -53,6 +58,8 @@ const CONTINUES: u32 = 1 << 17;
 const FRAGMENT: u32 = 1 << 18;
 /// An ICMPv6 error.
 const ERROR: u32 = 1 << 19;
+/// TCP or UDP without extension headers, all of whose headers stand in the buffer's first part.
+const PLAIN: u32 = 1 << 20;
 
 impl Inner {
     #[inline(always)]
@@ -66,27 +73,6 @@ impl Inner {
     }
 }
 
-/// Where to deliver.
-struct Place {
-    /// The instance's IPv4 address.
-    address: u32,
-    interface: u32,
-    mac: [u8; 6],
-    port: u16,
-}
-
-/// The same number, of which the verifier knows nothing any more: so it goes through what follows once, and not once for
-/// each way that led here.
-#[inline(always)]
-fn forget(ctx: &TcContext, word: u32) -> u32 {
-    // SAFETY: the context is the kernel's, and its control block this program's.
-    unsafe {
-        let place = &raw mut (*ctx.skb.skb).cb[0];
-        place.write_volatile(word);
-        place.read_volatile()
-    }
-}
-
 /// A verdict, or the reason for a drop.
 #[inline(always)]
 fn try_target6(ctx: &TcContext) -> Result<i32, Counter> {
@@ -94,7 +80,7 @@ fn try_target6(ctx: &TcContext) -> Result<i32, Counter> {
     if unsafe { (*ctx.skb.skb).protocol } != u32::from(ETHERTYPE_IPV4) {
         return Ok(TC_ACT_UNSPEC);
     }
-    let Ok(outer) = ctx.load::<Encapsulation>(ETHERNET) else { return Ok(TC_ACT_UNSPEC) };
+    let Some(outer) = outer(ctx) else { return Ok(TC_ACT_UNSPEC) };
     if outer.ip.version_ihl != 0x45
         || outer.ip.protocol != UDP
         || outer.udp.destination != GUE_PORT.to_be()
@@ -104,60 +90,59 @@ fn try_target6(ctx: &TcContext) -> Result<i32, Counter> {
         return Ok(TC_ACT_UNSPEC);
     }
     let config = maps::config().ok_or(Counter::HelperFailed)?;
-    let received = u32::from_ne_bytes(outer.ip.destination);
-    let ours = received == config.address || maps::instance(received).is_some();
-    let well_formed = outer.private_type == 0 && outer.hop_count == HOPS && outer.next_hop <= HOPS;
-    let foreign = !maps::in_fleet(config, u32::from_ne_bytes(outer.ip.source));
-    if ours && foreign {
+    let mut arrival = Arrival::new(config, outer);
+    if arrival.is_ours() && arrival.is_foreign() {
         return Err(Counter::ForeignSource);
     }
     let mut inner = MaybeUninit::uninit();
-    let length = u32::from(u16::from_be(outer.ip.total_length));
-    let result = if well_formed { read(ctx.skb.skb, &mut inner, length) } else { MALFORMED };
-    if result != READ {
-        return match result {
-            _ if !ours => Ok(TC_ACT_UNSPEC),
-            MALFORMED => Err(Counter::Malformed),
-            OPTIONS => Err(Counter::Options),
-            FRAGMENT_UNKNOWN => Err(Counter::FragmentUnknown),
-            _ => Err(Counter::HelperFailed),
-        };
+    let found = if !is_well_formed(outer) {
+        MALFORMED
+    } else if let Some(plain) = plain(ctx, outer) {
+        inner.write(plain);
+        READ
+    } else {
+        unusual(ctx.skb.skb, &mut inner, u32::from(u16::from_be(outer.ip.total_length)))
+    };
+    if found != READ {
+        return unreadable(found, arrival.is_ours());
     }
     // SAFETY: `READ` says that it was written.
     let inner = unsafe { inner.assume_init_mut() };
     inner.word = forget(ctx, inner.word);
+    arrival.forget(ctx);
+    let outer = outer_again(ctx)?;
     let mut place = MaybeUninit::uninit();
-    let verdict = route(ctx.skb.skb, inner, &outer, &mut place, u32::from(ours) | u32::from(foreign) << 1);
+    let verdict = route(ctx.skb.skb, inner, outer, &mut place, &arrival);
     if verdict != PLACED {
         return Ok(verdict);
     }
     // SAFETY: `PLACED` says that it was written.
-    let place = unsafe { place.assume_init_ref() };
-    let transport = (inner.word & 0xffff).wrapping_sub(ENCAPSULATION_BYTES as u32);
-    if deliver(ctx.skb.skb, inner, place) != 0
-        || inner.word & ERROR != 0 && quoted6::rewrite(ctx.skb.skb, transport, place.address, place.port) != 0
-    {
-        return Err(Counter::HelperFailed);
-    }
-    ctx.store(0, &place.mac, 0).map_err(helper)?;
-    maps::count(Counter::Delivered);
-    // SAFETY: plain numbers.
-    Ok(unsafe { bpf_redirect_peer(place.interface, 0) } as i32)
+    deliver(ctx, inner, unsafe { place.assume_init_ref() })
+}
+
+/// Where to deliver.
+struct Place {
+    /// The instance's IPv4 address.
+    address: u32,
+    interface: u32,
+    mac: [u8; 6],
+    port: u16,
 }
 
 /// What [`route`] answers where an instance of this machine gets the packet.
 const PLACED: i32 = i32::MAX;
 
-/// Tries the hops: a verdict, or [`PLACED`] with the place.
+/// Tries the hops: a verdict, or [`PLACED`] with the place. A function of its own: beside its caller's memory there must be
+/// room on the stack for the walk along extension headers.
 #[inline(never)]
 fn route(
     skb: *mut __sk_buff,
     inner: &Inner,
     outer: &Encapsulation,
     place: &mut MaybeUninit<Place>,
-    whose: u32,
+    arrival: &Arrival,
 ) -> i32 {
-    match try_route(&TcContext::new(skb), inner, outer, place, whose) {
+    match try_route(&TcContext::new(skb), inner, outer, place, arrival) {
         Ok(verdict) => verdict,
         Err(reason) => {
             events::refused6(&inner.flow, reason);
@@ -173,20 +158,21 @@ fn try_route(
     inner: &Inner,
     outer: &Encapsulation,
     place: &mut MaybeUninit<Place>,
-    whose: u32,
+    arrival: &Arrival,
 ) -> Result<i32, Counter> {
     let config = maps::config().ok_or(Counter::HelperFailed)?;
-    let received = u32::from_ne_bytes(outer.ip.destination);
-    let (ours, foreign) = (whose & 1 != 0, whose & 2 != 0);
-    let mut route = Route::new(received, outer);
-    if !ours {
+    let mut route = Route::new(arrival.address, outer);
+    // Who is at `route.hop`; looked up with each new hop, so the first, which was before, isn't looked up twice.
+    let mut here = arrival.instance;
+    if !arrival.is_ours() {
         if !maps6::is_vip(inner.flow.vip) {
             return Ok(TC_ACT_UNSPEC);
         }
-        if foreign {
+        if arrival.is_foreign() {
             return Err(Counter::ForeignSource);
         }
         pass_on(&mut route)?;
+        here = maps::instance(route.hop);
     }
     let established = maps6::flow_owner(&inner.flow);
     let owner = if established == 0 { maps6::embryonic_owner(&inner.flow) } else { established };
@@ -194,10 +180,11 @@ fn try_route(
     for _ in 0..MAX_TRIES {
         if route.hop == config.address {
             relay(inner, &mut route)?;
+            here = maps::instance(route.hop);
             continue;
         }
-        let Some(instance) = maps::instance(route.hop) else {
-            if route.hop == received {
+        let Some(instance) = here else {
+            if route.hop == arrival.address {
                 return Err(Counter::NoInstance);
             }
             return forward(ctx, outer, config, &route);
@@ -220,6 +207,7 @@ fn try_route(
             }
         }
         pass_on(&mut route)?;
+        here = maps::instance(route.hop);
     }
     Err(Counter::TtlExceeded)
 }
@@ -241,17 +229,59 @@ fn remember(inner: &Inner, instance: u32, owned: bool, established: bool) -> boo
     false
 }
 
-/// How reading the client's packet went.
-const READ: u32 = 0;
-const MALFORMED: u32 = 1;
-const OPTIONS: u32 = 2;
-const FRAGMENT_UNKNOWN: u32 = 3;
-const FAILED: u32 = 4;
+/// A plain packet, all of whose lengths are right.
+#[inline(always)]
+fn plain(ctx: &TcContext, outer: &Encapsulation) -> Option<Inner> {
+    const TRANSPORT: usize = INNER + IPV6;
+    let ip = in_buffer::<Ipv6Header>(ctx, INNER)?;
+    // SAFETY: `in_buffer` checked the bounds, and nothing moves the packet before the last use.
+    let ip = unsafe { &*ip };
+    let payload = u16::from_be(ip.payload_length) as usize;
+    if ip.version() != 6
+        || !packet6::is_tcp_or_udp(ip.next)
+        || payload < packet::transport_bytes(ip.next)
+        || IPV6 + payload + ENCAPSULATION_BYTES != u16::from_be(outer.ip.total_length) as usize
+        || TRANSPORT + payload > ctx.len() as usize
+    {
+        return None;
+    }
+    let ports = in_buffer::<Ports>(ctx, TRANSPORT)?;
+    let stage = if ip.next == TCP {
+        let flags = in_buffer::<u8>(ctx, TRANSPORT + TCP_FLAGS)?;
+        // SAFETY: as above.
+        stage(unsafe { *flags })
+    } else {
+        CONTINUES
+    };
+    // SAFETY: as above.
+    let ports = unsafe { *ports };
+    let flow = flow(ip, ports, ip.next);
+    Some(Inner { flow, word: TRANSPORT as u32 | stage | PLAIN })
+}
+
+/// Whether a TCP packet opens a connection, or shows that there is one.
+#[inline(always)]
+fn stage(flags: u8) -> u32 {
+    let opens = if packet::opens_connection(flags) { OPENS } else { 0 };
+    opens | if packet::continues_connection(flags) { CONTINUES } else { 0 }
+}
+
+#[inline(always)]
+fn flow(ip: &Ipv6Header, ports: Ports, protocol: u8) -> FlowKey6 {
+    FlowKey6 {
+        source: ip.source(),
+        vip: ip.destination(),
+        source_port: ports.source,
+        vip_port: ports.destination,
+        protocol,
+        reserved: [0; 3],
+    }
+}
 
 /// Reads the client's packet, inside an outer one of `length` bytes; not [`READ`] if it isn't one that our ingress sends.
 #[inline(never)]
-fn read(skb: *mut __sk_buff, inner: &mut MaybeUninit<Inner>, length: u32) -> u32 {
-    match try_read(&TcContext::new(skb), length) {
+fn unusual(skb: *mut __sk_buff, inner: &mut MaybeUninit<Inner>, length: u32) -> u32 {
+    match try_unusual(&TcContext::new(skb), length) {
         Ok(found) => {
             inner.write(found);
             READ
@@ -264,7 +294,7 @@ fn read(skb: *mut __sk_buff, inner: &mut MaybeUninit<Inner>, length: u32) -> u32
 }
 
 #[inline(always)]
-fn try_read(ctx: &TcContext, outer_length: u32) -> Result<Inner, Counter> {
+fn try_unusual(ctx: &TcContext, outer_length: u32) -> Result<Inner, Counter> {
     let ip = ctx.load::<Ipv6Header>(INNER).map_err(malformed)?;
     let length = IPV6 + u16::from_be(ip.payload_length) as usize;
     let end = INNER + length;
@@ -290,9 +320,7 @@ fn try_read(ctx: &TcContext, outer_length: u32) -> Result<Inner, Counter> {
             maps6::record_fragment(&transport.fragment_key(&ip), value);
         }
         if protocol == TCP {
-            let flags = ctx.load::<u8>(at + TCP_FLAGS).map_err(malformed)?;
-            word |= if packet::opens_connection(flags) { OPENS } else { 0 };
-            word |= if packet::continues_connection(flags) { CONTINUES } else { 0 };
+            word |= stage(ctx.load::<u8>(at + TCP_FLAGS).map_err(malformed)?);
         } else {
             word |= CONTINUES;
         }
@@ -301,15 +329,7 @@ fn try_read(ctx: &TcContext, outer_length: u32) -> Result<Inner, Counter> {
         let is_error = transport.protocol == ICMPV6 && !transport.is_fragment() && at + ICMP_BYTES <= end;
         return if is_error { error(ctx, &ip, at, end) } else { Err(Counter::Malformed) };
     };
-    let flow = FlowKey6 {
-        source: ip.source(),
-        vip: ip.destination(),
-        source_port: ports.source,
-        vip_port: ports.destination,
-        protocol,
-        reserved: [0; 3],
-    };
-    Ok(Inner { flow, word })
+    Ok(Inner { flow: flow(&ip, ports, protocol), word })
 }
 
 /// Reads an ICMPv6 error: its flow is that of the packet it quotes, which one of our instances sent.
@@ -353,26 +373,63 @@ fn relay(inner: &Inner, route: &mut Route) -> Result<(), Counter> {
     route.relay(bucket)
 }
 
-/// Strips the encapsulation and rewrites the destination; 0, or 1 if a helper failed.
+/// Strips the encapsulation, rewrites the destination and hands the packet to the instance.
+#[inline(always)]
+fn deliver(ctx: &TcContext, inner: &Inner, place: &Place) -> Result<i32, Counter> {
+    let (address, port) = (place.address, place.port);
+    let decapsulation = u64::from(BPF_F_ADJ_ROOM_DECAP_L3_IPV6);
+    ctx.adjust_room(-(ENCAPSULATION_BYTES as i32), BPF_ADJ_ROOM_MAC, decapsulation).map_err(helper)?;
+    let ethertype = in_buffer::<u16>(ctx, ETHERNET - 2).ok_or(Counter::HelperFailed)?;
+    // SAFETY: `in_buffer` checked the bounds, and no helper moved the packet since.
+    unsafe { *ethertype = ETHERTYPE_IPV6 };
+    if inner.word & PLAIN != 0 {
+        rewrite(ctx, inner, address, port).ok_or(Counter::HelperFailed)?;
+    } else if rewrite_unusual(ctx.skb.skb, inner, address, port) != 0 {
+        return Err(Counter::HelperFailed);
+    }
+    hand_over(ctx, place.interface, place.mac)
+}
+
+/// Changes destination and port of a plain packet. The checksum balances all of it, so that a sum over the packet, which
+/// some drivers supply, stays what it was.
+#[inline(always)]
+fn rewrite(ctx: &TcContext, inner: &Inner, address: u32, port: u16) -> Option<()> {
+    let flow = &inner.flow;
+    let to = instance_address(address);
+    let ip = in_buffer::<Ipv6Header>(ctx, ETHERNET)?;
+    // SAFETY: `in_buffer` checked the bounds, and no helper moved the packet since.
+    unsafe { (*ip).set_destination(to) };
+    let moved = packet6::difference(&flow.vip, &to);
+    rewrite_transport(ctx, ETHERNET + IPV6, flow.protocol, (flow.vip_port, port), moved)?;
+    Some(())
+}
+
+/// The same for packets with extension headers, fragments and ICMPv6 errors; 0, or 1 if a helper failed.
 #[inline(never)]
-fn deliver(skb: *mut __sk_buff, inner: &Inner, place: &Place) -> i32 {
-    i32::from(try_deliver(&TcContext::new(skb), inner, place).is_err())
+fn rewrite_unusual(skb: *mut __sk_buff, inner: &Inner, address: u32, port: u16) -> i32 {
+    let transport = (inner.word & 0xffff).wrapping_sub(ENCAPSULATION_BYTES as u32);
+    if try_rewrite_unusual(&TcContext::new(skb), inner, transport as usize, address, port).is_err() {
+        return 1;
+    }
+    if inner.word & ERROR != 0 { quoted6::rewrite(skb, transport, address, port) } else { 0 }
 }
 
 #[inline(always)]
-fn try_deliver(ctx: &TcContext, inner: &Inner, place: &Place) -> Result<(), i64> {
-    let transport = (inner.word & 0xffff).wrapping_sub(ENCAPSULATION_BYTES as u32) as usize;
+fn try_rewrite_unusual(
+    ctx: &TcContext,
+    inner: &Inner,
+    transport: usize,
+    address: u32,
+    port: u16,
+) -> Result<(), i64> {
     let flow = &inner.flow;
-    let decapsulation = u64::from(BPF_F_ADJ_ROOM_DECAP_L3_IPV6);
-    ctx.adjust_room(-(ENCAPSULATION_BYTES as i32), BPF_ADJ_ROOM_MAC, decapsulation)?;
-    let to = instance_address(place.address);
-    ctx.store(ETHERNET - 2, &ETHERTYPE_IPV6, 0)?;
+    let to = instance_address(address);
     ctx.store(ETHERNET + offset_of!(Ipv6Header, destination), &to, 0)?;
     if inner.word & (FRAGMENT | ERROR) != 0 {
         return Ok(());
     }
     let (checksum, flags) = packet6::checksum(flow.protocol, transport);
     packet6::replace_address(ctx, checksum, &flow.vip, &to, flags)?;
-    ctx.l4_csum_replace(checksum, u64::from(flow.vip_port), u64::from(place.port), flags | 2)?;
-    ctx.store(transport + offset_of!(Ports, destination), &place.port, 0)
+    ctx.l4_csum_replace(checksum, u64::from(flow.vip_port), u64::from(port), flags | 2)?;
+    ctx.store(transport + offset_of!(Ports, destination), &port, 0)
 }

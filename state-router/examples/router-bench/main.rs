@@ -1,7 +1,8 @@
 //! Measures the data plane and the router for `cargo xtask bench router`, which compares with the targets.
 //!
 //! Run as root: `router-bench PART...`; see [`PARTS`]. Everything happens in namespaces of the process's own. Each result is
-//! a line of JSON: `{"figure": ..., "value": ...}`.
+//! a line of JSON: `{"figure": ..., "value": ...}`. `ANYPLACE_BPF_OBJECT=FILE` measures another object than the built-in one,
+//! so that two are compared in alternating runs of one program.
 
 mod bpf;
 mod forward;
@@ -89,7 +90,7 @@ impl Bed {
             address: Self::ADDRESS,
             address6: None,
             pin_dir: self.folder.join("bpf").join(name),
-            object: None,
+            object: std::env::var_os("ANYPLACE_BPF_OBJECT").map(PathBuf::from),
         };
         DataPlane::load_for(options, capacity).context("the data plane can't be loaded")
     }

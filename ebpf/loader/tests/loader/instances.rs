@@ -115,6 +115,27 @@ fn counters_live_as_long_as_the_port_at_the_instance() {
 }
 
 #[test]
+fn packets_for_an_instance_stay_on_its_machine_as_long_as_it_is_there() {
+    if !root_or_skip() {
+        return;
+    }
+    let bed = Bed::new();
+    let local = received(&tcp((CLIENT, 4000), (VIP, 82), SYN, b""));
+    assert_eq!(bed.run("ingress", &local).0, XDP_PASS);
+    // A router that knew no filter leaves none.
+    std::fs::remove_file(bed.maps_folder().join("INSTANCE_FILTER")).unwrap();
+    let mut bed = bed.restart();
+    assert_eq!(bed.run("ingress", &local).0, XDP_PASS);
+
+    let instances = bed.plane.instances().unwrap();
+    let here = instances.into_iter().find(|instance| instance.address == HERE).unwrap();
+    bed.namespace.enter(|| bed.plane.remove_instance(HERE).unwrap());
+    assert_eq!(bed.run("ingress", &local).0, XDP_TX);
+    bed.set_instance(&here);
+    assert_eq!(bed.run("ingress", &local).0, XDP_PASS);
+}
+
+#[test]
 fn ports_beyond_the_counters_work_without() {
     if !root_or_skip() {
         return;
