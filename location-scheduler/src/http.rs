@@ -192,16 +192,14 @@ async fn route(scheduler: App, Path(vip): Path<String>) -> Result<Json<Route>, F
 
 async fn machines(scheduler: App) -> Json<Vec<MachineRecord>> {
     let live = scheduler.live();
-    let records = live.state.machines.iter().map(|(name, machine)| {
-        let free = FreeRoom::of(&live.state, name);
-        MachineRecord {
-            location: scheduler.config.location.clone(),
-            report: machine.report.clone(),
-            alive: machine.life == Life::Alive,
-            free_cpu: free.cpu,
-            free_memory: free.memory,
-            free_gpu_memory: free.gpu_memory,
-        }
+    let free = FreeRoom::all(&live.state).into_values();
+    let records = live.state.machines.values().zip(free).map(|(machine, free)| MachineRecord {
+        location: scheduler.config.location.clone(),
+        report: machine.report.clone(),
+        alive: machine.life == Life::Alive,
+        free_cpu: free.cpu,
+        free_memory: free.memory,
+        free_gpu_memory: free.gpu_memory,
     });
     Json(records.collect())
 }

@@ -14,7 +14,7 @@ const MAX_WARM_IMAGES: usize = 1_000;
 
 /// The advert of a state. Machines that take nothing count in the totals, not in what is free.
 pub fn advert(state: &State) -> Advert {
-    let rooms = Rooms::all(state);
+    let rooms = Rooms::to_look_at(state);
     let alive: Vec<&Room<'_>> = rooms
         .iter()
         .filter(|room| state.machines.get(room.name).is_some_and(|machine| machine.life == Life::Alive))

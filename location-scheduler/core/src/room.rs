@@ -69,17 +69,10 @@ pub struct FreeRoom {
 }
 
 impl FreeRoom {
-    /// What is free on a machine; nothing on one that isn't known.
-    pub fn of(state: &State, machine: &MachineId) -> Self {
-        let rooms = Rooms::of(state, machine);
-        let free = rooms.iter().next().map(|room| rooms.free(room));
-        free.unwrap_or_else(|| Self {
-            cpu: MilliCpu(0),
-            memory: Bytes(0),
-            disk: Bytes(0),
-            gpu_memory: Vec::new(),
-            gpu_whole: Vec::new(),
-        })
+    /// What is free on each machine.
+    pub fn all(state: &State) -> BTreeMap<&MachineId, Self> {
+        let rooms = Rooms::to_look_at(state);
+        rooms.rooms.iter().map(|(name, room)| (*name, rooms.free(room))).collect()
     }
 }
 
@@ -108,25 +101,29 @@ pub(crate) struct Room<'a> {
 impl<'a> Rooms<'a> {
     /// All rooms, with everything taken that holds a reservation.
     pub(crate) fn all(state: &'a State) -> Self {
-        let mut rooms = Self::empty(state, state.machines.iter());
-        state.reservations.values().for_each(|held| rooms.hold(held));
-        rooms
-    }
-
-    /// One machine's; none where it isn't known.
-    fn of(state: &'a State, machine: &MachineId) -> Self {
-        let mut rooms = Self::empty(state, state.machines.get_key_value(machine).into_iter());
-        state.reservations.values().filter(|held| held.machine == *machine).for_each(|held| rooms.hold(held));
-        rooms
-    }
-
-    fn empty(state: &'a State, machines: impl Iterator<Item = (&'a MachineId, &'a Machine)>) -> Self {
         let models = ModelNumbers::of(state);
         let placed = state.placements.values().map(|it| (&it.spec.resources, u64::from(it.count)));
         let waiting = state.attempts.values().map(|spec| (&spec.resources, 1));
         let mix = Mix::of(placed.chain(waiting).map(|(resources, count)| (models.ask(resources), count)));
+        Self::taken(state, models, mix)
+    }
+
+    /// The same for who only asks what is free: what costs least isn't worked out.
+    pub(crate) fn to_look_at(state: &'a State) -> Self {
+        Self::taken(state, ModelNumbers::of(state), Mix::default())
+    }
+
+    fn taken(state: &'a State, models: ModelNumbers<'a>, mix: Mix) -> Self {
+        let mut rooms = Self::empty(state, models, mix);
+        state.reservations.values().for_each(|held| rooms.hold(held));
+        rooms
+    }
+
+    fn empty(state: &'a State, models: ModelNumbers<'a>, mix: Mix) -> Self {
         let mut packer = Packer::new(mix);
-        let rooms = machines
+        let rooms = state
+            .machines
+            .iter()
             .map(|(name, machine)| {
                 let report = &machine.report;
                 let gpu =
