@@ -16,9 +16,12 @@ mod state;
 mod status;
 
 pub use advert::advert;
-pub use packing::{Ask, Cost, Fit, Free, Gpu, GpuSet, Lack, Mix, Models, Packer};
+pub use packing::{
+    Ask, Clearing, Cost, Fit, Free, Gpu, GpuSet, Lack, Limits, Mix, Models, Move, Packer, Tenant, defragment,
+    make_room,
+};
 pub use plan::{Change, Plan, Start, Verdict, plan};
-pub use room::FreeRoom;
+pub use room::{FreeRoom, InstanceMove, RoomPlan, plan_room, plan_tidying};
 pub use routes::{routes, stamp};
 pub use sharing::{Sharing, capacity};
 pub use state::{Life, Machine, Reservation, Site, Stage, State, Timing};

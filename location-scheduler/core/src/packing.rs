@@ -10,13 +10,18 @@
 //!
 //! GPUs are compared in parts of one GPU, whatever memory they have: [`PARTS`].
 
+mod defragment;
+mod evictions;
 mod free;
 mod mix;
+mod moves;
 
 use std::collections::HashMap;
 
+pub use defragment::defragment;
 pub use free::{Ask, Free, Gpu, GpuSet, Lack, Models};
 pub use mix::Mix;
+pub use moves::{Clearing, Limits, Move, Tenant, make_room};
 
 /// Parts of one GPU.
 pub(crate) const PARTS: i64 = 1_000_000;
@@ -41,10 +46,12 @@ pub struct Fit {
     pub gpus: GpuSet,
     /// What it costs.
     pub cost: Cost,
+    /// Growth of fragments alone, in parts of a GPU.
+    fragments: i64,
 }
 
 /// Machines, and what it costs to place something on them; equal questions about equal machines are answered once.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Packer {
     mix: Mix,
     /// What is free on each machine, and the number of that state.
@@ -73,6 +80,16 @@ impl Packer {
     /// What is free on a machine.
     pub fn free(&self, machine: usize) -> &Free {
         &self.machines[machine].0
+    }
+
+    /// How many machines there are.
+    pub fn len(&self) -> usize {
+        self.machines.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.machines.is_empty()
     }
 
     /// Takes what was asked for.
@@ -112,6 +129,19 @@ impl Packer {
         fit
     }
 
+    /// Where `ask` fits best in room that may be no machine's.
+    pub(crate) fn fit_into(&self, free: &Free, ask: &Ask) -> Result<Fit, Lack> {
+        self.work_out(free, self.mix.fragments(free), ask)
+    }
+
+    /// By how much a change lessens a machine's fragments, in parts of a GPU.
+    fn gain(&self, machine: usize, change: impl FnOnce(&mut Free)) -> i64 {
+        let (free, state) = &self.machines[machine];
+        let mut after = free.clone();
+        change(&mut after);
+        self.fragments[*state as usize] - self.mix.fragments(&after)
+    }
+
     /// The number of a state.
     fn state(&mut self, free: &Free) -> u32 {
         if let Some(state) = self.states.get(free) {
@@ -136,18 +166,19 @@ impl Packer {
     fn work_out(&self, free: &Free, before: i64, ask: &Ask) -> Result<Fit, Lack> {
         free.check(ask)?;
         let full = free.gpu_parts();
-        let mut best: Option<(Cost, GpuSet)> = None;
+        let mut best: Option<(Cost, GpuSet, i64)> = None;
         let mut after = free.clone();
         free.for_each_choice(ask, |gpus| {
             after.take(ask, gpus);
-            let growth = self.mix.fragments(&after) - before + UNEVEN * after.unevenness() / PARTS;
+            let fragments = self.mix.fragments(&after) - before;
+            let growth = fragments + UNEVEN * after.unevenness() / PARTS;
             after.give_back(ask, gpus);
             let cost = Cost { growth: growth.div_euclid(GRAIN), free: full };
-            if best.is_none_or(|least| (cost, gpus) < least) {
-                best = Some((cost, gpus));
+            if best.is_none_or(|least| (cost, gpus, fragments) < least) {
+                best = Some((cost, gpus, fragments));
             }
         });
-        best.map(|(cost, gpus)| Fit { gpus, cost }).ok_or(Lack::Gpus(0))
+        best.map(|(cost, gpus, fragments)| Fit { gpus, cost, fragments }).ok_or(Lack::Gpus(0))
     }
 }
 

@@ -1,5 +1,7 @@
 //! The room on a machine: what is free, whether something fits, and where.
 
+mod moving;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::Ipv4Addr,
@@ -13,6 +15,7 @@ use crate::{
     packing::{Ask, Cost, Free, Gpu, GpuSet, Lack, Mix, Models, Packer},
     state::{Life, Machine, Reservation, State},
 };
+pub use moving::{InstanceMove, RoomPlan, plan_room, plan_tidying};
 
 /// What a workload asks of a machine.
 #[derive(Debug, Clone, Copy)]
@@ -250,6 +253,14 @@ impl<'a> Room<'a> {
         self.next_address = (first..broadcast)
             .map(Ipv4Addr::from)
             .find(|address| !self.addresses.contains(address) && *address != self.report.address);
+    }
+
+    /// How many addresses nobody has, at least.
+    fn addresses_left(&self) -> usize {
+        let cidr = self.report.instance_cidr;
+        let hosts = u32::from(cidr.broadcast()).saturating_sub(u32::from(cidr.network())).saturating_sub(1);
+        let own = u32::from(cidr.contains(&self.report.address));
+        (hosts.saturating_sub(own) as usize).saturating_sub(self.addresses.len())
     }
 
     fn count(&mut self, deployment: &'a DeploymentName, generation: u64) {

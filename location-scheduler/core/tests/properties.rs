@@ -8,6 +8,7 @@ mod oracle;
 #[path = "properties/world.rs"]
 mod world;
 
+use anyplace_location_core::{Limits, plan_room};
 use proptest::prelude::*;
 use world::{Op, World};
 
@@ -47,10 +48,37 @@ proptest! {
             let before = world.state.clone();
             let plan = world.step();
             oracle::judge(&before, &plan, &world.state)?;
+            oracle::moves(&world.state, &plan)?;
             oracle::physical(&world)?;
             oracle::stable(&world)?;
         }
         world.heal();
         oracle::settled(&world)?;
     }
+}
+
+#[test]
+fn room_is_made_for_whom_only_a_gpu_that_others_use_will_do() {
+    let mut world = World::new(2);
+    let act = |world: &mut World, op| {
+        world.act(op);
+        world.step()
+    };
+    // While the other machine is silent, two slices take both GPUs of the first, of models A and B.
+    for op in [Op::Silence(1), Op::Change(0, 5), Op::Work(0), Op::Return(1), Op::Change(1, 4)] {
+        act(&mut world, op);
+    }
+    let newcomer: anyplace_model::DeploymentName = "d1".parse().unwrap();
+    let plan = act(&mut world, Op::Scale(1, 1));
+    assert_eq!(plan.placements[&newcomer].refused, 1);
+    let room = plan_room(&world.state, &newcomer, Limits::default()).unwrap();
+    let moved = &world.state.reservations[&room.moves[0].instance];
+    assert_eq!(moved.deployment().unwrap().as_str(), "d0");
+    assert_eq!(moved.assignment.gpus, [0], "the one of model A");
+    let to: Vec<&str> = room.moves.iter().map(|step| step.machine.as_str()).collect();
+    assert_eq!((to, room.machine.as_str(), room.gpus), (vec!["m1"], "m0", vec![0]));
+    // A deployment that has fewer ready ones than it should isn't touched.
+    act(&mut world, Op::Health(0, 0b10));
+    act(&mut world, Op::Report(0));
+    assert_eq!(plan_room(&world.state, &newcomer, Limits::default()), None);
 }

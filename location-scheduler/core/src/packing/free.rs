@@ -60,7 +60,21 @@ impl GpuSet {
 
     /// Their indexes, ascending.
     pub fn iter(self) -> impl Iterator<Item = u32> {
-        (0..MAX_GPUS).filter(move |gpu| self.0 & (1 << gpu) != 0)
+        let mut rest = self.0;
+        std::iter::from_fn(move || {
+            let next = (rest != 0).then(|| rest.trailing_zeros())?;
+            rest &= rest - 1;
+            Some(next)
+        })
+    }
+
+    /// Whether a GPU is one of them.
+    pub const fn contains(self, gpu: u32) -> bool {
+        gpu < MAX_GPUS && self.0 & (1 << gpu) != 0
+    }
+
+    pub(super) const fn with(self, gpu: u32) -> Self {
+        if gpu < MAX_GPUS { Self(self.0 | (1 << gpu)) } else { self }
     }
 }
 
@@ -98,6 +112,11 @@ impl Gpu {
     /// Whether nothing holds a part of it.
     pub const fn is_whole(&self) -> bool {
         self.slices == 0 && self.whole == 0
+    }
+
+    /// How many hold a part of it.
+    pub(super) const fn holders(&self) -> u32 {
+        self.slices.saturating_add(self.whole)
     }
 
     /// Memory that a slice could have, in bytes.

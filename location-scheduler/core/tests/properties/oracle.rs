@@ -2,7 +2,9 @@
 
 use std::{collections::BTreeSet, net::Ipv4Addr};
 
-use anyplace_location_core::{Life, Plan, Reservation, Stage, State, plan, routes};
+use anyplace_location_core::{
+    InstanceMove, Life, Limits, Plan, Reservation, Stage, State, plan, plan_room, plan_tidying, routes,
+};
 use anyplace_model::{
     Assignment, DeploymentName, InstancePhase, Isolation, MachineId, MachineReport, ReasonCode, Resources,
     RouteRecord,
@@ -215,6 +217,77 @@ pub(crate) fn judge(before: &State, plan: &Plan, after: &State) -> Verdict {
             }
         }
     }
+    Ok(())
+}
+
+/// Judges how room would be made for whatever was refused, and what would be moved for its own sake.
+pub(crate) fn moves(state: &State, plan: &Plan) -> Verdict {
+    for (name, _) in plan.placements.iter().filter(|(_, verdict)| verdict.refused > 0) {
+        let Some(room) = plan_room(state, name, Limits::default()) else { continue };
+        let held = moved(state, &room.moves)?;
+        prop_assert!((1..=3).contains(&room.moves.len()) && room.revision == state.revision, "{room:?}");
+        let spec = &state.placements[name].spec;
+        let mut one = probe(&spec.resources, spec.isolation, free_address(state, &held, &room.machine)?);
+        one.gpus = room.gpus.clone();
+        enters(state, &held, &room.machine, &one)?;
+    }
+    moved(state, &plan_tidying(state, 2))?;
+    Ok(())
+}
+
+/// Carries moves out one by one, each with its old instance in place until the new one is; who has what on which machine.
+fn moved<'a>(
+    state: &'a State,
+    moves: &[InstanceMove],
+) -> Result<Vec<(MachineId, Assignment)>, TestCaseError> {
+    let held = |held: &'a Reservation| (held.machine.clone(), held.assignment.clone());
+    let mut all: Vec<(MachineId, Assignment)> = state.reservations.values().map(held).collect();
+    for step in moves {
+        let old = &state.reservations[&step.instance];
+        prop_assert!(ready(state, old), "{step:?} isn't ready");
+        let Some(deployment) = old.deployment() else { return Err(TestCaseError::fail("a job moves")) };
+        let placement = &state.placements[deployment];
+        let serving = of(state, deployment).filter(|held| ready(state, held)).count();
+        prop_assert!(serving >= placement.count as usize, "{step:?}: {serving} are ready");
+        let crowd = |all: &[(MachineId, Assignment)], machine: &MachineId| {
+            let others = all.iter().filter(|(at, held)| {
+                let serves = state.reservations[&held.instance].stage == Stage::Serving;
+                serves && at == machine && held.workload == old.assignment.workload
+            });
+            others.filter(|(_, held)| held.instance != step.instance).count()
+        };
+        let before: Vec<_> = state.reservations.values().map(held).collect();
+        let crowds = crowd(&all, &step.machine) > crowd(&before, &old.machine);
+        prop_assert!(step.machine == old.machine || !crowds, "{step:?} crowds");
+        let mut new = old.assignment.clone();
+        new.gpus = step.gpus.clone();
+        new.address = free_address(state, &all, &step.machine)?;
+        enters(state, &all, &step.machine, &new)?;
+        all.push((step.machine.clone(), new));
+        all.retain(|(at, held)| (at, &held.address) != (&old.machine, &old.assignment.address));
+    }
+    Ok(all)
+}
+
+fn free_address(
+    state: &State,
+    held: &[(MachineId, Assignment)],
+    machine: &MachineId,
+) -> Result<Ipv4Addr, TestCaseError> {
+    let is_free = |host: &Ipv4Addr| held.iter().all(|(at, held)| at != machine || held.address != *host);
+    let free = state.machines[machine].report.instance_cidr.hosts().find(is_free);
+    free.ok_or_else(|| TestCaseError::fail("no address is left"))
+}
+
+/// Whether one more may be there, with what is there already.
+fn enters(state: &State, held: &[(MachineId, Assignment)], machine: &MachineId, one: &Assignment) -> Verdict {
+    let there = &state.machines[machine];
+    prop_assert!(there.life == Life::Alive && !state.settings.draining && there.report.conditions.is_empty());
+    let mut all: Vec<&Assignment> =
+        held.iter().filter(|(at, _)| at == machine).map(|(_, held)| held).collect();
+    all.push(one);
+    let fit = fits(&there.report, &all);
+    prop_assert!(fit.is_ok(), "{one:?} doesn't fit on {machine}: {fit:?}");
     Ok(())
 }
 
