@@ -46,6 +46,8 @@ async fn the_openapi_document_lists_every_path() {
         "GET /v1/locations/{name}",
         "PATCH /v1/locations/{name}",
         "GET /v1/capacity",
+        "GET /v1/latency",
+        "GET /v1/export",
         "PUT /v1/prewarm",
         "GET /v1/prewarm",
         "DELETE /v1/prewarm",
