@@ -231,7 +231,9 @@ type Told = (String, SocketAddr, SocketAddr, String, Option<String>);
 /// What a file of the log says, and how often it says it.
 fn read(path: &std::path::Path) -> BTreeMap<Told, usize> {
     let mut told = BTreeMap::new();
-    for line in std::fs::read_to_string(path).unwrap_or_default().lines() {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    // The log is written meanwhile: its last line may be half there, and is whole at the next look.
+    for line in text.split_inclusive('\n').filter(|line| line.ends_with('\n')) {
         let line: Value = serde_json::from_str(line).unwrap_or_else(|error| panic!("{line}: {error}"));
         let text = |field: &str| line[field].as_str().map(str::to_owned);
         let address = |field: &str| text(field).unwrap().parse::<SocketAddr>().unwrap();
