@@ -141,11 +141,16 @@ pub enum Error {
     /// What isn't an export can't be imported.
     #[error("line {line}: {reason}")]
     Import {
-        /// Line of the file, from 1; 0 where it is about no line.
+        /// Line of the file, from 1.
         line: usize,
         /// What is wrong, and what to do.
         reason: String,
     },
+    /// The store changed while it was filled.
+    #[error(
+        "somebody else writes to the store; stop the scheduler or the other import, and repeat `anyplace admin import`"
+    )]
+    ImportDisturbed,
     /// An import needs an empty store.
     #[error(
         "the store isn't empty ({entries} keys, such as {key}); import into another one, or move this one away"

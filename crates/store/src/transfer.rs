@@ -112,10 +112,7 @@ pub async fn import(store: &dyn Store, of: &str, file: &[u8]) -> Result<usize> {
     let (there, _) = store.list("").await?;
     let mut found = there.iter().filter(|kv| kv.key != IMPORTING).map(|kv| (&kv.key, &kv.value));
     if !found.by_ref().eq(&entries) {
-        return Err(Error::Import {
-            line: 0,
-            reason: "somebody else writes to the store; stop it, and repeat".to_owned(),
-        });
+        return Err(Error::ImportDisturbed);
     }
     committed(store.txn(Txn::new().when_revision(IMPORTING, revision).delete(IMPORTING)).await?)?;
     Ok(entries.len())
@@ -142,10 +139,7 @@ async fn flushed(store: &dyn Store, batch: Txn, mark: Revision, last: bool) -> R
 fn committed(outcome: TxnOutcome) -> Result<Revision> {
     match outcome {
         TxnOutcome::Committed { revision } => Ok(revision),
-        TxnOutcome::Conflict { .. } => Err(Error::Import {
-            line: 0,
-            reason: "another import has begun; wait for it, or repeat".to_owned(),
-        }),
+        TxnOutcome::Conflict { .. } => Err(Error::ImportDisturbed),
     }
 }
 
