@@ -33,8 +33,8 @@ const HASHING_MAX: usize = 8;
 const RECORD_BYTES: usize = 512;
 const RECORD_MAGIC: &[u8; 8] = b"anyupl01";
 const CHECKSUM_BYTES: usize = 16;
-/// A state without bytes that is younger may be one that is being made.
-const STATE_AGE_MIN: Duration = Duration::from_secs(10);
+/// A file without a state, or a state without bytes, that is younger may be of an upload that is being made.
+const HALF_AGE_MIN: Duration = Duration::from_secs(10);
 
 /// An open upload.
 pub(super) struct LocalUpload {
@@ -251,13 +251,14 @@ pub(crate) fn sweep(folder: &Path, abandoned_after: Duration, ages: &Ages) -> io
         let age = ages.of(metadata.modified()?).unwrap_or_default();
         if let Some(id) = name.strip_suffix(STATE_SUFFIX) {
             // Its upload became content, and the crash came before the state was removed.
-            if !folder.join(id).exists() && age > STATE_AGE_MIN {
+            if !folder.join(id).exists() && age > HALF_AGE_MIN {
                 ignore_missing(fs::remove_file(entry.path()))?;
             }
             continue;
         }
         let resumable = state_path(&entry.path()).exists();
-        if resumable && age <= abandoned_after {
+        // Right after it is made, a file has no lock yet either.
+        if age <= if resumable { abandoned_after } else { HALF_AGE_MIN } {
             continue;
         }
         let Ok(file) = File::open(entry.path()) else { continue };
@@ -452,6 +453,18 @@ mod tests {
             assert!(decode(&broken).is_none(), "{at}");
         }
         assert!(decode(&bytes[..100]).is_none());
+    }
+
+    #[test]
+    fn a_sweep_leaves_what_is_being_made() {
+        let dir = tempfile::tempdir().unwrap();
+        // As between the two calls that make a file and lock it.
+        let file = make(&Room::elsewhere(), &dir.path().join("upload")).unwrap();
+        let now = file.metadata().unwrap().modified().unwrap();
+        let sweep = |at| sweep(dir.path(), Duration::from_secs(86_400), &Ages::at(at)).unwrap();
+        assert_eq!(sweep(now), 0);
+        assert!(is_at(&file, &dir.path().join("upload")).unwrap());
+        assert_eq!(sweep(now + 2 * HALF_AGE_MIN), 1, "a crash left it");
     }
 
     #[test]
