@@ -25,11 +25,14 @@ const PATIENCE: Duration = Duration::from_secs(2);
 pub(crate) async fn watch(scheduler: Arc<Scheduler>) -> anyhow::Result<()> {
     let path = Client::location_desired_path(&scheduler.config.location);
     let mut watcher = Watcher::<LocationDesired>::new(scheduler.global.clone(), path.clone());
-    let (mut wanted, mut dirty) = (BTreeMap::new(), false);
+    let (mut wanted, mut dirty) = (BTreeMap::<String, LocationDesired>::new(), false);
     let mut link = Link::default();
     loop {
         let event = tokio::select! {
-            event = watcher.next(|error| link.down("watch", error)) => event,
+            event = watcher.next_patched(
+                |key| serde_json::to_vec(wanted.get(key)?).ok(),
+                |error| link.down("watch", error),
+            ) => event,
             () = scheduler.shutdown.cancelled() => return Ok(()),
         };
         link.up("watch");

@@ -102,7 +102,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
                 plane.retry();
                 None
             }
-            event = watcher.try_next() => Some(event),
+            event = watcher.try_next_patched(|key| routes.text(key)) => Some(event),
         };
         match event {
             None => {}

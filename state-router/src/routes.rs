@@ -15,6 +15,7 @@ use std::{
     hash::{DefaultHasher, Hasher as _},
     io::{self, BufRead as _, BufReader, BufWriter, Read as _, Seek as _, SeekFrom, Write as _},
     net::IpAddr,
+    os::unix::fs::FileExt as _,
     path::PathBuf,
 };
 
@@ -94,6 +95,19 @@ impl Routes {
     /// Whether the VIP has a route.
     pub fn contains(&self, vip: IpAddr) -> bool {
         self.vips.contains_key(&vip)
+    }
+
+    /// The JSON text of the record that a key of the watch has.
+    pub fn text(&self, key: &str) -> Option<Vec<u8>> {
+        if key == ANNOUNCEMENT_KEY {
+            return serde_json::to_vec(&RouteRecord::Announcement(self.announcement.clone()?)).ok();
+        }
+        let place = self.vips.get(&vip_of(key)?)?;
+        let mut line = vec![0; place.length as usize];
+        self.file.as_ref()?.read_exact_at(&mut line, place.offset).ok()?;
+        // As `to_line` writes it.
+        let head = format!("{{\"key\":\"{key}\",\"value\":");
+        Some(line.strip_prefix(head.as_bytes())?.strip_suffix(b"}\n")?.to_vec())
     }
 
     /// What to announce, once that is known.

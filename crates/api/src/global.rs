@@ -25,7 +25,7 @@
 //! | `GET /v1/export` | | everything stored, as NDJSON; for admins |
 //! | `POST /v1/tokens` | `TokenRequest` | `NewToken` |
 //! | `GET /v1/watch/{deployments,jobs}?epoch=&from_revision=` | | NDJSON of `WatchEvent<DeploymentView / JobView>` |
-//! | `GET /v1/watch/locations/{name}/desired?epoch=&from_revision=` | | NDJSON of `WatchEvent<LocationDesired>` |
+//! | `GET /v1/watch/locations/{name}/desired?epoch=&from_revision=&patches=` | | NDJSON of `WatchEvent<LocationDesired>`, or frames with what differs |
 //! | `PUT /v1/locations/{name}/report` | `LocationReport` | 204 |
 //! | `GET /healthz`, `GET /openapi.json` | | without a token |
 

@@ -6,6 +6,7 @@
 mod client;
 mod error;
 mod global;
+mod patch;
 mod watch;
 
 pub use client::{Client, ClientError, LogOptions};
@@ -15,6 +16,7 @@ pub use global::{
     LatencyView, LocationRoutes, LocationShare, LogQuery, NewToken, PrewarmQuery, PrewarmShare, PrewarmView,
     Role, RoutesView, TokenRequest, TokenScope,
 };
+pub use patch::{Frame, PATCHES, Patch};
 pub use reqwest::Method;
 pub use watch::{WatchEvent, WatchQuery, Watcher};
 

@@ -4,6 +4,8 @@
 //! change a revision, and sends it to every watcher. A watcher that is slow, or comes back after a break, reads the
 //! changes it missed from a bounded history, or else gets the whole map anew. Nothing is queued for a watcher, so a
 //! slow one costs no memory.
+//!
+//! A change is also kept as what differs from the value before ([`Patch`]), once for all watchers that ask for that.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -12,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use anyplace_api::{WatchEvent, WatchQuery, Watcher};
+use anyplace_api::{Frame, PATCHES, Patch, WatchEvent, WatchQuery, Watcher};
 use axum::{body::Body, http::header::CONTENT_TYPE, response::IntoResponse as _, response::Response};
 use bytes::Bytes;
 use serde::Serialize;
@@ -24,6 +26,10 @@ use crate::unix_epoch;
 /// Changes that are kept for watchers who come back. More than a location changes in a minute; a watcher that
 /// missed more gets a snapshot.
 const HISTORY: usize = 4_096;
+
+/// More changes at once than this are sent as whole values: making patches takes some 20 us each, in which nobody else
+/// can change the map.
+const PATCHED_AT_ONCE: usize = 256;
 
 /// A versioned map from keys to values. Share it in an `Arc`.
 #[derive(Debug)]
@@ -37,8 +43,24 @@ struct State<T> {
     epoch: u64,
     revision: u64,
     entries: BTreeMap<String, T>,
-    /// Revision and key of each change, oldest first.
-    history: VecDeque<(u64, String)>,
+    /// Oldest first.
+    history: VecDeque<Change>,
+}
+
+/// A change of one key.
+#[derive(Debug)]
+struct Change {
+    revision: u64,
+    key: String,
+    /// What differs from the value before, where there was one and that says it in less.
+    patch: Option<Patch>,
+}
+
+/// What a watcher is sent.
+#[derive(Debug, PartialEq)]
+enum Sent<T> {
+    Event(WatchEvent<T>),
+    Patch(Patch),
 }
 
 impl<T> Default for Feed<T> {
@@ -49,7 +71,24 @@ impl<T> Default for Feed<T> {
     }
 }
 
-impl<T: Clone + PartialEq> Feed<T> {
+impl<T: Clone> Feed<T> {
+    /// One value now.
+    pub fn get(&self, key: &str) -> Option<T> {
+        self.lock().entries.get(key).cloned()
+    }
+
+    /// The map now.
+    pub fn entries(&self) -> BTreeMap<String, T> {
+        self.lock().entries.clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State<T>> {
+        // Each change to the state is complete before anything that could panic.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<T: Clone + PartialEq + Serialize> Feed<T> {
     /// An empty feed.
     pub fn new() -> Self {
         Self::default()
@@ -68,7 +107,10 @@ impl<T: Clone + PartialEq> Feed<T> {
         if changed.is_empty() {
             return false;
         }
-        state.entries = entries;
+        let before = std::mem::replace(&mut state.entries, entries);
+        let patched = changed.len() <= PATCHED_AT_ONCE;
+        let changed =
+            changed.into_iter().map(|key| (before.get(&key).filter(|_| patched).cloned(), key)).collect();
         self.publish(state, changed);
         true
     }
@@ -79,8 +121,8 @@ impl<T: Clone + PartialEq> Feed<T> {
         if state.entries.get(&key) == Some(&value) {
             return false;
         }
-        state.entries.insert(key.clone(), value);
-        self.publish(state, vec![key]);
+        let before = state.entries.insert(key.clone(), value);
+        self.publish(state, vec![(before, key)]);
         true
     }
 
@@ -89,26 +131,21 @@ impl<T: Clone + PartialEq> Feed<T> {
         let mut state = self.lock();
         let removed = state.entries.remove(key).is_some();
         if removed {
-            self.publish(state, vec![key.to_string()]);
+            self.publish(state, vec![(None, key.to_string())]);
         }
         removed
     }
 
-    /// One value now.
-    pub fn get(&self, key: &str) -> Option<T> {
-        self.lock().entries.get(key).cloned()
-    }
-
-    /// The map now.
-    pub fn entries(&self) -> BTreeMap<String, T> {
-        self.lock().entries.clone()
-    }
-
-    fn publish(&self, mut state: MutexGuard<'_, State<T>>, keys: Vec<String>) {
-        for key in keys {
+    /// Publishes changes of keys, with the values before where they may be patched.
+    fn publish(&self, mut state: MutexGuard<'_, State<T>>, changes: Vec<(Option<T>, String)>) {
+        for (before, key) in changes {
             state.revision += 1;
             let revision = state.revision;
-            state.history.push_back((revision, key));
+            let patch = before.zip(state.entries.get(&key)).and_then(|(before, after)| {
+                let (before, after) = (serde_json::to_vec(&before).ok()?, serde_json::to_vec(after).ok()?);
+                Patch::between(revision, &key, &before, &after)
+            });
+            state.history.push_back(Change { revision, key, patch });
             if state.history.len() > HISTORY {
                 state.history.pop_front();
             }
@@ -118,49 +155,52 @@ impl<T: Clone + PartialEq> Feed<T> {
         self.changed.send_replace(revision);
     }
 
-    fn lock(&self) -> MutexGuard<'_, State<T>> {
-        // Each change to the state is complete before anything that could panic.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Events since a position, and the position after them; from nothing, or a position that can't be resumed,
-    /// a reset and all entries.
-    fn since(&self, query: WatchQuery) -> (Vec<WatchEvent<T>>, WatchQuery) {
+    /// What to send since a position, and the position after it; from nothing, or a position that can't be resumed, a
+    /// reset and all entries.
+    fn since(&self, query: WatchQuery) -> (Vec<Sent<T>>, WatchQuery) {
         let state = self.lock();
-        let position = WatchQuery { epoch: Some(state.epoch), from_revision: Some(state.revision) };
+        let position = WatchQuery { epoch: Some(state.epoch), from_revision: Some(state.revision), ..query };
         let resumable = query.from_revision.filter(|from| {
-            let oldest = state.history.front().map_or(state.revision, |(revision, _)| revision - 1);
+            let oldest = state.history.front().map_or(state.revision, |change| change.revision - 1);
             query.epoch == Some(state.epoch) && (oldest..=state.revision).contains(from)
         });
-        let mut events = Vec::new();
+        let mut sent = Vec::new();
         match resumable {
             Some(from) => {
-                let start = state.history.partition_point(|(revision, _)| *revision <= from);
-                // Only the newest change of a key counts: the value is read now.
-                let newest: BTreeMap<&String, u64> =
-                    state.history.range(start..).map(|(revision, key)| (key, *revision)).collect();
-                let mut changes: Vec<_> = newest.into_iter().collect();
-                changes.sort_unstable_by_key(|(_, revision)| *revision);
-                for (key, revision) in changes {
-                    let key = key.clone();
-                    events.push(match state.entries.get(&key) {
-                        Some(value) => WatchEvent::Put { revision, key, value: value.clone() },
-                        None => WatchEvent::Delete { revision, key },
-                    });
+                let start = state.history.partition_point(|change| change.revision <= from);
+                let since = state.history.range(start..);
+                // Of a key that is sent as a whole only the newest change counts: the value is read now.
+                let mut whole: BTreeMap<&String, u64> = BTreeMap::new();
+                for change in since.clone().filter(|change| !query.patches || change.patch.is_none()) {
+                    whole.insert(&change.key, change.revision);
+                }
+                for Change { revision, key, patch } in since {
+                    match (whole.get(key), patch) {
+                        (None, Some(patch)) => sent.push(Sent::Patch(patch.clone())),
+                        (Some(newest), _) if newest == revision => {
+                            let (revision, key) = (*revision, key.clone());
+                            sent.push(Sent::Event(match state.entries.get(&key) {
+                                Some(value) => WatchEvent::Put { revision, key, value: value.clone() },
+                                None => WatchEvent::Delete { revision, key },
+                            }));
+                        }
+                        _ => {}
+                    }
                 }
             }
             None => {
-                events.push(WatchEvent::Reset { epoch: state.epoch });
+                sent.push(Sent::Event(WatchEvent::Reset { epoch: state.epoch }));
                 let revision = state.revision;
-                events.extend(state.entries.iter().map(|(key, value)| WatchEvent::Put {
-                    revision,
-                    key: key.clone(),
-                    value: value.clone(),
+                sent.extend(state.entries.iter().map(|(key, value)| {
+                    Sent::Event(WatchEvent::Put { revision, key: key.clone(), value: value.clone() })
                 }));
             }
         }
-        events.push(WatchEvent::Synced { revision: state.revision });
-        (events, position)
+        // A patch that comes last says so itself.
+        if !matches!(sent.last(), Some(Sent::Patch(_))) {
+            sent.push(Sent::Event(WatchEvent::Synced { revision: state.revision }));
+        }
+        (sent, position)
     }
 }
 
@@ -183,20 +223,37 @@ impl<T: Clone + PartialEq + Serialize + Send + Sync + 'static> Feed<T> {
                         }
                     }
                     changed.mark_unchanged();
-                    let (events, position) = feed.since(query);
-                    let mut lines = Vec::new();
-                    for event in events {
-                        // Model types serialise without fail; a line that didn't would only be left out.
-                        if serde_json::to_writer(&mut lines, &event).is_ok() {
-                            lines.push(b'\n');
-                        }
-                    }
-                    Some((Ok::<_, Infallible>(Bytes::from(lines)), (feed, changed, position, false)))
+                    let (sent, position) = feed.since(query);
+                    let bytes = Bytes::from(written(&sent, query.patches));
+                    Some((Ok::<_, Infallible>(bytes), (feed, changed, position, false)))
                 }
             },
         );
-        ([(CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(stream)).into_response()
+        let content_type = if query.patches { PATCHES } else { "application/x-ndjson" };
+        ([(CONTENT_TYPE, content_type)], Body::from_stream(stream)).into_response()
     }
+}
+
+/// As frames or as lines.
+fn written<T: Serialize>(sent: &[Sent<T>], framed: bool) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for (index, item) in sent.iter().enumerate() {
+        match item {
+            Sent::Patch(patch) => Frame::Patch(patch.clone(), index + 1 == sent.len()).write(&mut bytes),
+            // Model types serialise without fail; an event that didn't would only be left out.
+            Sent::Event(event) => {
+                if let Ok(mut json) = serde_json::to_vec(event) {
+                    if framed {
+                        Frame::Event(json).write(&mut bytes);
+                    } else {
+                        json.push(b'\n');
+                        bytes.append(&mut json);
+                    }
+                }
+            }
+        }
+    }
+    bytes
 }
 
 const fn heartbeat() -> Duration {

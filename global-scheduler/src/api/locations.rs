@@ -97,7 +97,8 @@ pub(super) async fn report(
     params(
         ("name" = String, Path, description = "The location"),
         ("epoch" = Option<u64>, Query, description = "Epoch of `from_revision`"),
-        ("from_revision" = Option<u64>, Query, description = "Send what is newer than this")
+        ("from_revision" = Option<u64>, Query, description = "Send what is newer than this"),
+        ("patches" = Option<bool>, Query, description = "Send frames, with what differs where that is known")
     ),
     responses((status = 200, body = String, content_type = "application/x-ndjson"), (status = "default", body = Problem, content_type = "application/problem+json")))]
 pub(super) async fn desired(

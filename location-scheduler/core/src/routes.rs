@@ -201,11 +201,16 @@ fn elsewhere(site: &Site, remote: &RemoteRoute) -> Vec<RemoteLocation> {
         .backends
         .iter()
         .filter(|backend| backend.location != site.location)
-        .map(|backend| RemoteLocation {
-            location: backend.location.clone(),
-            distance_km: distance_km((site.latitude, site.longitude), (backend.latitude, backend.longitude)),
-            ready: backend.ready,
-            ingress: backend.ingress.clone(),
+        .map(|backend| {
+            let here = (site.latitude, site.longitude);
+            let distance_km = distance_km(here, (backend.latitude, backend.longitude));
+            RemoteLocation {
+                location: backend.location.clone(),
+                // To 100 m: every route says it, and nobody needs it to the atom.
+                distance_km: (distance_km * 10.0).round() / 10.0,
+                ready: backend.ready,
+                ingress: backend.ingress.clone(),
+            }
         })
         .collect();
     locations

@@ -73,6 +73,26 @@ fn a_snapshot_takes_routes_away_only_once_it_is_complete_and_survives_a_restart(
 }
 
 #[test]
+fn the_text_of_a_record_is_what_the_scheduler_made_it_from_also_after_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("routes.log");
+    let mut routes = Routes::load(path.clone());
+    let text = |event: &WatchEvent<RouteRecord>| match event {
+        WatchEvent::Put { value, .. } => serde_json::to_vec(value).unwrap(),
+        other => panic!("{other:?}"),
+    };
+    for event in [put(1, 1), put(2, 7), put(1, 3), announce("203.0.113.0/24"), SYNCED] {
+        routes.apply(event);
+    }
+    for routes in [routes, Routes::load(path)] {
+        assert_eq!(routes.text("vips/203.0.113.1"), Some(text(&put(1, 3))));
+        assert_eq!(routes.text("vips/203.0.113.2"), Some(text(&put(2, 7))));
+        assert_eq!(routes.text("announcement"), Some(text(&announce("203.0.113.0/24"))));
+        assert_eq!((routes.text("vips/203.0.113.3"), routes.text("else")), (None, None));
+    }
+}
+
+#[test]
 fn a_log_that_was_cut_off_or_damaged_gives_what_was_before() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("routes.log");

@@ -3,6 +3,9 @@
 //! The measuring program is an example of the crate `anyplace-state-router`, since it loads eBPF; here it is run, and its
 //! results get their targets. Packets are timed by BPF_PROG_TEST_RUN on one pinned CPU, median of five runs of a
 //! million, less the cost of a wrapper that undoes the change (shown as a figure of its own).
+//!
+//! How a change of health gets to routers is measured by an example of the crate `anyplace-location-scheduler`, beside the
+//! binary's global scheduler.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -10,11 +13,12 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 
 use super::report::Op;
-use super::{Report, measure_lines, wanted};
+use super::{Report, WorkDir, measure_lines, release_build, wanted};
 use crate::shell;
 
-const PARTS: &[&str] = &["forward", "load", "instructions"];
+const PARTS: &[&str] = &["forward", "load", "instructions", DISSEMINATION];
 const EXAMPLE: &str = "router-bench";
+const DISSEMINATION: &str = "dissemination";
 
 /// Figures of the measuring program: its name for it, ours, unit, target, peer.
 type Row = (&'static str, &'static str, &'static str, f64, Option<(&'static str, f64)>);
@@ -34,6 +38,8 @@ const ROWS: &[Row] = &[
     ("bytes_per_vip", "memory for each of 100,000 VIPs", "B", 1_024.0, None),
     ("change_p99_us", "one VIP changed, until in the data plane, p99", "us", 100.0, None),
     ("ingress_flow_bytes", "memory for each flow at ingress", "B", 0.0, None),
+    ("dissemination_bytes", "a change, on the wire to a router, mean", "B", 60.0, None),
+    ("dissemination_p99_s", "health change to 330 locations' routers, p99", "s", 1.0, None),
     ("target_flow_bytes", "memory for each flow at the target", "B", 96.0, None),
 ];
 
@@ -61,10 +67,14 @@ pub(crate) fn run(report: &mut Report, only: Option<&str>) -> Result<()> {
             parts.push(*part);
         }
     }
-    let program = build()?;
     let mut values = BTreeMap::new();
     for part in parts {
+        if part == DISSEMINATION {
+            values.extend(dissemination()?);
+            continue;
+        }
         // A process each: the memory of one part must not count in another.
+        let program = build("anyplace-state-router", EXAMPLE)?;
         values.extend(measure_lines(&program, &[part]).context("it must run as root")?);
     }
     for (key, name, unit, target, peer) in ROWS {
@@ -103,12 +113,22 @@ pub(crate) fn run(report: &mut Report, only: Option<&str>) -> Result<()> {
     Ok(())
 }
 
-/// Builds the measuring program.
-fn build() -> Result<PathBuf> {
+/// What a change of health comes to on its way.
+fn dissemination() -> Result<BTreeMap<String, f64>> {
+    let binary = release_build()?.join("anyplace");
+    let program = build("anyplace-location-scheduler", DISSEMINATION)?;
+    let folder = WorkDir::new(DISSEMINATION)?;
+    let fleet = folder.join("fleet");
+    std::fs::create_dir_all(&fleet).with_context(|| format!("make {}", fleet.display()))?;
+    let (binary, fleet) = (binary.display().to_string(), fleet.display().to_string());
+    measure_lines(&program, &[&binary, &fleet])
+}
+
+/// Builds a measuring program: an example of a crate.
+fn build(package: &str, example: &str) -> Result<PathBuf> {
     let mut build = shell::cargo(&["build", "--release", "--quiet"])?;
-    eprintln!("building in release");
-    let package = ["-p", "anyplace-state-router", "--example", EXAMPLE];
-    let status = build.args(package).status().context("start cargo")?;
-    ensure!(status.success(), "the release build of {EXAMPLE} failed");
-    Ok(shell::root()?.join("target/release/examples").join(EXAMPLE))
+    eprintln!("building {example} in release");
+    let status = build.args(["-p", package, "--example", example]).status().context("start cargo")?;
+    ensure!(status.success(), "the release build of {example} failed");
+    Ok(shell::root()?.join("target/release/examples").join(example))
 }
