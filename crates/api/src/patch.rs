@@ -60,6 +60,11 @@ impl Patch {
         saves.then(|| Self { revision, key: key.into(), digest: digest(after), splices })
     }
 
+    /// How much memory it takes beside its own fields.
+    pub const fn bytes(&self) -> usize {
+        self.key.len() + self.splices.len()
+    }
+
     /// The next text; none where `before` isn't the one that this was made for, nor the one that it makes.
     pub fn apply(&self, before: &[u8]) -> Option<Vec<u8>> {
         if digest(before) == self.digest {

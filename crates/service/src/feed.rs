@@ -27,6 +27,9 @@ use crate::unix_epoch;
 /// missed more gets a snapshot.
 const HISTORY: usize = 4_096;
 
+/// Most bytes of patches that the history keeps; beyond, it is shorter. A global scheduler has a feed for each location.
+const HISTORY_BYTES: usize = 512 << 10;
+
 /// More changes at once than this are sent as whole values: making patches takes some 20 us each, in which nobody else
 /// can change the map.
 const PATCHED_AT_ONCE: usize = 256;
@@ -45,6 +48,8 @@ struct State<T> {
     entries: BTreeMap<String, T>,
     /// Oldest first.
     history: VecDeque<Change>,
+    /// Of the patches in it.
+    history_bytes: usize,
 }
 
 /// A change of one key.
@@ -65,8 +70,8 @@ enum Sent<T> {
 
 impl<T> Default for Feed<T> {
     fn default() -> Self {
-        let state =
-            State { epoch: unix_epoch(), revision: 0, entries: BTreeMap::new(), history: VecDeque::new() };
+        let (entries, history) = (BTreeMap::new(), VecDeque::new());
+        let state = State { epoch: unix_epoch(), revision: 0, entries, history, history_bytes: 0 };
         Self { state: Mutex::new(state), changed: watch::Sender::new(0) }
     }
 }
@@ -145,9 +150,11 @@ impl<T: Clone + PartialEq + Serialize> Feed<T> {
                 let (before, after) = (serde_json::to_vec(&before).ok()?, serde_json::to_vec(after).ok()?);
                 Patch::between(revision, &key, &before, &after)
             });
+            state.history_bytes += patch.as_ref().map_or(0, Patch::bytes);
             state.history.push_back(Change { revision, key, patch });
-            if state.history.len() > HISTORY {
-                state.history.pop_front();
+            while state.history.len() > HISTORY || state.history_bytes > HISTORY_BYTES {
+                let Some(oldest) = state.history.pop_front() else { break };
+                state.history_bytes -= oldest.patch.as_ref().map_or(0, Patch::bytes);
             }
         }
         let revision = state.revision;

@@ -169,6 +169,20 @@ fn what_differs_is_sent_instead_of_the_value_and_only_to_who_asks() {
     assert_eq!(kinds(patched), ["put 5", "put 6", "synced 6"]);
 }
 
+#[test]
+fn large_patches_make_the_history_shorter() {
+    let feed = Feed::<String>::new();
+    let value = |letter: &str| format!("{}{}", "=".repeat(2_000), letter.repeat(900));
+    for round in 0..1_000 {
+        feed.set("a", value(["x", "y"][round % 2]));
+    }
+    let state = feed.lock();
+    let kept: usize = state.history.iter().map(|change| change.patch.as_ref().map_or(0, Patch::bytes)).sum();
+    assert_eq!(kept, state.history_bytes);
+    assert!((HISTORY_BYTES - 1_000..=HISTORY_BYTES).contains(&kept), "{kept}");
+    assert!((400..HISTORY).contains(&state.history.len()), "{}", state.history.len());
+}
+
 #[tokio::test]
 async fn a_watcher_sees_changes_through_http_and_survives_the_end_of_its_server() {
     crate::install_crypto_provider();
