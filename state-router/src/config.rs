@@ -46,6 +46,10 @@ pub struct Config {
     /// from anywhere.
     #[serde(default)]
     pub fleet: Vec<Ipv4Net>,
+    /// While no scheduler answers, instances that seem dead take no new connections, unless less than this part of a virtual
+    /// IP's instances would be left.
+    #[serde(default = "liveness_floor_percent")]
+    pub liveness_floor_percent: u8,
     /// The BGP daemon; without it, something else must bring packets for VIPs to the machine.
     #[serde(default)]
     pub bgp: Option<BgpConfig>,
@@ -108,6 +112,10 @@ fn listen() -> SocketAddr {
 
 fn max_vip_ports() -> u32 {
     Capacity::default().vips
+}
+
+const fn liveness_floor_percent() -> u8 {
+    50
 }
 
 fn pin_dir() -> PathBuf {

@@ -1,5 +1,6 @@
-//! Measures round trips to other locations, where the location scheduler names some, and answers other routers' questions:
-//! datagrams between the machines' addresses in the fabric, about one a second for each location.
+//! Datagrams between routers, at the machines' addresses in the fabric: round trips to other locations, where the location
+//! scheduler names some, about one a second for each; and, while no scheduler answers, which instances of other machines
+//! seem dead ([`crate::liveness`]).
 //!
 //! Losing some is harmless, and so is a router that can't listen: locations are then as far as their distance says.
 
@@ -12,10 +13,12 @@ use std::{
 };
 
 use anyplace_model::{LocationId, Probes};
-use anyplace_router_core::{PACKET_BYTES, Prober, answer};
+use anyplace_router_core::{PACKET_BYTES, Prober, ROLL_CALL_BYTES, answer};
 use ipnet::Ipv4Net;
-use tokio::net::UdpSocket;
+use tokio::{net::UdpSocket, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
+
+use crate::liveness::{self, Liveness};
 
 /// Routers of all locations ask each other here, so it is the same everywhere.
 const PORT: u16 = 7631;
@@ -28,6 +31,7 @@ const JITTER: std::ops::Range<f64> = 0.75..1.25;
 pub(crate) struct Latency {
     started: Instant,
     state: Arc<Mutex<State>>,
+    liveness: Liveness,
 }
 
 #[derive(Debug, Default)]
@@ -45,8 +49,8 @@ struct Counters {
 }
 
 impl Latency {
-    pub(crate) fn new() -> Self {
-        Self { started: Instant::now(), state: Arc::default() }
+    pub(crate) fn new(liveness: Liveness) -> Self {
+        Self { started: Instant::now(), state: Arc::default(), liveness }
     }
 
     /// Measures these from now on.
@@ -77,7 +81,7 @@ impl Latency {
         for (location, latency_ms) in latency {
             let _ = writeln!(text, "{name}{{location=\"{location}\"}} {}", latency_ms / 1e3);
         }
-        text
+        text + &self.liveness.render()
     }
 
     /// Asks and answers until the shutdown.
@@ -89,8 +93,10 @@ impl Latency {
                 return;
             }
         };
-        let mut buffer = [0; PACKET_BYTES + 1];
+        let mut buffer = [0; ROLL_CALL_BYTES + 1];
         let mut due = tokio::time::Instant::now() + PERIOD;
+        let mut roll_calls = tokio::time::interval(liveness::PERIOD);
+        roll_calls.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let received = tokio::select! {
                 received = socket.recv_from(&mut buffer) => received,
@@ -100,6 +106,12 @@ impl Latency {
                         let _ = socket.send_to(&question, (address, PORT)).await;
                     }
                     due = tokio::time::Instant::now() + self.pause();
+                    continue;
+                }
+                _ = roll_calls.tick() => {
+                    for (address, question) in self.liveness.ask() {
+                        let _ = socket.send_to(&question, (address, PORT)).await;
+                    }
                     continue;
                 }
                 () = shutdown.cancelled() => return,
@@ -133,7 +145,7 @@ impl Latency {
     }
 
     /// Takes a datagram in; what is to be said to it.
-    fn receive(&self, bytes: &[u8], from: SocketAddr, fleet: &[Ipv4Net]) -> Option<[u8; PACKET_BYTES]> {
+    fn receive(&self, bytes: &[u8], from: SocketAddr, fleet: &[Ipv4Net]) -> Option<Vec<u8>> {
         let now = self.started.elapsed();
         let IpAddr::V4(sender) = from.ip() else { return None };
         let mut state = self.state();
@@ -141,11 +153,12 @@ impl Latency {
             state.counters.refused += 1;
             return None;
         }
-        if from.port() == PORT && state.prober.answered(now, sender, bytes) {
+        let ours = from.port() == PORT;
+        if ours && (state.prober.answered(now, sender, bytes) || self.liveness.answered(sender, bytes)) {
             state.counters.heard += 1;
             return None;
         }
-        let reply = answer(bytes);
+        let reply = answer(bytes).map(Vec::from).or_else(|| self.liveness.reply(bytes));
         state.counters.answered += u64::from(reply.is_some());
         state.counters.refused += u64::from(reply.is_none());
         reply
@@ -159,7 +172,10 @@ impl Latency {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
+    use crate::plane::Names;
 
     fn at(address: &str) -> Ipv4Addr {
         address.parse().unwrap()
@@ -167,7 +183,8 @@ mod tests {
 
     #[tokio::test]
     async fn two_routers_measure_each_other_and_strangers_get_no_answer() {
-        let (one, two) = (Latency::new(), Latency::new());
+        let router = || Latency::new(Liveness::new(Names::default()));
+        let (one, two) = (router(), router());
         let (first, second) = (at("127.61.1.1"), at("127.61.2.1"));
         let fleet: Vec<Ipv4Net> = vec!["127.61.0.0/16".parse().unwrap()];
         let shutdown = CancellationToken::new();
@@ -191,6 +208,44 @@ mod tests {
         assert!(stranger.try_recv_from(&mut buffer).is_err(), "nothing is said to strangers");
         let refused = two.state().counters.refused;
         assert!(refused > 0, "and they are counted");
+        shutdown.cancel();
+        for task in tasks {
+            task.await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn instances_that_take_no_connection_and_machines_that_say_nothing_are_suspected() {
+        let (here, there, gone) = (at("127.61.4.1"), at("127.61.5.1"), at("127.61.6.1"));
+        let (names, shutdown) = (Names::default(), CancellationToken::new());
+        let (alive, dead, lost) = (at("127.61.5.65"), at("127.61.5.66"), at("127.61.6.65"));
+        let listener = tokio::net::TcpListener::bind((alive, 0)).await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        for address in [alive, dead] {
+            names.set(address, None, Some(port));
+        }
+        let (one, two) = (Liveness::new(Names::default()), Liveness::new(names));
+        let mut tasks = Vec::new();
+        for (liveness, address) in [(&one, here), (&two, there)] {
+            tasks.push(tokio::spawn(Latency::new(liveness.clone()).run(
+                address,
+                Vec::new(),
+                shutdown.clone(),
+            )));
+            tasks.push(tokio::spawn(liveness.clone().run(shutdown.clone())));
+        }
+        let machine = |name: &str| name.parse::<anyplace_model::MachineId>().unwrap();
+        let machines = BTreeMap::from([(machine("m2"), there), (machine("m3"), gone)]);
+        let on = [(alive, "m2"), (dead, "m2"), (lost, "m3")];
+        one.begin(&machines, on.map(|(address, name)| (address, machine(name))).into());
+        let mut suspects = one.suspects();
+        suspects.wait_for(|now| *now == BTreeSet::from([dead, lost])).await.unwrap();
+        drop(listener);
+        suspects.wait_for(|now| *now == BTreeSet::from([alive, dead, lost])).await.unwrap();
+        let _back = tokio::net::TcpListener::bind((alive, port)).await.unwrap();
+        suspects.wait_for(|now| *now == BTreeSet::from([dead, lost])).await.unwrap();
+        one.end();
+        suspects.wait_for(BTreeSet::is_empty).await.unwrap();
         shutdown.cancel();
         for task in tasks {
             task.await.unwrap();

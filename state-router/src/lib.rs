@@ -10,10 +10,12 @@ mod bgp;
 mod config;
 mod flow_log;
 mod latency;
+mod liveness;
 mod metrics;
 mod plane;
 mod routes;
 mod shares;
+mod suspicion;
 mod trace;
 mod traffic;
 
@@ -29,7 +31,7 @@ pub use config::{BgpConfig, Config, FlowLogConfig};
 pub use shares::{Backend, BackendState, Owner, Shares, shares};
 pub use trace::{Flow, Hop, Served, Step, Trace, trace};
 
-use crate::{bgp::Bgp, latency::Latency};
+use crate::{bgp::Bgp, latency::Latency, liveness::Liveness, suspicion::Suspicion};
 #[doc(hidden)]
 pub use crate::{
     flow_log::{Log, run as run_flow_log},
@@ -49,6 +51,11 @@ const BATCH: usize = 1_024;
 /// # Errors
 /// The data plane can't be loaded, or the configuration can't be used.
 pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        config.liveness_floor_percent <= 100,
+        "liveness_floor_percent is {}; set it to 0 to 100, or leave it out for 50",
+        config.liveness_floor_percent
+    );
     let token = anyplace_service::read_token(&config.token_file)?;
     let client = Client::new(&config.location_scheduler, Some(token)).context("location_scheduler")?;
     let options = Options {
@@ -75,7 +82,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let mut plane = Plane::new(data_plane, config.machine.clone());
     let flow_log = flow_log
         .map(|(events, log)| tokio::spawn(flow_log::run(events, log, plane.names(), shutdown.clone())));
-    let latency = Latency::new();
+    let liveness = Liveness::new(plane.names());
+    let latency = Latency::new(liveness.clone());
     let pin_dir = config.pin_dir.clone();
     let metrics = metrics::serve(config.listen, pin_dir, plane.names(), latency.clone(), shutdown.clone());
     let mut bgp = config.bgp.clone().map(Bgp::new);
@@ -83,6 +91,9 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let (machine, pin_dir) = (config.machine.clone(), config.pin_dir.clone());
     let traffic =
         tokio::spawn(traffic::run(client.clone(), machine, pin_dir, latency.clone(), shutdown.clone()));
+    let trying = tokio::spawn(liveness.clone().run(shutdown.clone()));
+    let mut suspects = liveness.suspects();
+    let mut suspicion = Suspicion::new(config.machine.clone(), config.liveness_floor_percent, liveness);
     let probing = tokio::spawn(latency.run(config.address, config.fleet.clone(), shutdown.clone()));
     let mut watcher = Watcher::<RouteRecord>::new(client, Client::ROUTES_PATH);
     let mut failing = false;
@@ -102,6 +113,12 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
                 plane.retry();
                 None
             }
+            _ = suspects.changed() => {
+                let now = suspects.borrow_and_update().clone();
+                plane.apply(suspicion.suspect(now, &routes));
+                suspicion.applied();
+                None
+            }
             event = watcher.try_next_patched(|key| routes.text(key)) => Some(event),
         };
         match event {
@@ -109,6 +126,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
             Some(Ok(event)) => {
                 if std::mem::take(&mut failing) {
                     tracing::info!("the location scheduler answers again");
+                    plane.apply(suspicion.answered(&routes));
+                    suspicion.applied();
                 }
                 let completes = routes.receives() && matches!(event, WatchEvent::Synced { .. });
                 changes.extend(routes.apply(event));
@@ -127,6 +146,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
                 }
                 // What came before the stream broke is as true as the rest.
                 plane.apply(std::mem::take(&mut changes));
+                suspicion.unanswered(&routes);
                 tokio::select! {
                     () = shutdown.cancelled() => break,
                     () = tokio::time::sleep(RETRY) => {}
@@ -141,6 +161,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     }
     traffic.await.context("the counting of new connections panicked")?;
     probing.await.context("the measuring of latency panicked")?;
+    trying.await.context("the looking after instances panicked")?;
     metrics.await.context("the metrics' listener panicked")
 }
 

@@ -32,23 +32,39 @@ impl Change {
     }
 }
 
-/// The instances of this machine by their addresses, as the routes name them; to be read beside the router.
+/// The instances of this machine by their addresses, as the routes name them, and where they take TCP connections; to be
+/// read beside the router.
 #[derive(Debug, Clone, Default)]
-pub struct Names(Arc<Mutex<Arc<BTreeMap<Ipv4Addr, InstanceId>>>>);
+pub struct Names {
+    names: Shared<InstanceId>,
+    tcp_ports: Shared<u16>,
+}
+
+type Shared<T> = Arc<Mutex<Arc<BTreeMap<Ipv4Addr, T>>>>;
 
 impl Names {
     /// What is known now.
     pub fn get(&self) -> Arc<BTreeMap<Ipv4Addr, InstanceId>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.names.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn set(&self, address: Ipv4Addr, name: Option<&InstanceId>) {
-        let mut names = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let names = Arc::make_mut(&mut names);
-        match name {
-            Some(name) => drop(names.insert(address, name.clone())),
-            None => drop(names.remove(&address)),
-        }
+    /// A TCP port of each that has one, in its container.
+    pub fn tcp_ports(&self) -> Arc<BTreeMap<Ipv4Addr, u16>> {
+        self.tcp_ports.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn set(&self, address: Ipv4Addr, name: Option<&InstanceId>, tcp_port: Option<u16>) {
+        set(&self.names, address, name.cloned());
+        set(&self.tcp_ports, address, tcp_port);
+    }
+}
+
+fn set<T: Clone>(shared: &Shared<T>, address: Ipv4Addr, value: Option<T>) {
+    let mut all = shared.lock().unwrap_or_else(PoisonError::into_inner);
+    let all = Arc::make_mut(&mut all);
+    match value {
+        Some(value) => drop(all.insert(address, value)),
+        None => drop(all.remove(&address)),
     }
 }
 
@@ -203,8 +219,10 @@ impl Plane {
 
     fn name(&self, change: &Change, wanted: &BTreeMap<Ipv4Addr, Vec<Port>>) {
         let Change::Put(route) = change else { return };
+        let tcp = route.ports.iter().find(|port| port.protocol == anyplace_model::Protocol::Tcp);
+        let tcp_port = tcp.map(anyplace_model::Port::container_port);
         for endpoint in route.local.iter().filter(|endpoint| wanted.contains_key(&endpoint.address)) {
-            self.names.set(endpoint.address, Some(&endpoint.instance));
+            self.names.set(endpoint.address, Some(&endpoint.instance), tcp_port);
         }
     }
 
@@ -238,7 +256,7 @@ impl Plane {
             result.map_err(|error| format!("instance {address}: {}", chain(&error)))?;
             self.instances.remove(&address);
             self.serving.remove(&(vip, address));
-            self.names.set(address, None);
+            self.names.set(address, None, None);
             return Ok(());
         }
         local.vips.remove(&vip);

@@ -110,6 +110,14 @@ impl Routes {
         Some(line.strip_prefix(head.as_bytes())?.strip_suffix(b"}\n")?.to_vec())
     }
 
+    /// A virtual IP's route.
+    pub fn get(&self, vip: IpAddr) -> Option<Route> {
+        match serde_json::from_slice(&self.text(&format!("{VIP_KEY}{vip}"))?) {
+            Ok(RouteRecord::Vip(route)) => Some(route),
+            _ => None,
+        }
+    }
+
     /// What to announce, once that is known.
     pub fn announcement(&self) -> Option<&Announcement> {
         self.announcement.as_ref()

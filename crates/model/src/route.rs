@@ -1,6 +1,9 @@
 //! Records between a location scheduler and its state routers.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr},
+};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -145,10 +148,14 @@ pub struct RemoteLocation {
     pub ingress: Vec<Ipv4Addr>,
 }
 
-/// What the location announces to its BGP neighbours.
+/// What the location announces to its BGP neighbours, and where its machines are.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Announcement {
     /// Prefixes; empty when the location is withdrawn.
     #[schema(value_type = Vec<String>)]
     pub prefixes: Vec<IpNet>,
+    /// Addresses of its live machines, whose routers ask each other while no scheduler answers.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schema(value_type = BTreeMap<String, String>)]
+    pub machines: BTreeMap<MachineId, Ipv4Addr>,
 }

@@ -11,7 +11,7 @@ use anyplace_model::{
     RemoteLocation, RemoteRoute, Route, RouteRecord, distance_km, estimated_latency_ms,
 };
 
-use crate::state::{Observed, Site, Stage, State};
+use crate::state::{Life, Observed, Site, Stage, State};
 
 /// Another location becomes the nearest only if the present one is further by more than this, and this much.
 const NEARLY: f64 = 1.1;
@@ -27,7 +27,9 @@ pub fn routes(state: &State) -> BTreeMap<String, RouteRecord> {
         .collect();
     if let Some(prefixes) = &state.vip_prefixes {
         let prefixes = if state.settings.withdrawn { Vec::new() } else { prefixes.clone() };
-        records.insert("announcement".into(), RouteRecord::Announcement(Announcement { prefixes }));
+        let alive = state.machines.iter().filter(|(_, machine)| machine.life == Life::Alive);
+        let machines = alive.map(|(name, machine)| (name.clone(), machine.report.address)).collect();
+        records.insert("announcement".into(), RouteRecord::Announcement(Announcement { prefixes, machines }));
     }
     records
 }

@@ -13,12 +13,14 @@
 //! Where nothing is away, new connections stay in the location while any instance is ready; else they go to the nearest
 //! other location, which the route names; only where nothing is ready anywhere they go to instances that drain.
 //!
-//! [`Prober`] measures round trips to other locations, from which that is decided.
+//! [`Prober`] measures round trips to other locations, from which that is decided. [`Peers`] and [`without`] are for the time
+//! in which no scheduler answers.
 //!
 //! This crate must not know about deployments, images, sockets or maps.
 
 mod apportion;
 mod latency;
+mod liveness;
 
 use std::{cmp::Reverse, net::Ipv4Addr};
 
@@ -26,6 +28,7 @@ use anyplace_model::{Away, Endpoint, LocationId, PARTS, RemoteLocation, Route};
 
 pub use apportion::{MAX_BUCKETS, MIN_BUCKETS};
 pub use latency::{PACKET_BYTES, Prober, answer};
+pub use liveness::{Peers, ROLL_CALL_BYTES, roll_call, without};
 
 use apportion::{Base, MAX_SLOTS, given, quotas, rank};
 

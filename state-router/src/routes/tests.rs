@@ -24,7 +24,10 @@ fn delete(last: u8) -> WatchEvent<RouteRecord> {
 }
 
 fn announce(prefix: &str) -> WatchEvent<RouteRecord> {
-    let value = RouteRecord::Announcement(Announcement { prefixes: vec![prefix.parse().unwrap()] });
+    let value = RouteRecord::Announcement(Announcement {
+        prefixes: vec![prefix.parse().unwrap()],
+        machines: Default::default(),
+    });
     WatchEvent::Put { revision: 1, key: "announcement".into(), value }
 }
 
