@@ -39,13 +39,23 @@ enum Standing {
 
 impl App {
     /// Takes a job: with its first attempt in the same write, where a location has room for it now; else it waits in
-    /// the queue.
-    pub(crate) async fn submit(&self, spec: JobSpec) -> Result<JobView, Failure> {
+    /// the queue. With a key that a job was submitted with before, that job is the answer.
+    pub(crate) async fn submit(
+        &self,
+        spec: JobSpec,
+        idempotency_key: Option<String>,
+    ) -> Result<JobView, Failure> {
         spec.validate().map_err(invalid)?;
         let name = spec.name.clone();
         let writer = self.writer().await;
         let (batch, placed) = {
             let world = self.world();
+            let mut jobs = world.jobs.values().map(|job| &job.value);
+            let earlier =
+                jobs.find(|job| idempotency_key.is_some() && job.idempotency_key == idempotency_key);
+            if let Some(earlier) = earlier {
+                return again(&world, earlier, &spec);
+            }
             if world.jobs.contains_key(&name) {
                 return Err(Problem::new(ErrorCode::AlreadyExists, format!("there is a job {name} already"))
                     .field("name")
@@ -66,6 +76,7 @@ impl App {
             let (location, now) = (self.room_for(&world, &spec), Timestamp::now());
             let job = JobRecord {
                 spec,
+                idempotency_key,
                 created_at: now,
                 order: world.jobs.values().map(|job| job.value.order + 1).max().unwrap_or(0),
                 phase: JobPhase::Queued,
@@ -235,6 +246,19 @@ impl App {
         self.world().waiting = waiting;
         Ok(())
     }
+}
+
+/// Answers a submission whose key has a job already.
+fn again(world: &World, earlier: &JobRecord, spec: &JobSpec) -> Result<JobView, Failure> {
+    let name = &earlier.spec.name;
+    if earlier.spec != *spec {
+        let text = format!("the key belongs to job {name}, which was submitted with another spec");
+        return Err(Problem::new(ErrorCode::Conflict, text)
+            .field("Idempotency-Key")
+            .fix("send a new key with a new job, or the same spec with the same key")
+            .into());
+    }
+    views::job(world, name).ok_or_else(|| unknown_job(name))
 }
 
 /// Gives a job its next attempt.

@@ -75,6 +75,9 @@ pub(crate) struct PlacementRecord {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct JobRecord {
     pub(crate) spec: JobSpec,
+    /// What the client named the submission, so that it can send it again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) idempotency_key: Option<String>,
     pub(crate) created_at: Timestamp,
     /// Place in the queue.
     pub(crate) order: u64,
@@ -171,4 +174,20 @@ pub(crate) fn attempt_key(attempt: &AttemptId) -> String {
 
 pub(crate) fn event_key(number: u64) -> String {
     format!("events/{number:020}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_job_of_before_idempotency_keys_still_loads() {
+        let stored = serde_json::json!({
+            "spec": {"kind": "Job", "name": "work", "image": "work:1"},
+            "created_at": "2026-11-24T12:00:00Z", "order": 3, "phase": "queued", "attempt": 1, "tries": 1,
+            "location": null, "instance": null, "exit_code": null, "reasons": []
+        });
+        let record: JobRecord = serde_json::from_value(stored).unwrap();
+        assert_eq!((record.idempotency_key, record.order), (None, 3));
+    }
 }

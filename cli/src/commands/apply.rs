@@ -107,7 +107,7 @@ async fn job(
 ) -> anyhow::Result<ExitCode> {
     spec.image = reference::pin(&spec.image, session).await?;
     let client = session.api()?;
-    let mut view = client.submit_job(&spec).await?;
+    let mut view = client.submit_job_once(&spec, &anyplace_service::generate_token()).await?;
     output::note(format_args!("job {} submitted", view.name));
     if format == Format::Table {
         output::line(&view.name)?;

@@ -26,6 +26,12 @@ use crate::{
 const TIMEOUT: Duration = Duration::from_secs(10);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
+/// The header with which a client names a submission, so that it can send it again.
+pub const IDEMPOTENCY_KEY: &str = "idempotency-key";
+/// How often a submission with a key is sent where no answer comes: over the restart of a server.
+const SUBMISSIONS: u32 = 3;
+const SUBMIT_PAUSE: Duration = Duration::from_millis(500);
+
 /// What to read of a log.
 pub type LogOptions = LogQuery;
 
@@ -301,6 +307,29 @@ impl Client {
     /// Submits a job.
     pub async fn submit_job(&self, spec: &JobSpec) -> Result<JobView, ClientError> {
         self.json(Method::POST, "/v1/jobs", Some(spec)).await
+    }
+
+    /// Submits a job under a key of 1 to 128 visible ASCII characters, and again where no answer comes: there is one
+    /// job in the end, and it is the answer.
+    pub async fn submit_job_once(&self, spec: &JobSpec, key: &str) -> Result<JobView, ClientError> {
+        let path = "/v1/jobs";
+        let mut left = SUBMISSIONS;
+        loop {
+            left -= 1;
+            let request = self.request(Method::POST, path).header(IDEMPOTENCY_KEY, key).json(spec);
+            let answer = async {
+                let response = self.send(request.timeout(TIMEOUT), path).await?;
+                response.bytes().await.map_err(|error| self.unreachable(path, &error))
+            };
+            match answer.await {
+                Ok(body) => {
+                    return serde_json::from_slice(&body)
+                        .map_err(|error| self.broken(path, error.to_string()));
+                }
+                Err(ClientError::Unreachable { .. }) if left > 0 => tokio::time::sleep(SUBMIT_PAUSE).await,
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     /// All jobs, oldest first.

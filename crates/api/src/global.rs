@@ -5,7 +5,7 @@
 //! | `PUT /v1/deployments/{name}` | `DeploymentSpec` | `ApplyOutcome` |
 //! | `GET /v1/deployments[/{name}]` | | `DeploymentView` (list: array) |
 //! | `DELETE /v1/deployments/{name}` | | 204 |
-//! | `POST /v1/jobs` | `JobSpec` | `JobView`; 409 `already_exists` |
+//! | `POST /v1/jobs` (`Idempotency-Key`) | `JobSpec` | `JobView`; 409 `already_exists`, `conflict` |
 //! | `GET /v1/jobs[/{name}]` | | `JobView` (list: array) |
 //! | `POST /v1/jobs/{name}/cancel` | | `JobView` |
 //! | `DELETE /v1/jobs/{name}` | | 204, once it has ended |

@@ -9,7 +9,7 @@ mod global;
 mod patch;
 mod watch;
 
-pub use client::{Client, ClientError, LogOptions};
+pub use client::{Client, ClientError, IDEMPOTENCY_KEY, LogOptions};
 pub use error::{ErrorCode, Problem};
 pub use global::{
     ApplyOutcome, CapacityView, DeploymentPhase, DeploymentView, Event, EventSeverity, JobView, LatencyQuery,

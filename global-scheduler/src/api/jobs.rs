@@ -2,23 +2,53 @@
 
 use std::sync::Arc;
 
-use anyplace_api::{JobView, LogQuery, Problem};
+use anyplace_api::{ErrorCode, IDEMPOTENCY_KEY, JobView, LogQuery, Problem};
 use anyplace_model::{Explanation, JobName, JobSpec};
 use anyplace_service::{Failure, Json, Query};
-use axum::{extract::State, http::StatusCode, response::Response};
+use axum::{
+    extract::State,
+    http::{HeaderMap, StatusCode},
+    response::Response,
+};
 use jiff::Timestamp;
 
 use super::extract::Name;
 use crate::{app::App, jobs::unknown_job, views};
 
+/// The longest key that is kept with a job, in bytes: room for a UUID or a hash with a prefix.
+const MAX_KEY_BYTES: usize = 128;
+
 /// Submit a job. A name that is taken is refused with `already_exists`.
+///
+/// A key says that a request is the same as an earlier one: while the job of that key is kept, the same spec is answered
+/// with that job, and another spec is refused with `conflict`.
 #[utoipa::path(post, path = "/v1/jobs", tag = "jobs", request_body = JobSpec,
+    params(("Idempotency-Key" = Option<String>, Header, description = "1 to 128 visible ASCII characters, chosen by the client")),
     responses((status = 200, body = JobView), (status = "default", body = Problem, content_type = "application/problem+json")))]
 pub(super) async fn submit(
     State(app): State<Arc<App>>,
+    headers: HeaderMap,
     Json(spec): Json<JobSpec>,
 ) -> Result<Json<JobView>, Failure> {
-    Ok(Json(app.submit(spec).await?))
+    Ok(Json(app.submit(spec, idempotency_key(&headers)?).await?))
+}
+
+fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Failure> {
+    let mut values = headers.get_all(IDEMPOTENCY_KEY).iter();
+    let Some(value) = values.next() else { return Ok(None) };
+    let is_key = |key: &&str| {
+        (1..=MAX_KEY_BYTES).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic())
+    };
+    match (value.to_str().ok().filter(is_key), values.next()) {
+        (Some(key), None) => Ok(Some(key.into())),
+        (_, more) => {
+            let found = if more.is_some() { "there is more than one key" } else { "this is no key" };
+            Err(Problem::new(ErrorCode::InvalidRequest, found)
+                .field("Idempotency-Key")
+                .fix(format!("send one of 1 to {MAX_KEY_BYTES} visible ASCII characters"))
+                .into())
+        }
+    }
 }
 
 /// All jobs, oldest first.

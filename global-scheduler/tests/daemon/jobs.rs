@@ -2,12 +2,16 @@
 
 use std::time::Duration;
 
-use anyplace_api::ErrorCode;
+use anyplace_api::{Client, ErrorCode, Role};
 use anyplace_model::{
     AttemptId, AttemptStatus, InstancePhase, JobName, JobPhase, LocationSettings, ReasonCode, Workload,
 };
 use jiff::{Timestamp, tz::TimeZone};
 use serde_json::json;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+};
 
 use crate::support::{Bed, eventually, instance, job};
 
@@ -122,4 +126,66 @@ async fn a_late_attempt_cannot_overwrite_the_result() {
     let view = bed.admin.job(&work()).await.unwrap();
     assert_eq!((view.phase, view.exit_code, view.attempt), (JobPhase::Succeeded, Some(0), 2));
     assert_eq!(view.location.unwrap().as_str(), "nrt");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_gives_the_same_job_back_also_after_a_restart() {
+    let mut bed = Bed::start().await;
+    let spec = job(json!({}));
+    let first = bed.admin.submit_job_once(&spec, "key-1").await.unwrap();
+    assert_eq!(bed.admin.submit_job_once(&spec, "key-1").await.unwrap().created_at, first.created_at);
+    bed.restart().await;
+    assert_eq!(bed.admin.submit_job_once(&spec, "key-1").await.unwrap().created_at, first.created_at);
+    for other in [job(json!({"image": "work:2"})), job(json!({"name": "other"}))] {
+        let error = bed.admin.submit_job_once(&other, "key-1").await.unwrap_err();
+        assert_eq!(error.code(), Some(ErrorCode::Conflict));
+        assert!(error.to_string().contains("the key belongs to job work"), "{error}");
+    }
+    // The name is taken for every other key, and without one.
+    let error = bed.admin.submit_job_once(&spec, "key-2").await.unwrap_err();
+    assert_eq!(error.code(), Some(ErrorCode::AlreadyExists));
+    assert_eq!(bed.admin.submit_job(&spec).await.unwrap_err().code(), Some(ErrorCode::AlreadyExists));
+    for no_key in ["", "with space", &"k".repeat(129)] {
+        let error = bed.admin.submit_job_once(&spec, no_key).await.unwrap_err();
+        assert_eq!(error.code(), Some(ErrorCode::InvalidRequest), "{no_key:?}");
+    }
+    assert_eq!(bed.admin.jobs().await.unwrap().len(), 1);
+    // A job that is forgotten frees its key.
+    bed.admin.cancel_job(&work()).await.unwrap();
+    bed.admin.delete_job(&work()).await.unwrap();
+    let anew = bed.admin.submit_job_once(&job(json!({"image": "work:2"})), "key-1").await.unwrap();
+    assert_eq!((anew.phase, anew.spec.image.as_str()), (JobPhase::Queued, "work:2"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_submission_whose_answer_is_lost_is_sent_again_and_there_is_one_job() {
+    let bed = Bed::start().await;
+    let token = bed.token(Role::Deployer, None).await;
+    let lossy = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let client = Client::new(&format!("http://{}", lossy.local_addr().unwrap()), Some(token)).unwrap();
+    let server = bed.listen;
+    let relay = tokio::spawn(async move {
+        // The first connection ends as the answer comes; the second is passed on whole.
+        let (mut from, _) = lossy.accept().await.unwrap();
+        let mut to = TcpStream::connect(server).await.unwrap();
+        let mut request = vec![0; 1 << 16];
+        loop {
+            tokio::select! {
+                read = from.read(&mut request) => {
+                    to.write_all(&request[..read.unwrap()]).await.unwrap();
+                }
+                answered = to.readable() => break answered.unwrap(),
+            }
+        }
+        drop((from, to));
+        let (mut from, _) = lossy.accept().await.unwrap();
+        let mut to = TcpStream::connect(server).await.unwrap();
+        let _ = tokio::io::copy_bidirectional(&mut from, &mut to).await;
+    });
+    let view = client.submit_job_once(&job(json!({})), "key-1").await.unwrap();
+    assert_eq!(view.name, work());
+    assert_eq!(bed.admin.jobs().await.unwrap().len(), 1);
+    relay.abort();
+    let events = bed.admin.events(Some("job/work")).await.unwrap();
+    assert_eq!(events.iter().filter(|event| event.message == "submitted").count(), 1);
 }
