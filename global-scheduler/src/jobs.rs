@@ -50,11 +50,11 @@ impl App {
         let writer = self.writer().await;
         let (batch, placed) = {
             let world = self.world();
-            let mut jobs = world.jobs.values().map(|job| &job.value);
-            let earlier =
-                jobs.find(|job| idempotency_key.is_some() && job.idempotency_key == idempotency_key);
-            if let Some(earlier) = earlier {
-                return again(&world, earlier, &spec);
+            if idempotency_key.is_some() {
+                let mut jobs = world.jobs.values().map(|job| &job.value);
+                if let Some(earlier) = jobs.find(|job| job.idempotency_key == idempotency_key) {
+                    return again(&world, earlier, &spec);
+                }
             }
             if world.jobs.contains_key(&name) {
                 return Err(Problem::new(ErrorCode::AlreadyExists, format!("there is a job {name} already"))

@@ -8,6 +8,8 @@
 //! Whoever has an upload open holds a lock (`flock`) on its file. A rename doesn't change that, so who waited for it
 //! checks that the file still is the upload. Waiting is the caller's, which needs no thread for it.
 
+mod record;
+
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _};
 use std::os::fd::AsRawFd as _;
@@ -18,9 +20,9 @@ use std::time::Duration;
 
 use anyplace_images::{Algorithm, Digest, Hasher};
 use bytes::Bytes;
-use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
+use self::record::{RECORD_BYTES, Record, encode, newest};
 use super::session::Unfinished;
 use crate::storage::{Ages, Room};
 
@@ -30,9 +32,6 @@ const WRITE_BACK_BYTES: u64 = 2 << 20;
 const HASH_INLINE_BYTES: u64 = 1 << 20;
 /// Batches that wait for the hash.
 const HASHING_MAX: usize = 8;
-const RECORD_BYTES: usize = 512;
-const RECORD_MAGIC: &[u8; 8] = b"anyupl01";
-const CHECKSUM_BYTES: usize = 16;
 /// A file without a state, or a state without bytes, that is younger may be of an upload that is being made.
 const HALF_AGE_MIN: Duration = Duration::from_secs(10);
 
@@ -45,15 +44,6 @@ pub(super) struct LocalUpload {
     repository: String,
     revision: u64,
     room: Arc<Room>,
-}
-
-/// What a record says.
-struct Record {
-    revision: u64,
-    offset: u64,
-    hasher: Hasher,
-    /// Empty in records of earlier versions.
-    repository: String,
 }
 
 /// What opening found.
@@ -333,58 +323,6 @@ fn write_back(file: &File, from: u64, len: u64) {
     }
 }
 
-fn encode(record: &Record) -> io::Result<Vec<u8>> {
-    let saved = record.hasher.save();
-    let mut bytes = Vec::with_capacity(RECORD_BYTES);
-    bytes.extend_from_slice(RECORD_MAGIC);
-    bytes.extend_from_slice(&record.revision.to_le_bytes());
-    bytes.extend_from_slice(&record.offset.to_le_bytes());
-    bytes.push(match record.hasher.algorithm() {
-        Algorithm::Sha256 => 0,
-        Algorithm::Sha512 => 1,
-    });
-    bytes.extend_from_slice(&(saved.len() as u16).to_le_bytes());
-    bytes.extend_from_slice(&saved);
-    // At most 255 bytes, for which there is room after each of the algorithms.
-    bytes.push(record.repository.len() as u8);
-    bytes.extend_from_slice(record.repository.as_bytes());
-    if bytes.len() > RECORD_BYTES - CHECKSUM_BYTES {
-        return Err(io::Error::other("the hash's state and the repository don't fit a record"));
-    }
-    bytes.resize(RECORD_BYTES - CHECKSUM_BYTES, 0);
-    let checksum = Sha256::digest(&bytes);
-    bytes.extend_from_slice(&checksum[..CHECKSUM_BYTES]);
-    Ok(bytes)
-}
-
-fn decode(bytes: &[u8]) -> Option<Record> {
-    let (body, checksum) = bytes.split_at_checked(RECORD_BYTES - CHECKSUM_BYTES)?;
-    if Sha256::digest(body)[..CHECKSUM_BYTES] != *checksum || !body.starts_with(RECORD_MAGIC) {
-        return None;
-    }
-    let number = |at: usize| Some(u64::from_le_bytes(body.get(at..at + 8)?.try_into().ok()?));
-    let algorithm = *Algorithm::ALL.get(usize::from(*body.get(24)?))?;
-    let saved = usize::from(u16::from_le_bytes(body.get(25..27)?.try_into().ok()?));
-    let hasher = Hasher::restore(algorithm, body.get(27..27 + saved)?)?;
-    let named = usize::from(*body.get(27 + saved)?);
-    let repository = std::str::from_utf8(body.get(28 + saved..28 + saved + named)?).ok()?.to_owned();
-    Some(Record { revision: number(8)?, offset: number(16)?, hasher, repository })
-}
-
-/// The newer of the records that are whole.
-fn newest(state: &File) -> io::Result<Option<Record>> {
-    let read = |slot: u64| {
-        let mut bytes = vec![0; RECORD_BYTES];
-        match state.read_exact_at(&mut bytes, slot * RECORD_BYTES as u64) {
-            Ok(()) => Ok(decode(&bytes)),
-            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
-            Err(e) => Err(e),
-        }
-    };
-    let records = [read(0)?, read(1)?];
-    Ok(records.into_iter().flatten().max_by_key(|record| record.revision))
-}
-
 fn ignore_missing(result: io::Result<()>) -> io::Result<()> {
     match result {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -437,23 +375,6 @@ mod tests {
     use std::io::Write as _;
 
     use super::*;
-
-    #[test]
-    fn records_read_back_and_broken_ones_are_refused() {
-        let mut hasher = Algorithm::Sha512.hasher();
-        hasher.update(b"content");
-        let longest = "r".repeat(255);
-        let bytes = encode(&Record { revision: 7, offset: 99, hasher, repository: longest.clone() }).unwrap();
-        let record = decode(&bytes).unwrap();
-        assert_eq!((record.revision, record.offset, record.repository), (7, 99, longest));
-        assert_eq!(record.hasher.finish(), Algorithm::Sha512.digest(b"content"));
-        for at in [0, 8, 30, RECORD_BYTES - 1] {
-            let mut broken = bytes.clone();
-            broken[at] ^= 1;
-            assert!(decode(&broken).is_none(), "{at}");
-        }
-        assert!(decode(&bytes[..100]).is_none());
-    }
 
     #[test]
     fn a_sweep_leaves_what_is_being_made() {
