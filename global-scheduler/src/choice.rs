@@ -6,7 +6,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyplace_choice::{self as choice, Ledger, View};
@@ -15,7 +15,7 @@ use tokio::time::MissedTickBehavior;
 
 use crate::{
     app::App,
-    latency::Matrix,
+    latency::latency,
     world::{LocationState, World},
 };
 
@@ -104,16 +104,18 @@ fn round(app: &App) {
             world.deployments.iter().filter(|(_, it)| it.value.spec.connections_per_second().is_some());
         let names: BTreeSet<DeploymentName> = shared.map(|(name, _)| name.clone()).collect();
         forget(&mut world, &names);
-        let World { locations, ledgers, .. } = &mut *world;
+        let World { locations, ledgers, demand, .. } = &mut *world;
+        demand.follow(names.iter(), locations, Instant::now());
         for id in locations.keys() {
             ledgers.number(id);
         }
-        (names, Matrix::of(&world, &world.ledgers.sites))
+        (names, latency(&world, &world.ledgers.sites))
     };
     if names.is_empty() {
         return;
     }
-    let latency = latency();
+    let latency = Arc::new(latency());
+    app.world().demand.latency = latency.clone();
     for name in names {
         let (mut ledger, seen) = {
             let mut world = app.world();

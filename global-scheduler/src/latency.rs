@@ -8,12 +8,10 @@ use std::{
 };
 
 use anyplace_api::LatencyView;
+use anyplace_global_core::{FAR_MS, Latency};
 use anyplace_model::{LocationId, distance_km, estimated_latency_ms};
 
 use crate::world::{LocationState, World};
-
-/// To and from a location that has never said where it is.
-const UNKNOWN_MS: f64 = 1_000.0;
 
 /// What a location says of its ways.
 #[derive(Debug, Clone)]
@@ -39,48 +37,32 @@ impl Ways {
     }
 }
 
-/// Round trips between all of some locations, by their numbers.
-#[derive(Debug)]
-pub(crate) struct Matrix {
-    size: usize,
-    ms: Vec<f64>,
+/// Round trips between these locations, by their numbers. The work is in what is returned, which needs no lock.
+pub(crate) fn latency(world: &World, ids: &[LocationId]) -> impl FnOnce() -> Latency + use<> {
+    let ids = ids.to_vec();
+    let ways: Vec<Ways> = ids.iter().map(|id| Ways::of(world.locations.get(id))).collect();
+    move || between(&ids, &ways)
 }
 
-impl Matrix {
-    /// Between these locations. The work is in what is returned, which needs no lock.
-    pub(crate) fn of(world: &World, ids: &[LocationId]) -> impl FnOnce() -> Self + use<> {
-        let ids = ids.to_vec();
-        let ways: Vec<Ways> = ids.iter().map(|id| Ways::of(world.locations.get(id))).collect();
-        move || Self::between(&ids, &ways)
-    }
-
-    fn between(ids: &[LocationId], ways: &[Ways]) -> Self {
-        let size = ids.len();
-        let numbers: HashMap<&LocationId, usize> = ids.iter().zip(0..).collect();
-        let mut measured = vec![None; size * size];
-        for (from, way) in ways.iter().enumerate() {
-            for (to, ms) in way.measured_ms.iter() {
-                if let Some(to) = numbers.get(to) {
-                    measured[from * size + to] = Some(*ms);
-                }
+fn between(ids: &[LocationId], ways: &[Ways]) -> Latency {
+    let size = ids.len();
+    let numbers: HashMap<&LocationId, usize> = ids.iter().zip(0..).collect();
+    let mut measured = vec![None; size * size];
+    for (from, way) in ways.iter().enumerate() {
+        for (to, ms) in way.measured_ms.iter() {
+            if let Some(to) = numbers.get(to) {
+                measured[from * size + to] = Some(*ms);
             }
         }
-        let pair = |from: usize, to: usize| {
-            if from == to {
-                return 0.0;
-            }
-            let measured = measured[from * size + to].or(measured[to * size + from]);
-            let estimated = || Some(estimated_latency_ms(ways[from].distance_km(&ways[to])?));
-            measured.or_else(estimated).unwrap_or(UNKNOWN_MS)
-        };
-        Self { size, ms: (0..size * size).map(|index| pair(index / size, index % size)).collect() }
     }
-
-    /// In milliseconds; far for a location that has come since.
-    pub(crate) fn ms(&self, from: usize, to: usize) -> f64 {
-        let known = (from < self.size && to < self.size).then(|| self.ms[from * self.size + to]);
-        known.unwrap_or(if from == to { 0.0 } else { UNKNOWN_MS })
-    }
+    Latency::between(ids, |from, to| {
+        if from == to {
+            return 0.0;
+        }
+        let measured = measured[from * size + to].or(measured[to * size + from]);
+        let estimated = || Some(estimated_latency_ms(ways[from].distance_km(&ways[to])?));
+        measured.or_else(estimated).unwrap_or(FAR_MS)
+    })
 }
 
 /// For operators: the round trips between locations that have said where they are, all or those from one.
@@ -123,11 +105,11 @@ mod tests {
             ways(Some(nrt), &[("ams", 130.0)]),
             ways(None, &[]),
         ];
-        let matrix = Matrix::between(&ids, &ways);
+        let matrix = between(&ids, &ways);
         assert_eq!((matrix.ms(0, 2), matrix.ms(2, 0)), (120.0, 130.0), "what it measured itself");
         assert_eq!((matrix.ms(0, 1), matrix.ms(1, 0)), (9.0, 9.0), "what the other end measured");
         assert!((matrix.ms(1, 2) - 140.7).abs() < 2.0, "by the distance: {}", matrix.ms(1, 2));
-        assert_eq!((matrix.ms(0, 3), matrix.ms(3, 2), matrix.ms(3, 3)), (UNKNOWN_MS, UNKNOWN_MS, 0.0));
-        assert_eq!((matrix.ms(4, 1), matrix.ms(4, 4)), (UNKNOWN_MS, 0.0), "who came since");
+        assert_eq!((matrix.ms(0, 3), matrix.ms(3, 2), matrix.ms(3, 3)), (FAR_MS, FAR_MS, 0.0));
+        assert_eq!((matrix.ms(4, 1), matrix.ms(4, 4)), (FAR_MS, 0.0), "who came since");
     }
 }

@@ -13,6 +13,7 @@ mod app;
 mod batch;
 mod choice;
 mod config;
+mod demand;
 mod deployments;
 mod jobs;
 mod latency;

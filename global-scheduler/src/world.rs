@@ -20,6 +20,7 @@ use jiff::{Timestamp, tz::TimeZone};
 use serde::de::DeserializeOwned;
 
 use crate::choice::Ledgers;
+use crate::demand::Demand;
 use crate::records::{
     AttemptRecord, DeploymentRecord, JobRecord, LocationKnown, PlacementRecord, TokenRecord, Tombstone,
 };
@@ -108,6 +109,8 @@ pub(crate) struct World {
     pub(crate) locations: BTreeMap<LocationId, LocationState>,
     /// What locations may send to each other.
     pub(crate) ledgers: Ledgers,
+    /// Where new connections enter.
+    pub(crate) demand: Demand,
     /// From the last plan.
     pub(crate) missing: BTreeMap<DeploymentName, Missing>,
     /// From the last plan.
@@ -194,7 +197,10 @@ impl World {
                     (location.clone(), self.share(name, stored.value.generation, location, placement.count))
                 })
                 .collect();
-            (name.clone(), Deployment { spec: stored.value.spec.clone(), shares })
+            (
+                name.clone(),
+                Deployment { spec: stored.value.spec.clone(), shares, demand: self.demand.of(name) },
+            )
         });
         let mut queue: Vec<&JobRecord> =
             self.jobs.values().map(|job| &job.value).filter(|job| job.phase == JobPhase::Queued).collect();
@@ -231,7 +237,8 @@ impl World {
                 location.incoming.push(job.spec.resources.clone());
             }
         }
-        State { deployments: deployments.collect(), queue, locations }
+        let latency = self.demand.latency.clone();
+        State { deployments: deployments.collect(), queue, locations, latency }
     }
 
     fn is_used(&self, id: &LocationId) -> bool {

@@ -27,7 +27,8 @@ fn text(explanation: &Explanation) -> String {
         text += &format!("\nReasons:\n{}", output::reasons(&explanation.refusals, "  "));
     }
     if !explanation.locations.is_empty() {
-        let mut table = Table::new(&["  LOCATION", "PLACED", "ROOM-FOR", "REASONS"]);
+        let mut table =
+            Table::new(&["  LOCATION", "PLACED", "ROOM-FOR", "ENTERING/s", "NEARER-ms", "REASONS"]);
         for location in &explanation.locations {
             let reasons: Vec<String> = location
                 .refusals
@@ -38,6 +39,8 @@ fn text(explanation: &Explanation) -> String {
                 format!("  {}", location.location),
                 location.placed.to_string(),
                 location.room_for.to_string(),
+                location.entering.map_or("-".into(), |rate| format!("{rate:.1}")),
+                location.nearer_ms.map_or("-".into(), |ms| format!("{ms:.1}")),
                 reasons.join("; "),
             ]);
         }

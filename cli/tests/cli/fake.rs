@@ -207,6 +207,8 @@ fn explanation(subject: &str, wanted: u32, reasons: &[Refusal]) -> Explanation {
             location: "ams".parse().unwrap(),
             placed: 0,
             room_for: 0,
+            entering: None,
+            nearer_ms: None,
             refusals: reasons.to_vec(),
         }],
         nearest_fit: Some("none has a GPU".into()),

@@ -99,7 +99,7 @@ pub struct Refusal {
 }
 
 /// What the scheduler thought of one location.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct LocationExplanation {
     /// The location.
     pub location: LocationId,
@@ -107,12 +107,19 @@ pub struct LocationExplanation {
     pub placed: u32,
     /// Further instances that would fit there now.
     pub room_for: u32,
+    /// New connections of the deployment that enter there, a second, smoothed over a minute; none where nobody counts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entering: Option<f64>,
+    /// By how many milliseconds an instance there would shorten the average connection's round trip to the nearest
+    /// instance; none without demand.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nearer_ms: Option<f64>,
     /// Why not more, or why none.
     pub refusals: Vec<Refusal>,
 }
 
 /// Answer to `anyplace why`: where something is, or why it isn't.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Explanation {
     /// What was asked about, such as `deployment/hello`.
     pub subject: String,

@@ -9,7 +9,9 @@ use anyplace_model::{
 use jiff::Timestamp;
 
 use crate::{
-    JobOutcome, Liveness, State, filter, jobs,
+    JobOutcome, Liveness, State,
+    demand::Travel,
+    filter, jobs,
     plan::{rooms, why_not_more},
     room::{Room, bytes, describe, fits},
 };
@@ -145,6 +147,8 @@ pub fn explain_deployment(state: &State, name: &DeploymentName, now: Timestamp) 
     let shares = deployment.shares.iter();
     let alive = |id: &LocationId| state.locations.get(id).is_some_and(|it| it.liveness == Liveness::Alive);
     let ready: u32 = shares.clone().filter(|(id, _)| alive(id)).map(|(_, share)| share.ready).sum();
+    let serving = shares.clone().filter(|(id, share)| alive(id) && share.count > share.refused);
+    let travel = Travel::new(&state.latency, &deployment.demand, serving.map(|(id, _)| id));
     let locations: Vec<LocationExplanation> = why
         .iter()
         .map(|(id, refusals)| LocationExplanation {
@@ -155,6 +159,8 @@ pub fn explain_deployment(state: &State, name: &DeploymentName, now: Timestamp) 
             } else {
                 0
             },
+            entering: deployment.demand.get(*id).copied(),
+            nearer_ms: travel.average_ms().map(|_| travel.gain(id) as f64 / 1_000.0 / travel.per_second()),
             refusals: refusals.clone(),
         })
         .collect();
@@ -168,12 +174,18 @@ pub fn explain_deployment(state: &State, name: &DeploymentName, now: Timestamp) 
     let refusals =
         if short { summed(why.iter().map(|(id, list)| (*id, list.as_slice()))) } else { Vec::new() };
     let fits_somewhere = why.values().any(Vec::is_empty);
-    let summary = match (placed, short) {
+    let mut summary = match (placed, short) {
         (0, _) if fits_somewhere => format!("none of {wanted} instances is placed yet, and there is room"),
         (0, _) => format!("none of {wanted} instances fits anywhere now"),
         (_, true) => format!("{placed} of {wanted} instances are placed: {}", there.join(", ")),
         (_, false) => format!("all {wanted} instances are placed: {}; {ready} ready", there.join(", ")),
     };
+    if let Some(ms) = travel.average_ms().filter(|_| placed > 0) {
+        summary += &format!(
+            "; of {:.1} new connections/s, the average one has {ms:.1} ms to the nearest instance",
+            travel.per_second()
+        );
+    }
     let nearest_fit = if short {
         nearest_fit(state, &deployment.spec.resources, &deployment.spec.placement, &rooms)
     } else {
@@ -214,6 +226,8 @@ pub fn explain_job(state: &State, name: &JobName, now: Timestamp) -> Option<Expl
             } else {
                 0
             },
+            entering: None,
+            nearer_ms: None,
             refusals,
         })
         .collect();

@@ -6,6 +6,7 @@
 //!
 //! This crate must not know clocks, randomness, sockets, storage, machines or packets. Time comes in as an argument.
 
+mod demand;
 mod explain;
 mod filter;
 mod jobs;
@@ -13,6 +14,7 @@ mod plan;
 mod room;
 mod state;
 
+pub use demand::{FAR_MS, Latency};
 pub use explain::{explain_deployment, explain_job};
 pub use jobs::{JobDecision, JobOutcome, plan_jobs, window_is_open};
 pub use plan::{Missing, Plan, plan};

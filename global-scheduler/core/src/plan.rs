@@ -4,14 +4,21 @@
 //! satisfies the constraints. A planned move is made before it is broken: the old location keeps its instances
 //! until as many are ready elsewhere. What can't be placed elsewhere stays where it was, so that it goes on as soon
 //! as its location can.
+//!
+//! Among locations that have equally few instances of a deployment, the one is chosen that brings instances nearest to
+//! where its new connections enter (`docs/decisions/0018-demand.md`).
 
-use std::{cmp::Reverse, collections::BTreeMap};
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BinaryHeap},
+};
 
 use anyplace_model::{DeploymentName, LocationId, Refusal, Resources};
 use jiff::Timestamp;
 
 use crate::{
     Deployment, Liveness, Location, State,
+    demand::{Travel, losses},
     explain::{nearest_fit, summed},
     filter,
     room::Room,
@@ -38,10 +45,12 @@ pub struct Missing {
 }
 
 /// Order of preference among locations with room: the smallest is chosen.
-#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Score<'a> {
     /// Instances of this deployment there: a spread survives the loss of a location.
     here: u32,
+    /// How much nearer new connections have an instance then.
+    gain: Reverse<u64>,
     /// Whether the image must be fetched first.
     cold: bool,
     /// Thousandths in use: leaves head-room everywhere.
@@ -57,6 +66,8 @@ struct Surplus<'a> {
     unready: bool,
     /// Instances there.
     here: u32,
+    /// How much further new connections have to go without the last of them.
+    loss: Reverse<u64>,
     /// Breaks ties.
     location: &'a LocationId,
 }
@@ -197,32 +208,18 @@ fn plan_one(
     let wanted = spec.instances.min;
     let mut present = present(state, deployment);
 
-    trim(&mut present.withdrawn, wanted, deployment);
+    trim(&mut present.withdrawn, wanted, state, deployment);
     // Instances in withdrawn locations count, but alone they would leave the virtual IP without an answer.
     let least = if spec.ports.is_empty() { 0 } else { wanted.min(1) };
     let serving = wanted.saturating_sub(present.withdrawn.values().sum()).max(least);
-    trim(&mut present.kept, serving, deployment);
+    trim(&mut present.kept, serving, state, deployment);
 
     let mut counts = present.kept;
-    let mut unplaced = serving.saturating_sub(counts.values().sum());
-    let why = why_not_more(state, name, deployment, rooms, now);
-    let mut candidates: Vec<&LocationId> =
-        why.into_iter().filter(|(_, refusals)| refusals.is_empty()).map(|(id, _)| id).collect();
-    while unplaced > 0 {
-        let best = candidates.iter().map(|id| Score {
-            here: counts.get(*id).copied().unwrap_or(0),
-            cold: !is_warm(&state.locations[*id], &spec.image),
-            used_permille: rooms.get(id).map_or(1_000, Room::used_permille),
-            location: id,
-        });
-        let Some(id) = best.min().map(|score| score.location) else { break };
-        if !rooms.get_mut(id).is_some_and(|room| room.take(&spec.resources)) {
-            // Rooms only shrink while a plan is made.
-            candidates.retain(|candidate| *candidate != id);
-            continue;
-        }
-        *counts.entry(id.clone()).or_default() += 1;
-        unplaced -= 1;
+    let unplaced = serving.saturating_sub(counts.values().sum());
+    if unplaced > 0 {
+        let why = why_not_more(state, name, deployment, rooms, now);
+        let open = why.into_iter().filter(|(_, refusals)| refusals.is_empty()).map(|(id, _)| id).collect();
+        add(&mut counts, unplaced, open, state, deployment, rooms);
     }
 
     for (id, count) in present.withdrawn {
@@ -253,13 +250,71 @@ fn is_warm(location: &Location, image: &str) -> bool {
     location.advert.as_ref().is_some_and(|advert| advert.warm_images.iter().any(|warm| warm == image))
 }
 
+/// A location that may get more, while it is compared with others.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct Candidate<'a> {
+    score: Score<'a>,
+    /// When its gain was last looked at: it only falls while locations are added, so an older one is a bound.
+    looked_at: u32,
+}
+
+/// Adds up to `most` instances to the counts, in locations that may take one more.
+fn add<'a>(
+    counts: &mut BTreeMap<LocationId, u32>,
+    most: u32,
+    open: Vec<&'a LocationId>,
+    state: &State,
+    deployment: &Deployment,
+    rooms: &mut BTreeMap<&LocationId, Room>,
+) {
+    let spec = &deployment.spec;
+    let mut travel = Travel::new(&state.latency, &deployment.demand, served(counts));
+    let mut candidates: BinaryHeap<Reverse<Candidate<'a>>> = open
+        .into_iter()
+        .map(|location| Score {
+            here: counts.get(location).copied().unwrap_or(0),
+            gain: Reverse(travel.gain(location)),
+            cold: !is_warm(&state.locations[location], &spec.image),
+            used_permille: rooms.get(location).map_or(1_000, Room::used_permille),
+            location,
+        })
+        .map(|score| Reverse(Candidate { score, looked_at: 0 }))
+        .collect();
+    let mut placed = 0;
+    while placed < most {
+        let Some(Reverse(Candidate { mut score, looked_at })) = candidates.pop() else { break };
+        let id = score.location;
+        if looked_at < placed {
+            score.gain = Reverse(travel.gain(id));
+            candidates.push(Reverse(Candidate { score, looked_at: placed }));
+            continue;
+        }
+        // Rooms only shrink while a plan is made: where it doesn't fit, it won't.
+        let Some(room) = rooms.get_mut(id).filter(|room| room.fits(&spec.resources)) else { continue };
+        room.deduct(&spec.resources);
+        travel.add(id);
+        *counts.entry(id.clone()).or_default() += 1;
+        placed += 1;
+        score = Score { here: score.here + 1, used_permille: room.used_permille(), ..score };
+        candidates.push(Reverse(Candidate { score, looked_at }));
+    }
+}
+
+fn served(counts: &BTreeMap<LocationId, u32>) -> impl Iterator<Item = &LocationId> {
+    counts.iter().filter(|(_, count)| **count > 0).map(|(id, _)| id)
+}
+
 /// Takes instances away until at most `most` are left.
-fn trim(counts: &mut BTreeMap<LocationId, u32>, most: u32, deployment: &Deployment) {
+fn trim(counts: &mut BTreeMap<LocationId, u32>, most: u32, state: &State, deployment: &Deployment) {
     let ready = |id: &LocationId| deployment.shares.get(id).map_or(0, |share| share.ready);
     for _ in most..counts.values().sum() {
+        let losses = losses(&state.latency, &deployment.demand, &served(counts).collect::<Vec<_>>());
+        // Where others stay, none has to go further.
+        let loss = |location, count| if count > 1 { 0 } else { losses.get(location).copied().unwrap_or(0) };
         let surplus = counts.iter().filter(|(_, count)| **count > 0).map(|(location, count)| Surplus {
             unready: ready(location) < *count,
             here: *count,
+            loss: Reverse(loss(location, *count)),
             location,
         });
         let Some(location) = surplus.max().map(|surplus| surplus.location.clone()) else { break };

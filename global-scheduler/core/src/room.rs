@@ -140,11 +140,16 @@ impl Room {
 
     /// Takes the room of one instance. Returns whether it was there; takes nothing otherwise.
     pub(crate) fn take(&mut self, wanted: &Resources) -> bool {
-        if !self.refusals(wanted).is_empty() {
-            return false;
+        let fits = self.fits(wanted);
+        if fits {
+            self.deduct(wanted);
         }
-        self.deduct(wanted);
-        true
+        fits
+    }
+
+    /// Whether there is room for one instance.
+    pub(crate) fn fits(&self, wanted: &Resources) -> bool {
+        self.refusals(wanted).is_empty()
     }
 
     /// Deducts what is on its way, as far as it is there.

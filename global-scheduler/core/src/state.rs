@@ -1,12 +1,14 @@
 //! What the planner sees: one value, made by the caller from what is desired and what was last reported.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use anyplace_model::{
     Advert, DeploymentName, DeploymentSpec, JobName, JobSpec, LocationId, LocationSettings, Refusal,
     Resources,
 };
 use jiff::{Timestamp, tz::TimeZone};
+
+use crate::Latency;
 
 /// Everything a plan is made from.
 #[derive(Debug, Clone, Default)]
@@ -17,6 +19,8 @@ pub struct State {
     pub queue: Vec<QueuedJob>,
     /// Locations.
     pub locations: BTreeMap<LocationId, Location>,
+    /// Round trips between them.
+    pub latency: Arc<Latency>,
 }
 
 /// A deployment and where it is now.
@@ -26,6 +30,8 @@ pub struct Deployment {
     pub spec: DeploymentSpec,
     /// Where it was placed so far.
     pub shares: BTreeMap<LocationId, Share>,
+    /// New connections a second, smoothed, by the location that they enter at. Empty where nobody counts them.
+    pub demand: BTreeMap<LocationId, f64>,
 }
 
 /// What one location has of a deployment.

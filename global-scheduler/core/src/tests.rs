@@ -10,6 +10,7 @@ use jiff::{Timestamp, tz::TimeZone};
 
 use crate::*;
 
+mod demand;
 mod properties;
 
 pub(crate) fn noon() -> Timestamp {
@@ -75,7 +76,9 @@ fn three(instances: u32) -> State {
     for name in ["ams", "gru", "nrt"] {
         state.locations.insert(id(name), location(advert()));
     }
-    state.deployments.insert(name("hello"), Deployment { spec, shares: BTreeMap::new() });
+    state
+        .deployments
+        .insert(name("hello"), Deployment { spec, shares: BTreeMap::new(), demand: BTreeMap::new() });
     state
 }
 
@@ -217,14 +220,18 @@ fn large_gpu_blocks_are_not_spent_on_small_requests() {
     for (who, gib) in [("a-small", 20), ("b-large", 70)] {
         let spec =
             deployment(&format!(r#"{{"name": "{who}", "resources": {{"gpu": {{"memory": "{gib}Gi"}}}}}}"#));
-        state.deployments.insert(name(who), Deployment { spec, shares: BTreeMap::new() });
+        state
+            .deployments
+            .insert(name(who), Deployment { spec, shares: BTreeMap::new(), demand: BTreeMap::new() });
     }
     assert!(plan(&state, noon()).missing.is_empty());
 
     // And what is too large for all is told what comes nearest.
     state.deployments.clear();
     let spec = deployment(r#"{"resources": {"gpu": {"memory": "80Gi", "models": ["L4", "A100"]}}}"#);
-    state.deployments.insert(name("hello"), Deployment { spec, shares: BTreeMap::new() });
+    state
+        .deployments
+        .insert(name("hello"), Deployment { spec, shares: BTreeMap::new(), demand: BTreeMap::new() });
     let why = explain_deployment(&state, &name("hello"), noon()).unwrap();
     let nearest = why.nearest_fit.unwrap();
     assert_eq!(nearest, "the largest free GPU block is 24Gi (L4) in nrt; 80Gi was asked for");

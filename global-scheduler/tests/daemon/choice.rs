@@ -132,3 +132,34 @@ async fn measured_latency_counts_more_than_distance() {
     .await;
     bed.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn instances_come_where_connections_enter_and_go_where_they_are_missed_least() {
+    let (mut bed, ams, fra, nrt) = bed().await;
+    let with = |instances: u32| {
+        let mut spec = load();
+        spec.instances.min = instances;
+        spec
+    };
+    bed.admin.apply_deployment(&with(1)).await.unwrap();
+    eventually("the first", || async { ams.count("hello") == 1 }).await;
+    say(&ams, 10.0, 500.0);
+    say(&fra, 10.0, 500.0);
+    say(&nrt, 30.0, 500.0);
+    let name: anyplace_model::DeploymentName = "hello".parse().unwrap();
+    eventually("the demand is known", || async {
+        let why = bed.admin.why_deployment(&name).await.unwrap();
+        why.locations.iter().all(|it| it.entering.is_some()) && why.summary.contains("new connections/s")
+    })
+    .await;
+    // By name it would be Frankfurt.
+    bed.admin.apply_deployment(&with(2)).await.unwrap();
+    eventually("the second in Tokyo", || async { nrt.count("hello") == 1 }).await;
+    assert_eq!((ams.count("hello"), fra.count("hello")), (1, 0));
+    // Who isn't ready yet would go first.
+    eventually("both are ready", || async { bed.admin.deployment(&name).await.unwrap().ready == 2 }).await;
+    bed.admin.apply_deployment(&with(1)).await.unwrap();
+    eventually("Tokyo's stays", || async { ams.count("hello") == 0 }).await;
+    assert_eq!((fra.count("hello"), nrt.count("hello")), (0, 1));
+    bed.stop().await;
+}

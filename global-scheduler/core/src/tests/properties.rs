@@ -58,6 +58,7 @@ prop_compose! {
     fn any_deployment(locations: usize)(
         min in 1u32..7, cpu in 1u64..5, memory in 1u64..5, region in 0..4, sandbox in 0..5, gpu in 0u32..5,
         shares in prop::collection::vec((0u32..3, 0u32..2, 0u32..3), locations),
+        demand in prop::collection::vec(0.0..100.0, 0..=locations),
     ) -> Deployment {
         let mut spec = deployment("{}");
         spec.instances.min = min;
@@ -83,19 +84,26 @@ prop_compose! {
                 (id(&format!("l{index}")), share)
             },
         ).collect();
-        Deployment { spec, shares }
+        let demand = demand.into_iter().zip(0..).map(|(rate, index)| (id(&format!("l{index}")), rate)).collect();
+        Deployment { spec, shares, demand }
     }
 }
 
 fn any_state() -> impl Strategy<Value = State> {
     (1usize..5, 1usize..5).prop_flat_map(|(locations, deployments)| {
         let locations_of = prop::collection::vec(any_location(), locations);
-        (locations_of, prop::collection::vec(any_deployment(locations), deployments)).prop_map(
-            |(locations, deployments)| {
+        let ms = prop::collection::vec(1.0..300.0, locations * locations);
+        (locations_of, prop::collection::vec(any_deployment(locations), deployments), ms).prop_map(
+            |(locations, deployments, ms)| {
+                let ids: Vec<LocationId> =
+                    (0..locations.len()).map(|index| id(&format!("l{index}"))).collect();
+                let between =
+                    |from: usize, to: usize| if from == to { 0.0 } else { ms[from * ids.len() + to] };
                 let mut state = State {
                     locations: (0..).map(|index| id(&format!("l{index}"))).zip(locations).collect(),
                     deployments: (0..).map(|index| name(&format!("d{index}"))).zip(deployments).collect(),
                     queue: Vec::new(),
+                    latency: Latency::between(&ids, between).into(),
                 };
                 for (name, deployment) in &state.deployments {
                     for (id, _) in deployment.shares.iter().filter(|(_, share)| share.refused > 0) {
@@ -228,8 +236,8 @@ proptest! {
         }
         let state = State {
             locations: (0..).map(|index| id(&format!("l{index}"))).zip(locations).collect(),
-            deployments: BTreeMap::from([(name("hello"), Deployment { spec, shares: BTreeMap::new() })]),
-            queue: Vec::new(),
+            deployments: BTreeMap::from([(name("hello"), Deployment { spec, shares: BTreeMap::new(), demand: BTreeMap::new() })]),
+            ..State::default()
         };
         let plan = plan(&state, noon());
         let missing = plan.missing.get(&name("hello")).map_or(0, |missing| missing.count);
