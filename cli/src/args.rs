@@ -5,6 +5,7 @@ mod admin;
 mod images;
 mod location;
 mod registry;
+mod team;
 mod vip;
 
 use std::path::PathBuf;
@@ -21,6 +22,7 @@ pub(crate) use images::{
 };
 pub(crate) use location::LocationCommand;
 pub(crate) use registry::{RegistryArgs, RegistryCommand, RunArgs};
+pub(crate) use team::{TeamsCommand, TeamsSetArgs};
 pub(crate) use vip::{VipCommand, VipPort, VipTarget, VipTraceArgs};
 
 /// Runs containers in many locations behind one address.
@@ -167,6 +169,9 @@ pub(crate) enum ClientCommand {
     /// Run and follow batch jobs
     #[command(subcommand)]
     Jobs(JobsCommand),
+    /// See and set teams' weights and quotas
+    #[command(subcommand)]
+    Team(TeamsCommand),
     /// Operate a location
     #[command(subcommand)]
     Location(LocationCommand),
@@ -339,6 +344,7 @@ pub(crate) enum JobsCommand {
     /// Submit a job
     Run(ApplyArgs),
     /// List jobs, or show one
+    #[command(alias = "ls")]
     Get {
         /// Only this one
         name: Option<JobName>,

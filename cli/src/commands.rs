@@ -14,6 +14,7 @@ mod logs;
 mod prewarm;
 mod push;
 mod registry;
+mod team;
 mod token;
 mod vip;
 mod why;
@@ -89,6 +90,7 @@ async fn dispatch(session: &Session, command: ClientCommand) -> anyhow::Result<E
             events::run(session, subject.as_deref(), output.format).await?;
         }
         ClientCommand::Admin(command) => admin::run(session, command).await?,
+        ClientCommand::Team(command) => team::run(session, command).await?,
         ClientCommand::Location(command) => location::run(session, command).await?,
         ClientCommand::Vip(command) => vip::run(session, command).await?,
         ClientCommand::Token(command) => token::run(session, command).await?,

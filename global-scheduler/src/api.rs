@@ -10,6 +10,7 @@ mod logs;
 mod platform;
 mod prewarm;
 mod routes;
+mod teams;
 
 use std::sync::Arc;
 
@@ -53,6 +54,8 @@ pub(crate) fn router() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(jobs::cancel))
         .routes(routes!(jobs::why))
         .routes(routes!(jobs::logs))
+        .routes(routes!(teams::list))
+        .routes(routes!(teams::get, teams::set))
         .routes(routes!(locations::list))
         .routes(routes!(locations::get, locations::set))
         .routes(routes!(locations::report))

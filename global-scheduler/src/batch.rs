@@ -1,7 +1,9 @@
 //! One conditional write to the store together with the same change in memory.
 
 use anyplace_api::{Event, EventSeverity};
-use anyplace_model::{AttemptId, DeploymentName, JobName, LocationId, LocationSettings, Prewarm};
+use anyplace_model::{
+    AttemptId, DeploymentName, JobName, LocationId, LocationSettings, Prewarm, Team, TeamSettings,
+};
 use anyplace_store::{Revision, Txn};
 use jiff::Timestamp;
 use serde::Serialize;
@@ -124,7 +126,7 @@ impl Batch {
         self.when(job_key(&name), revision);
         self.put(job_key(&name), &record)?;
         self.then(move |world, revision| {
-            world.jobs.insert(name, Stored { value: record, revision });
+            world.jobs.insert(Stored { value: record, revision });
         });
         Ok(())
     }
@@ -177,6 +179,23 @@ impl Batch {
                 Some(wish) => world.prewarms.insert(image, wish),
                 None => world.prewarms.remove(&image),
             };
+        });
+        Ok(())
+    }
+
+    pub(crate) fn put_team(&mut self, team: Team, settings: TeamSettings) -> anyhow::Result<()> {
+        let (key, unset) = (format!("teams/{team}"), settings == TeamSettings::default());
+        if unset {
+            self.delete(key);
+        } else {
+            self.put(key, &settings)?;
+        }
+        self.then(move |world, _| {
+            if unset {
+                world.teams.remove(&team);
+            } else {
+                world.teams.insert(team, settings);
+            }
         });
         Ok(())
     }

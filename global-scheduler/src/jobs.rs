@@ -3,10 +3,8 @@
 //! An attempt is fenced by its number: only the location that has the job's present attempt is listened to, and the
 //! end of an attempt is written once, on condition that neither the job nor the attempt has changed since.
 
-use std::collections::BTreeMap;
-
 use anyplace_api::{ErrorCode, EventSeverity, JobView, Problem};
-use anyplace_global_core::{JobOutcome, QueuedJob, RefusedUntil, plan_jobs};
+use anyplace_global_core::RefusedUntil;
 use anyplace_model::{
     InstancePhase, InstanceStatus, JobName, JobPhase, JobSpec, LocationId, ReasonCode, Refusal,
 };
@@ -18,12 +16,13 @@ use crate::{
     batch::Batch,
     deployments::invalid,
     observe::REFUSAL_KEPT,
+    queue::admit,
     records::{AttemptRecord, JobRecord, Outcome, Tombstone},
     views,
-    world::{Waiting, World},
+    world::World,
 };
 
-/// Jobs that are kept, ended ones included. Each is read at the start and looked at in each reconciliation.
+/// Jobs that are kept, ended ones included. Each is read at the start and shown in each list.
 const MAX_JOBS: usize = 20_000;
 
 pub(crate) fn unknown_job(name: &JobName) -> Failure {
@@ -50,13 +49,10 @@ impl App {
         let writer = self.writer().await;
         let (batch, placed) = {
             let world = self.world();
-            if idempotency_key.is_some() {
-                let mut jobs = world.jobs.values().map(|job| &job.value);
-                if let Some(earlier) = jobs.find(|job| job.idempotency_key == idempotency_key) {
-                    return again(&world, earlier, &spec);
-                }
+            if let Some(earlier) = idempotency_key.as_ref().and_then(|key| world.jobs.of_key(key)) {
+                return again(&world, earlier, &spec);
             }
-            if world.jobs.contains_key(&name) {
+            if world.jobs.get(&name).is_some() {
                 return Err(Problem::new(ErrorCode::AlreadyExists, format!("there is a job {name} already"))
                     .field("name")
                     .fix(format!("choose another name, or run `anyplace jobs delete {name}`"))
@@ -70,15 +66,17 @@ impl App {
                 .fix("delete ended ones with `anyplace jobs delete NAME`")
                 .into());
             }
+            let now = Timestamp::now();
+            admit(&world, &spec, now)?;
             let last = world.tombstones.get(&tombstone(&name)).map_or(0, |stone| stone.last);
             let mut batch = Batch::default();
             batch.event(EventSeverity::Normal, format!("job/{name}"), "submitted");
-            let (location, now) = (self.room_for(&world, &spec), Timestamp::now());
+            let location = self.room_for(&world, &spec);
             let job = JobRecord {
                 spec,
                 idempotency_key,
                 created_at: now,
-                order: world.jobs.values().map(|job| job.value.order + 1).max().unwrap_or(0),
+                order: world.jobs.next_order(),
                 phase: JobPhase::Queued,
                 attempt: u32::try_from(last).unwrap_or(u32::MAX),
                 tries: 0,
@@ -103,22 +101,6 @@ impl App {
             tracing::error!(%problem, "the plan after a submission failed; it is tried again");
         }
         views::job(&self.world(), &name).ok_or_else(|| unknown_job(&name))
-    }
-
-    /// Where a job that isn't there yet would go now, as the last of the queue.
-    fn room_for(&self, world: &World, spec: &JobSpec) -> Option<LocationId> {
-        // As in `decide`: locations that are only slow to report look as if they had nothing.
-        if !*self.settled.borrow() {
-            return None;
-        }
-        let mut state = world.state();
-        state.queue.push(QueuedJob { name: spec.name.clone(), spec: spec.clone(), refused: BTreeMap::new() });
-        let decisions = plan_jobs(&state, Timestamp::now());
-        let own = decisions.into_iter().find(|decision| decision.job == spec.name)?;
-        match own.outcome {
-            JobOutcome::Place(location) => Some(location),
-            JobOutcome::Wait { .. } => None,
-        }
     }
 
     /// Ends a job. Nothing changes where it was cancelled before.
@@ -180,8 +162,7 @@ impl App {
     pub(crate) async fn follow_attempts(&self, writer: &Writer<'_>) -> Result<(), Failure> {
         let placed: Vec<JobName> = {
             let world = self.world();
-            let placed = world.jobs.iter().filter(|(_, job)| job.value.is_placed());
-            placed.map(|(name, _)| name.clone()).collect()
+            world.jobs.placed().map(|job| job.spec.name.clone()).collect()
         };
         for name in placed {
             let (batch, refused) = {
@@ -219,33 +200,6 @@ impl App {
         }
         Ok(())
     }
-
-    /// Gives queued jobs their next attempt where one is possible.
-    pub(crate) async fn place_jobs(&self, writer: &Writer<'_>) -> Result<(), Failure> {
-        let state = self.world().state();
-        let now = Timestamp::now();
-        let mut waiting = BTreeMap::new();
-        for decision in plan_jobs(&state, now) {
-            let location = match decision.outcome {
-                JobOutcome::Wait { position, refusals, predicted_start, next_location, nearest_fit: _ } => {
-                    let wait = Waiting { position, refusals, predicted_start, next_location };
-                    waiting.insert(decision.job, wait);
-                    continue;
-                }
-                JobOutcome::Place(location) => location,
-            };
-            let batch = {
-                let world = self.world();
-                let Some(job) = world.jobs.get(&decision.job).map(|stored| &stored.value) else { continue };
-                let mut batch = Batch::default();
-                place(&mut batch, &world, job, location, now)?;
-                batch
-            };
-            writer.commit(batch).await?;
-        }
-        self.world().waiting = waiting;
-        Ok(())
-    }
 }
 
 /// Answers a submission whose key has a job already.
@@ -262,7 +216,7 @@ fn again(world: &World, earlier: &JobRecord, spec: &JobSpec) -> Result<JobView, 
 }
 
 /// Gives a job its next attempt.
-fn place(
+pub(crate) fn place(
     batch: &mut Batch,
     world: &World,
     job: &JobRecord,
@@ -362,7 +316,7 @@ const fn is_of_capacity(reason: ReasonCode) -> bool {
 }
 
 /// Ends the present attempt: the job ends with it, or goes back into the queue.
-fn end(
+pub(crate) fn end(
     batch: &mut Batch,
     world: &World,
     job: &JobRecord,
@@ -373,13 +327,13 @@ fn end(
     let again = match outcome {
         Outcome::Refused => true,
         Outcome::Failed | Outcome::Lost => job.tries < job.spec.max_attempts,
-        Outcome::Succeeded | Outcome::Cancelled => false,
+        Outcome::Succeeded | Outcome::Cancelled | Outcome::Missed => false,
     };
     let phase = match outcome {
         _ if again => JobPhase::Queued,
         Outcome::Succeeded => JobPhase::Succeeded,
         Outcome::Cancelled => JobPhase::Cancelled,
-        Outcome::Failed | Outcome::Lost | Outcome::Refused => JobPhase::Failed,
+        Outcome::Failed | Outcome::Lost | Outcome::Refused | Outcome::Missed => JobPhase::Failed,
     };
     let exit_code = instance.as_ref().and_then(|instance| instance.exit_code);
     let why: String = reasons.iter().map(|reason| format!(": {}", reason.message)).collect();
@@ -390,6 +344,7 @@ fn end(
         Outcome::Refused => (EventSeverity::Normal, "found no room"),
         Outcome::Failed => (EventSeverity::Warning, "failed"),
         Outcome::Lost => (EventSeverity::Warning, "was lost"),
+        Outcome::Missed => (EventSeverity::Warning, "came too late"),
     };
     let message = format!("attempt {} {what}{why}{then}", job.attempt);
     batch.event(severity, format!("job/{}", job.spec.name), message);

@@ -130,14 +130,11 @@ fn attempts<'a>(
     world: &'a World,
     id: &'a LocationId,
 ) -> impl Iterator<Item = (String, LocationDesired)> + use<'a> {
-    let here = world
-        .jobs
-        .values()
-        .map(|stored| &stored.value)
-        .filter(move |job| job.is_placed() && job.location.as_ref() == Some(id));
+    let here = world.jobs.placed().filter(move |job| job.location.as_ref() == Some(id));
     here.map(|job| {
         let attempt: AttemptId = job.attempt_id();
-        let desired = LocationDesired::Attempt { attempt: attempt.clone(), spec: Box::new(job.spec.clone()) };
+        let desired =
+            LocationDesired::Attempt { attempt: attempt.clone(), spec: Box::new(job.spec.for_location()) };
         (format!("attempts/{attempt}"), desired)
     })
 }

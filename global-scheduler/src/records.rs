@@ -9,6 +9,7 @@
 //! | `attempts/<job>/<attempt>` | [`AttemptRecord`] |
 //! | `prewarms/<image>` | `Prewarm` |
 //! | `settings/<location>` | `LocationSettings` |
+//! | `teams/<team>` | `TeamSettings` |
 //! | `locations/<location>` | [`LocationKnown`] |
 //! | `tokens/<hash>` | [`TokenRecord`] |
 //! | `tombstones/{deployments,jobs}/<name>` | [`Tombstone`] |
@@ -117,6 +118,8 @@ pub(crate) enum Outcome {
     /// Its location stopped reporting.
     Lost,
     Cancelled,
+    /// It hadn't started by the job's deadline.
+    Missed,
 }
 
 /// One attempt of a job. The outcome is written once.

@@ -1,13 +1,18 @@
 //! What users see, made from what is desired and what is observed.
 
-use std::{cmp::Reverse, collections::BTreeMap};
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet},
+};
 
 use anyplace_api::{
     CapacityView, DeploymentPhase, DeploymentView, JobView, LocationShare, PrewarmShare, PrewarmView,
+    TeamView,
 };
+use anyplace_global_core::Totals;
 use anyplace_model::{
     DeploymentName, Explanation, ImageState, InstancePhase, InstanceStatus, JobName, JobPhase, LocationId,
-    LocationRecord, Prewarm, ReasonCode, Refusal, Workload,
+    LocationRecord, Prewarm, ReasonCode, Refusal, Team, Workload,
 };
 use jiff::Timestamp;
 use serde::Serialize;
@@ -179,13 +184,33 @@ fn unready(location: &LocationId, instance: &InstanceStatus) -> Refusal {
 
 /// All jobs, oldest first.
 pub(crate) fn jobs(world: &World) -> Vec<JobView> {
-    let mut records: Vec<&JobRecord> = world.jobs.values().map(|stored| &stored.value).collect();
+    let mut records: Vec<&JobRecord> = world.jobs.values().collect();
     records.sort_by_key(|job| job.order);
     records.into_iter().map(|record| job_view(world, record)).collect()
 }
 
 pub(crate) fn job(world: &World, name: &JobName) -> Option<JobView> {
     Some(job_view(world, &world.jobs.get(name)?.value))
+}
+
+/// Teams for which something is set, or whose jobs wait or run.
+pub(crate) fn teams(world: &World) -> Vec<TeamView> {
+    let names: BTreeSet<&Team> = world.teams.keys().chain(world.jobs.teams().keys()).collect();
+    names.into_iter().map(|name| team(world, name)).collect()
+}
+
+pub(crate) fn team(world: &World, name: &Team) -> TeamView {
+    let jobs = world.jobs.teams().get(name).copied().unwrap_or_default();
+    let there = world.locations.values().filter(|location| location.alive != Some(false));
+    let totals = Totals::new(there.filter_map(|location| Some(&location.observed.as_ref()?.advert)));
+    TeamView {
+        team: name.clone(),
+        settings: world.teams.get(name).cloned().unwrap_or_default(),
+        held: jobs.held,
+        share_permille: totals.share_permille(&jobs.held),
+        placed: jobs.placed,
+        queued: jobs.queued,
+    }
 }
 
 /// The attempt's instance as last reported, or as stored at its end.

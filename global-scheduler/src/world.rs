@@ -9,20 +9,23 @@ use std::{
 
 use anyhow::Context as _;
 use anyplace_api::Event;
-use anyplace_global_core::{Deployment, Liveness, Location, Missing, QueuedJob, RefusedUntil, Share, State};
+use anyplace_global_core::{
+    Deployment, Liveness, Location, Missing, QueuedJob, RefusedUntil, Share, State, TeamState,
+};
 use anyplace_model::{
-    Advert, AttemptId, AttemptStatus, DeploymentName, ImageState, InstancePhase, JobName, JobPhase,
-    LocationDesired, LocationId, LocationSettings, MachineId, PlacementStatus, Prewarm, Refusal, Traffic,
+    Advert, AttemptId, AttemptStatus, DeploymentName, ImageState, InstancePhase, JobName, LocationDesired,
+    LocationId, LocationSettings, MachineId, PlacementStatus, Prewarm, Refusal, Team, TeamSettings, Traffic,
 };
 use anyplace_service::Feed;
 use anyplace_store::{Revision, Store, StoreExt as _};
 use jiff::{Timestamp, tz::TimeZone};
 use serde::de::DeserializeOwned;
 
-use crate::choice::Ledgers;
-use crate::demand::Demand;
-use crate::records::{
-    AttemptRecord, DeploymentRecord, JobRecord, LocationKnown, PlacementRecord, TokenRecord, Tombstone,
+use crate::{
+    choice::Ledgers,
+    demand::Demand,
+    job_table::JobTable,
+    records::{AttemptRecord, DeploymentRecord, LocationKnown, PlacementRecord, TokenRecord, Tombstone},
 };
 
 /// A stored value with the revision that a conditional write needs.
@@ -97,8 +100,10 @@ pub(crate) struct World {
     pub(crate) deployments: BTreeMap<DeploymentName, Stored<DeploymentRecord>>,
     pub(crate) placements: BTreeMap<DeploymentName, BTreeMap<LocationId, PlacementRecord>>,
     pub(crate) vips: BTreeMap<IpAddr, DeploymentName>,
-    pub(crate) jobs: BTreeMap<JobName, Stored<JobRecord>>,
+    pub(crate) jobs: JobTable,
     pub(crate) attempts: BTreeMap<AttemptId, Stored<AttemptRecord>>,
+    /// What is set for teams; others have what is set for nobody.
+    pub(crate) teams: BTreeMap<Team, TeamSettings>,
     /// Wishes for warm images, by reference.
     pub(crate) prewarms: BTreeMap<String, Prewarm>,
     pub(crate) tokens: BTreeMap<String, TokenRecord>,
@@ -147,8 +152,11 @@ impl World {
             world.locations.entry(location.clone()).or_default();
             world.placements.entry(name.parse()?).or_default().insert(location, stored.value);
         }
-        for (name, stored) in read(store, "jobs/").await? {
-            world.jobs.insert(name.parse()?, stored);
+        for (_, stored) in read(store, "jobs/").await? {
+            world.jobs.insert(stored);
+        }
+        for (team, stored) in read(store, "teams/").await? {
+            world.teams.insert(team.parse()?, stored.value);
         }
         for (key, stored) in read::<AttemptRecord>(store, "attempts/").await? {
             let (job, attempt) = key.split_once('/').with_context(|| format!("key attempts/{key}"))?;
@@ -202,11 +210,9 @@ impl World {
                 Deployment { spec: stored.value.spec.clone(), shares, demand: self.demand.of(name) },
             )
         });
-        let mut queue: Vec<&JobRecord> =
-            self.jobs.values().map(|job| &job.value).filter(|job| job.phase == JobPhase::Queued).collect();
-        queue.sort_by_key(|job| job.order);
-        let queue = queue
-            .into_iter()
+        let queue = self
+            .jobs
+            .queued()
             .map(|job| QueuedJob {
                 name: job.spec.name.clone(),
                 spec: job.spec.clone(),
@@ -225,7 +231,7 @@ impl World {
             .filter(|(id, location)| location.known.is_some() || self.is_used(id))
             .map(|(id, location)| (id.clone(), self.planned_location(location)))
             .collect();
-        for job in self.jobs.values().map(|job| &job.value).filter(|job| job.is_placed()) {
+        for job in self.jobs.placed() {
             let Some(id) = &job.location else { continue };
             let there = self.locations.get(id).and_then(|location| location.observed.as_ref());
             let reserved = there
@@ -238,7 +244,18 @@ impl World {
             }
         }
         let latency = self.demand.latency.clone();
-        State { deployments: deployments.collect(), queue, locations, latency }
+        State { deployments: deployments.collect(), queue, teams: self.planned_teams(), locations, latency }
+    }
+
+    fn planned_teams(&self) -> BTreeMap<Team, TeamState> {
+        let mut teams: BTreeMap<Team, TeamState> = BTreeMap::new();
+        for (team, settings) in &self.teams {
+            teams.entry(team.clone()).or_default().settings = settings.clone();
+        }
+        for (team, jobs) in self.jobs.teams() {
+            teams.entry(team.clone()).or_default().held = jobs.held;
+        }
+        teams
     }
 
     fn is_used(&self, id: &LocationId) -> bool {

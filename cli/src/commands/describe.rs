@@ -189,6 +189,11 @@ fn job(view: &JobView, events: &[Event]) -> String {
         view.predicted_start.map(|at| format!("{} ({})", output::moment(at), output::until(at))),
     );
     text.field("Policy", output::word(&spec.scheduling_policy));
+    text.field("Priority", spec.priority);
+    text.optional(
+        "Deadline",
+        spec.deadline.map(|at| format!("{} ({})", output::moment(at), output::until(at))),
+    );
     text.optional("Timeout", spec.timeout);
     text.field("Image", &spec.image);
     text.optional("Command", spec.command.as_ref().map(|command| command.join(" ")));

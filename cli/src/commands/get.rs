@@ -121,11 +121,12 @@ pub(super) async fn jobs(session: &Session, name: Option<&JobName>, format: Form
 
 fn job_table(views: &[JobView]) -> String {
     let header =
-        ["NAME", "PHASE", "ATTEMPT", "LOCATION", "EXIT", "QUEUE", "STARTS", "IMAGE", "AGE", "REASON"];
+        ["NAME", "TEAM", "PHASE", "ATTEMPT", "LOCATION", "EXIT", "QUEUE", "STARTS", "IMAGE", "AGE", "REASON"];
     let mut table = Table::new(&header);
     for view in views {
         table.row([
             view.name.to_string(),
+            view.spec.team.to_string(),
             output::word(&view.phase),
             format!("{}/{}", view.attempt, view.spec.max_attempts),
             view.location.as_ref().map(ToString::to_string).unwrap_or_default(),

@@ -11,12 +11,13 @@ use std::{
 use anyplace_api::{
     ApplyOutcome, CapacityView, DeploymentPhase, DeploymentView, ErrorCode, Event, EventSeverity, JobView,
     LatencyQuery, LatencyView, LocationRoutes, LocationShare, LogQuery, NewToken, Problem, RoutesView,
-    TokenRequest, WatchQuery,
+    TeamView, TokenRequest, WatchQuery,
 };
 use anyplace_model::{
-    Advert, AttemptId, Away, Bytes, DeploymentSpec, Endpoint, Explanation, FULL_WEIGHT, GpuBlock,
+    Advert, AttemptId, Away, Bytes, DeploymentSpec, Endpoint, Explanation, FULL_WEIGHT, GpuBlock, Held,
     InstancePhase, InstanceStatus, Isolation, JobPhase, JobSpec, LocationExplanation, LocationRecord,
-    LocationSettings, MilliCpu, ReasonCode, Refusal, RemoteLocation, Route, Span, Traffic, Workload,
+    LocationSettings, MilliCpu, ReasonCode, Refusal, RemoteLocation, Route, Span, TeamSettings, Traffic,
+    Workload,
 };
 use anyplace_service::{Failure, Feed, Json, Query};
 use axum::{
@@ -47,6 +48,7 @@ pub(crate) struct World {
     deployments: Arc<Feed<DeploymentView>>,
     jobs: Arc<Feed<JobView>>,
     pub(crate) settings: Mutex<LocationSettings>,
+    pub(crate) team: Mutex<TeamSettings>,
     pub(crate) tokens: Mutex<Vec<TokenRequest>>,
 }
 
@@ -77,6 +79,11 @@ fn router(state: Shared) -> Router {
         .route("/v1/watch/deployments", get(watch_deployments))
         .route("/v1/watch/jobs", get(watch_jobs))
         .route("/v1/locations/{name}", patch(set_location).get(location))
+        .route("/v1/teams", get(async |State(state): State<Shared>| Json(vec![team_view(&state)])))
+        .route(
+            "/v1/teams/ants",
+            put(set_team).get(async |State(state): State<Shared>| Json(team_view(&state))),
+        )
         .route("/v1/capacity", get(capacity))
         .route("/v1/latency", get(latency))
         .route("/v1/events", get(events))
@@ -377,6 +384,22 @@ async fn set_location(
 ) -> Json<LocationRecord> {
     *state.settings.lock().unwrap() = settings;
     Json(record(&state))
+}
+
+fn team_view(state: &World) -> TeamView {
+    TeamView {
+        team: "ants".parse().unwrap(),
+        settings: state.team.lock().unwrap().clone(),
+        held: Held { cpu: MilliCpu(1_500), memory: Bytes(2 << 30), gpus: 1 },
+        share_permille: 125,
+        placed: 3,
+        queued: 7,
+    }
+}
+
+async fn set_team(State(state): State<Shared>, Json(settings): Json<TeamSettings>) -> Json<TeamView> {
+    *state.team.lock().unwrap() = settings;
+    Json(team_view(&state))
 }
 
 fn advert() -> Advert {

@@ -3,6 +3,7 @@
 use std::{os::unix::fs::PermissionsExt as _, path::PathBuf};
 
 use anyplace_api::{DeploymentView, Role};
+use anyplace_model::TeamSettings;
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
@@ -176,6 +177,8 @@ fn lists_are_one_line_for_each_and_parse_as_json_and_yaml() {
         &["describe", "job", "nightly"],
         &["describe", "location", "ams"],
         &["capacity"],
+        &["team", "ls"],
+        &["team", "ls", "ants"],
         &["location", "latency"],
         &["events", "hello"],
     ] {
@@ -251,6 +254,24 @@ fn jobs_end_with_an_exit_code_of_their_own() {
     assert_eq!(ran.code, 4, "{ran:?}");
     assert!(ran.err.contains("outside_off_peak_window"), "{ran:?}");
     assert_eq!(serde_json::from_str::<Value>(&ran.out).unwrap()["phase"], "queued");
+}
+
+#[test]
+fn settings_of_a_team_change_one_at_a_time() {
+    let (home, fake) = (Home::new(), Fake::start());
+    platform(&home, &fake, None);
+    let ran = home.run(&["team", "set", "ants", "--weight", "3", "--max-cpu", "8", "--max-queued", "100"]);
+    assert!(ran.err.contains("team ants: weight 3, cpu 8, memory unbounded, gpus unbounded, queued 100"));
+    let ran = home.run(&["team", "set", "ants", "--max-gpus", "0", "--max-queued", "none"]);
+    assert!(ran.err.contains("team ants: weight 3, cpu 8, memory unbounded, gpus 0, queued unbounded"));
+    let table = home.run(&["team", "ls"]).ok();
+    let rows: Vec<String> =
+        table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+    let expected = ["NAME WEIGHT SHARE PLACED QUEUED CPU MEMORY GPUS", "ants 3 12.5% 3 7 1.5/8 2Gi 1/0"];
+    assert_eq!(rows, expected);
+    home.run(&["team", "reset", "ants"]).ok();
+    assert_eq!(*fake.state.team.lock().unwrap(), TeamSettings::default());
+    assert_eq!(home.run(&["team", "set", "ants"]).code, 2);
 }
 
 #[test]

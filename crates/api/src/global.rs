@@ -13,6 +13,8 @@
 //! | `GET /v1/{deployments,jobs}/{name}/logs?instance=&follow=&tail=` | | `text/plain` stream |
 //! | `GET /v1/deployments/{name}/routes` | | `RoutesView` |
 //! | `GET /v1/instances` | | array of `InstanceStatus` with location |
+//! | `GET /v1/teams[/{name}]` | | `TeamView` (list: array) |
+//! | `PUT /v1/teams/{name}` | `TeamSettings` | `TeamView` |
 //! | `GET /v1/locations[/{name}]` | | `LocationRecord` (list: array) |
 //! | `PATCH /v1/locations/{name}` | `LocationSettings` | `LocationRecord` |
 //! | `PUT /v1/prewarm` | `Prewarm` | `PrewarmView` |
@@ -35,8 +37,8 @@ use std::{
 };
 
 use anyplace_model::{
-    Advert, DeploymentName, DeploymentSpec, ImageState, InstanceStatus, JobPhase, JobSpec, LocationId,
-    MachineId, Prewarm, Refusal, Route, Traffic,
+    Advert, DeploymentName, DeploymentSpec, Held, ImageState, InstanceStatus, JobPhase, JobSpec, LocationId,
+    MachineId, Prewarm, Refusal, Route, Team, TeamSettings, Traffic,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -177,7 +179,7 @@ pub struct JobView {
     pub created_at: jiff::Timestamp,
     /// Present or last attempt; 0 before the first.
     pub attempt: u32,
-    /// Place in the queue, from 1, while queued.
+    /// Place in the queue, from 1, while queued: those that wait would start in this order, were there room.
     pub queue_position: Option<u32>,
     /// When it can start at the earliest, as far as is known, while it waits for a window.
     #[schema(value_type = Option<String>, format = DateTime)]
@@ -192,6 +194,24 @@ pub struct JobView {
     pub reasons: Vec<Refusal>,
     /// What was asked for.
     pub spec: JobSpec,
+}
+
+/// A team: what an operator set, and what its jobs hold.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct TeamView {
+    /// The team.
+    pub team: Team,
+    /// Weight and quota.
+    pub settings: TeamSettings,
+    /// What the attempts of its jobs hold.
+    pub held: Held,
+    /// Thousandths of what all locations have, of that resource of which it holds the largest part. Divided by the weight,
+    /// it decides whose turn it is: the least goes first.
+    pub share_permille: u32,
+    /// Jobs with an attempt in a location.
+    pub placed: u32,
+    /// Jobs that wait for an attempt.
+    pub queued: u32,
 }
 
 /// A wish for warm images: what was asked for, and how far it is.

@@ -14,7 +14,7 @@ pub use error::{ErrorCode, Problem};
 pub use global::{
     ApplyOutcome, CapacityView, DeploymentPhase, DeploymentView, Event, EventSeverity, JobView, LatencyQuery,
     LatencyView, LocationRoutes, LocationShare, LogQuery, NewToken, PrewarmQuery, PrewarmShare, PrewarmView,
-    Role, RoutesView, TokenRequest, TokenScope,
+    Role, RoutesView, TeamView, TokenRequest, TokenScope,
 };
 pub use patch::{Frame, PATCHES, Patch};
 pub use reqwest::Method;

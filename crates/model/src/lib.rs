@@ -17,6 +17,7 @@ mod quantity;
 mod reason;
 mod route;
 mod spec;
+mod team;
 mod traffic;
 mod validate;
 mod workload;
@@ -32,7 +33,7 @@ pub use machine::{Assignment, Condition, Gpu, ImageState, MachineDesired, Machin
 pub use naming::{GATEWAY, GATEWAY6, INSTANCE_NET6, container_mac, host_interface, instance_address6};
 pub use off_peak::{InvalidWindow, OffPeakWindow};
 pub use place::{distance_km, estimated_latency_ms};
-pub use prewarm::{PRIORITY_AWAITED, PRIORITY_MAX, Prewarm};
+pub use prewarm::{DEFAULT_PRIORITY, PRIORITY_AWAITED, PRIORITY_MAX, Prewarm};
 pub use quantity::{Bytes, DurationMs, InvalidQuantity, MilliCpu};
 pub use reason::{Explanation, LocationExplanation, ReasonCode, Refusal};
 pub use route::{
@@ -43,5 +44,6 @@ pub use spec::{
     JobSpec, LoadMetric, LoadTarget, PlacementConstraints, Port, Protocol, Resources, SchedulingPolicy, Spec,
     TcpCheck,
 };
+pub use team::{Held, TeamSettings};
 pub use traffic::{Grant, Probes, Traffic, TrafficReport};
 pub use workload::{AttemptId, Workload};

@@ -7,8 +7,10 @@ use crate::{InvalidSpec, LocationId, validate};
 
 /// The priority of an image that something waits for; wishes have less.
 pub const PRIORITY_AWAITED: u8 = u8::MAX;
-/// The highest priority that a wish may have.
+/// The highest priority that a wish or a job may have.
 pub const PRIORITY_MAX: u8 = 100;
+/// The priority of a wish or a job that says none.
+pub const DEFAULT_PRIORITY: u8 = 50;
 
 /// An image that machines should have warm. What asks for it starts without a pull.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -27,8 +29,8 @@ pub struct Prewarm {
     pub priority: u8,
 }
 
-const fn default_priority() -> u8 {
-    50
+pub(crate) const fn default_priority() -> u8 {
+    DEFAULT_PRIORITY
 }
 
 impl Prewarm {

@@ -70,6 +70,10 @@ pub enum ReasonCode {
     OutOfMemory,
     /// No location is in its off-peak window.
     OutsideOffPeakWindow,
+    /// Its team's jobs hold as much as the team's quota allows.
+    OverQuota,
+    /// It hadn't started by its deadline.
+    DeadlinePassed,
     /// A user cancelled it.
     Cancelled,
     /// No free virtual IP is left in the pools.

@@ -2,10 +2,13 @@
 
 use std::{collections::BTreeMap, num::NonZeroU16};
 
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::{Bytes, DeploymentName, DurationMs, JobName, MilliCpu, Team};
+use crate::{
+    Bytes, DEFAULT_PRIORITY, DeploymentName, DurationMs, JobName, MilliCpu, Team, prewarm::default_priority,
+};
 
 /// A parsed spec file.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -90,6 +93,15 @@ pub struct JobSpec {
     /// When it may run.
     #[serde(default)]
     pub scheduling_policy: SchedulingPolicy,
+    /// 0 to 100: of one team's jobs that wait, one of higher priority goes first. 50 unless said.
+    #[serde(default = "default_priority", skip_serializing_if = "is_default_priority")]
+    #[schema(minimum = 0, maximum = 100)]
+    pub priority: u8,
+    /// No attempt starts after this time: a job that hasn't started by then has failed. Without it, it waits as long as
+    /// it takes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub deadline: Option<Timestamp>,
     /// How often it is tried in all when it fails or its machine is lost: 1 to 10.
     #[serde(default = "one")]
     pub max_attempts: u32,
@@ -116,6 +128,11 @@ pub enum JobKind {
 
 const fn one() -> u32 {
     1
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde asks so")]
+const fn is_default_priority(priority: &u8) -> bool {
+    *priority == DEFAULT_PRIORITY
 }
 
 /// How strongly an instance is separated from the machine; the runtime follows from it.

@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 
 use crate::{
-    Bytes, Check, DeploymentSpec, DurationMs, JobSpec, MilliCpu, PlacementConstraints, Resources, Spec,
-    document::Problem,
+    Bytes, Check, DeploymentSpec, DurationMs, JobSpec, MilliCpu, PRIORITY_MAX, PlacementConstraints,
+    Resources, Spec, document::Problem,
 };
 
 /// The most instances that one deployment may have; a location's scheduler plans all of them at once.
@@ -121,6 +121,10 @@ impl JobSpec {
         if !(1..=MAX_JOB_ATTEMPTS).contains(&self.max_attempts) {
             let found = format!("{} attempts are not possible", self.max_attempts);
             return Err(Problem::new("max_attempts", found, format!("write 1 to {MAX_JOB_ATTEMPTS}")));
+        }
+        if self.priority > PRIORITY_MAX {
+            let found = format!("{} is more than {PRIORITY_MAX}", self.priority);
+            return Err(Problem::new("priority", found, format!("write 0 to {PRIORITY_MAX}")));
         }
         if self.timeout == Some(DurationMs(0)) {
             return Err(Problem::new(

@@ -11,7 +11,7 @@ use jiff::Timestamp;
 use crate::{
     JobOutcome, Liveness, State,
     demand::Travel,
-    filter, jobs,
+    filter, jobs, order,
     plan::{rooms, why_not_more},
     room::{Room, bytes, describe, fits},
 };
@@ -213,7 +213,11 @@ pub fn explain_job(state: &State, name: &JobName, now: Timestamp) -> Option<Expl
         JobOutcome::Place(location) => (format!("it starts in {location}"), Vec::new(), None),
         JobOutcome::Wait { position, refusals, predicted_start, next_location: _, nearest_fit } => {
             let when = predicted_start.map_or(String::new(), |at| format!("; it can start at {at}"));
-            (format!("it waits at position {position} of the queue{when}"), refusals, nearest_fit)
+            let until =
+                job.spec.deadline.map_or(String::new(), |at| format!("; it fails unless it starts by {at}"));
+            let turn = order::describe(state, job);
+            let summary = format!("it waits at position {position} of the queue ({turn}){when}{until}");
+            (summary, refusals, nearest_fit)
         }
     };
     let locations = why

@@ -10,6 +10,7 @@ mod demand;
 mod explain;
 mod filter;
 mod jobs;
+mod order;
 mod plan;
 mod room;
 mod state;
@@ -17,8 +18,9 @@ mod state;
 pub use demand::{FAR_MS, Latency};
 pub use explain::{explain_deployment, explain_job};
 pub use jobs::{JobDecision, JobOutcome, plan_jobs, window_is_open};
+pub use order::Totals;
 pub use plan::{Missing, Plan, plan};
-pub use state::{Deployment, Liveness, Location, QueuedJob, RefusedUntil, Share, State};
+pub use state::{Deployment, Liveness, Location, QueuedJob, RefusedUntil, Share, State, TeamState};
 
 #[cfg(test)]
 mod tests;

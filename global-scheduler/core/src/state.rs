@@ -3,8 +3,8 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use anyplace_model::{
-    Advert, DeploymentName, DeploymentSpec, JobName, JobSpec, LocationId, LocationSettings, Refusal,
-    Resources,
+    Advert, DeploymentName, DeploymentSpec, Held, JobName, JobSpec, LocationId, LocationSettings, Refusal,
+    Resources, Team, TeamSettings,
 };
 use jiff::{Timestamp, tz::TimeZone};
 
@@ -15,12 +15,23 @@ use crate::Latency;
 pub struct State {
     /// Deployments.
     pub deployments: BTreeMap<DeploymentName, Deployment>,
-    /// Jobs that wait for an attempt, in the order of the queue.
+    /// Jobs that wait for an attempt, in the order of their submission.
     pub queue: Vec<QueuedJob>,
+    /// Teams for which something is set, or whose jobs hold something.
+    pub teams: BTreeMap<Team, TeamState>,
     /// Locations.
     pub locations: BTreeMap<LocationId, Location>,
     /// Round trips between them.
     pub latency: Arc<Latency>,
+}
+
+/// A team.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TeamState {
+    /// What the operator set.
+    pub settings: TeamSettings,
+    /// What the attempts of its jobs hold.
+    pub held: Held,
 }
 
 /// A deployment and where it is now.

@@ -3,7 +3,6 @@
 use std::{collections::BTreeSet, sync::Arc};
 
 use anyplace_api::Problem;
-use anyplace_model::JobPhase;
 use anyplace_service::Json;
 use axum::extract::State;
 
@@ -14,13 +13,12 @@ use crate::app::App;
     responses((status = 200, body = Vec<String>), (status = "default", body = Problem, content_type = "application/problem+json")))]
 pub(super) async fn in_use(State(app): State<Arc<App>>) -> Json<Vec<String>> {
     let world = app.world();
-    let has_ended = |phase| matches!(phase, JobPhase::Succeeded | JobPhase::Failed | JobPhase::Cancelled);
     let deployments = world.deployments.iter().flat_map(|(name, stored)| {
         let record = &stored.value;
         let running = record.earlier.range(world.oldest(name, record.generation)..);
         running.map(|(_, image)| image).chain([&record.spec.image])
     });
-    let jobs = world.jobs.values().map(|stored| &stored.value).filter(|job| !has_ended(job.phase));
+    let jobs = world.jobs.queued().chain(world.jobs.placed());
     let images: BTreeSet<&String> =
         deployments.chain(jobs.map(|job| &job.spec.image)).chain(world.prewarms.keys()).collect();
     Json(images.into_iter().cloned().collect())

@@ -11,5 +11,6 @@ mod jobs;
 mod leaders;
 mod logs;
 mod prewarm;
+mod queue;
 mod routes;
 mod support;

@@ -149,6 +149,8 @@ pub(crate) struct Script {
     pub(crate) lags_at: Option<u64>,
     /// How many of each deployment's instances it refuses.
     pub(crate) refuses: u32,
+    /// Whether attempts only start, and don't run yet.
+    pub(crate) starting: bool,
     /// How attempts end; they run until it is set.
     pub(crate) exit_code: Option<i32>,
     /// Reported although nobody asked for it.
@@ -302,8 +304,11 @@ fn make_report(name: &str, epoch: u64, sequence: u64, advert: &Advert, script: &
                 });
             }
             LocationDesired::Attempt { attempt, .. } => {
-                let phase =
-                    if script.exit_code.is_some() { InstancePhase::Exited } else { InstancePhase::Running };
+                let phase = match script.exit_code {
+                    _ if script.starting => InstancePhase::Pulling,
+                    Some(_) => InstancePhase::Exited,
+                    None => InstancePhase::Running,
+                };
                 let workload = Workload::Job(attempt.clone());
                 let mut instance =
                     instance(&format!("{}-{}", attempt.job, attempt.attempt), workload, 1, phase);

@@ -4,14 +4,14 @@ use std::time::Duration;
 
 use anyplace_model::{
     DeploymentName, DeploymentSpec, Explanation, JobName, JobSpec, LocationId, LocationRecord,
-    LocationReport, LocationSettings, Prewarm,
+    LocationReport, LocationSettings, Prewarm, Team, TeamSettings,
 };
 use reqwest::{Method, Response};
 
 use super::{Client, ClientError, TIMEOUT};
 use crate::{
     ApplyOutcome, CapacityView, DeploymentView, Event, JobView, LatencyView, LogQuery, NewToken,
-    PrewarmQuery, PrewarmView, RoutesView, TokenRequest,
+    PrewarmQuery, PrewarmView, RoutesView, TeamView, TokenRequest,
 };
 
 /// The header with which a client names a submission, so that it can send it again.
@@ -118,6 +118,21 @@ impl Client {
     /// Log of a job's last attempt, as a stream of text.
     pub async fn job_logs(&self, name: &JobName, query: &LogQuery) -> Result<Response, ClientError> {
         self.open(&format!("/v1/jobs/{name}/logs"), query).await
+    }
+
+    /// All teams for which something is set, or whose jobs wait or run.
+    pub async fn teams(&self) -> Result<Vec<TeamView>, ClientError> {
+        self.get("/v1/teams").await
+    }
+
+    /// One team.
+    pub async fn team(&self, name: &Team) -> Result<TeamView, ClientError> {
+        self.get(&format!("/v1/teams/{name}")).await
+    }
+
+    /// Replaces an operator's settings of a team.
+    pub async fn set_team(&self, name: &Team, settings: &TeamSettings) -> Result<TeamView, ClientError> {
+        self.json(Method::PUT, &format!("/v1/teams/{name}"), Some(settings)).await
     }
 
     /// All locations.

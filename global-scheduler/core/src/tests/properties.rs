@@ -102,8 +102,8 @@ fn any_state() -> impl Strategy<Value = State> {
                 let mut state = State {
                     locations: (0..).map(|index| id(&format!("l{index}"))).zip(locations).collect(),
                     deployments: (0..).map(|index| name(&format!("d{index}"))).zip(deployments).collect(),
-                    queue: Vec::new(),
                     latency: Latency::between(&ids, between).into(),
+                    ..State::default()
                 };
                 for (name, deployment) in &state.deployments {
                     for (id, _) in deployment.shares.iter().filter(|(_, share)| share.refused > 0) {
