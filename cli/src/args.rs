@@ -348,6 +348,9 @@ pub(crate) enum JobsCommand {
     Get {
         /// Only this one
         name: Option<JobName>,
+        /// Each index of this array
+        #[arg(long, requires = "name")]
+        indexes: bool,
         #[command(flatten)]
         output: OutputArg,
     },

@@ -107,7 +107,12 @@ async fn jobs(session: &Session, command: JobsCommand) -> anyhow::Result<()> {
     match command {
         // Has exit codes of its own, above.
         JobsCommand::Run(_) => Ok(()),
-        JobsCommand::Get { name, output } => get::jobs(session, name.as_ref(), output.format).await,
+        JobsCommand::Get { name: Some(name), indexes: true, output } => {
+            get::job_indexes(session, &name, output.format).await
+        }
+        JobsCommand::Get { name, indexes: _, output } => {
+            get::jobs(session, name.as_ref(), output.format).await
+        }
         JobsCommand::Logs { name, logs } => logs::job(&session.api()?, &name, logs, None).await,
         JobsCommand::Cancel { name } => {
             let view = session.api()?.cancel_job(&name).await?;

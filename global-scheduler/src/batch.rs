@@ -4,7 +4,7 @@ use anyplace_api::{Event, EventSeverity};
 use anyplace_model::{
     AttemptId, DeploymentName, JobName, LocationId, LocationSettings, Prewarm, Team, TeamSettings,
 };
-use anyplace_store::{Revision, Txn};
+use anyplace_store::{MAX_TXN_BYTES, MAX_TXN_OPS, Op, Revision, Txn};
 use jiff::Timestamp;
 use serde::Serialize;
 
@@ -19,6 +19,9 @@ use crate::{
 /// Events that are kept; older ones are pruned.
 pub(crate) const MAX_EVENTS: usize = 1_000;
 
+const FULL_OPS: usize = MAX_TXN_OPS / 4;
+const FULL_BYTES: usize = MAX_TXN_BYTES / 4;
+
 type Change = Box<dyn FnOnce(&mut World, Revision) + Send>;
 
 /// Changes that happen together.
@@ -32,6 +35,15 @@ pub(crate) struct Batch {
 impl Batch {
     pub(crate) fn is_empty(&self) -> bool {
         self.txn.ops.is_empty() && self.events.is_empty()
+    }
+
+    /// Whether it should be written before more is added: far from the limits of a transaction.
+    pub(crate) fn is_full(&self) -> bool {
+        let bytes = self.txn.ops.iter().map(|op| match op {
+            Op::Put { value, .. } => value.len(),
+            _ => 0,
+        });
+        self.txn.ops.len() >= FULL_OPS || bytes.sum::<usize>() >= FULL_BYTES
     }
 
     fn put<T: Serialize>(&mut self, key: String, value: &T) -> anyhow::Result<()> {
@@ -139,7 +151,10 @@ impl Batch {
         self.then(move |world, _| {
             world.jobs.remove(&name);
             world.waiting.remove(&name);
-            world.attempts.retain(|attempt, _| attempt.job != name);
+            let attempt = |attempt| AttemptId { job: name.clone(), attempt };
+            let of_job = world.attempts.range(attempt(0)..=attempt(u32::MAX));
+            let of_job: Vec<AttemptId> = of_job.map(|(attempt, _)| attempt.clone()).collect();
+            of_job.iter().for_each(|attempt| drop(world.attempts.remove(attempt)));
             world.locations.values_mut().for_each(|location| {
                 location.refused_jobs.remove(&name);
             });

@@ -13,6 +13,7 @@ use jiff::Timestamp;
 
 use crate::{
     app::{App, Writer},
+    arrays::{check_name, last_attempt},
     batch::Batch,
     deployments::invalid,
     observe::REFUSAL_KEPT,
@@ -52,13 +53,8 @@ impl App {
             if let Some(earlier) = idempotency_key.as_ref().and_then(|key| world.jobs.of_key(key)) {
                 return again(&world, earlier, &spec);
             }
-            if world.jobs.get(&name).is_some() {
-                return Err(Problem::new(ErrorCode::AlreadyExists, format!("there is a job {name} already"))
-                    .field("name")
-                    .fix(format!("choose another name, or run `anyplace jobs delete {name}`"))
-                    .into());
-            }
-            if world.jobs.len() >= MAX_JOBS {
+            check_name(&world, &spec)?;
+            if world.jobs.kept() + spec.array.unwrap_or(1) as usize > MAX_JOBS {
                 return Err(Problem::new(
                     ErrorCode::LimitExceeded,
                     format!("{MAX_JOBS} jobs are kept at most"),
@@ -68,22 +64,26 @@ impl App {
             }
             let now = Timestamp::now();
             admit(&world, &spec, now)?;
-            let last = world.tombstones.get(&tombstone(&name)).map_or(0, |stone| stone.last);
             let mut batch = Batch::default();
-            batch.event(EventSeverity::Normal, format!("job/{name}"), "submitted");
-            let location = self.room_for(&world, &spec);
+            let what =
+                spec.array.map_or("submitted".into(), |size| format!("submitted, with {size} indexes"));
+            batch.event(EventSeverity::Normal, format!("job/{name}"), what);
+            // Which indexes of an array start is planned once it is there.
+            let location = if spec.array.is_none() { self.room_for(&world, &spec) } else { None };
+            let attempt = last_attempt(&world, &name);
             let job = JobRecord {
                 spec,
                 idempotency_key,
                 created_at: now,
                 order: world.jobs.next_order(),
                 phase: JobPhase::Queued,
-                attempt: u32::try_from(last).unwrap_or(u32::MAX),
+                attempt,
                 tries: 0,
                 location: None,
                 instance: None,
                 exit_code: None,
                 reasons: Vec::new(),
+                index_of: None,
             };
             let placed = location.is_some();
             match location {
@@ -106,9 +106,13 @@ impl App {
     /// Ends a job. Nothing changes where it was cancelled before.
     pub(crate) async fn cancel(&self, name: &JobName) -> Result<JobView, Failure> {
         let writer = self.writer().await;
+        let is_array = self.world().jobs.array_size(name).is_some();
+        if is_array {
+            return self.cancel_array(&writer, name).await;
+        }
         let batch = {
             let world = self.world();
-            let job = &world.jobs.get(name).ok_or_else(|| unknown_job(name))?.value;
+            let job = world.jobs.find(name).ok_or_else(|| unknown_job(name))?;
             let mut batch = Batch::default();
             match job.phase {
                 JobPhase::Cancelled => {}
@@ -120,11 +124,11 @@ impl App {
                 JobPhase::Queued => {
                     let reasons = vec![cancelled()];
                     batch.event(EventSeverity::Normal, format!("job/{name}"), "cancelled");
-                    batch
-                        .put_job(&world, JobRecord { phase: JobPhase::Cancelled, reasons, ..job.clone() })?;
+                    let job = job.into_owned();
+                    batch.put_job(&world, JobRecord { phase: JobPhase::Cancelled, reasons, ..job })?;
                 }
                 JobPhase::Starting | JobPhase::Running => {
-                    end(&mut batch, &world, job, Outcome::Cancelled, None, vec![cancelled()])?;
+                    end(&mut batch, &world, &job, Outcome::Cancelled, None, vec![cancelled()])?;
                 }
             }
             batch
@@ -138,9 +142,21 @@ impl App {
     /// Forgets a job that has ended.
     pub(crate) async fn delete_job(&self, name: &JobName) -> Result<(), Failure> {
         let writer = self.writer().await;
+        let is_array = self.world().jobs.array_size(name).is_some();
+        if is_array {
+            self.delete_array(&writer, name).await?;
+            self.publish();
+            return Ok(());
+        }
         let batch = {
             let world = self.world();
-            let job = &world.jobs.get(name).ok_or_else(|| unknown_job(name))?.value;
+            let job = world.jobs.find(name).ok_or_else(|| unknown_job(name))?;
+            if let Some(of) = &job.index_of {
+                let text = format!("{name} is an index of the array {}", of.array);
+                return Err(Problem::new(ErrorCode::Conflict, text)
+                    .fix(format!("run `anyplace jobs delete {}` for all of it", of.array))
+                    .into());
+            }
             if !job.has_ended() {
                 return Err(Problem::new(ErrorCode::Conflict, format!("job {name} has not ended"))
                     .fix(format!("run `anyplace jobs cancel {name}` first"))
@@ -174,7 +190,7 @@ impl App {
                     Standing::Unchanged => {}
                     Standing::Running(instance) => {
                         let message = format!("attempt {} runs on {}", job.attempt, instance.machine);
-                        batch.event(EventSeverity::Normal, format!("job/{name}"), message);
+                        tell(&mut batch, &world, job, EventSeverity::Normal, message);
                         let instance = Some(*instance);
                         batch.put_job(
                             &world,
@@ -225,7 +241,8 @@ pub(crate) fn place(
 ) -> anyhow::Result<()> {
     let next = JobRecord {
         phase: JobPhase::Starting,
-        attempt: job.attempt + 1,
+        // An index without a record knows only its array's.
+        attempt: job.attempt.max(last_attempt(world, &job.spec.name)) + 1,
         tries: job.tries + 1,
         location: Some(location.clone()),
         instance: None,
@@ -233,17 +250,36 @@ pub(crate) fn place(
         ..job.clone()
     };
     let message = format!("attempt {} goes to {location}", next.attempt);
-    batch.event(EventSeverity::Normal, format!("job/{}", job.spec.name), message);
+    tell(batch, world, job, EventSeverity::Normal, message);
     let attempt = AttemptRecord { location, placed_at: now, ended_at: None, outcome: None, exit_code: None };
     batch.put_attempt(world, next.attempt_id(), attempt)?;
     batch.put_job(world, next)
 }
 
-fn tombstone(name: &JobName) -> String {
+/// What happened to a job. Of an array only the first failure is told: others would drive out everything else.
+pub(crate) fn tell(
+    batch: &mut Batch,
+    world: &World,
+    job: &JobRecord,
+    severity: EventSeverity,
+    message: String,
+) {
+    match &job.index_of {
+        None => batch.event(severity, format!("job/{}", job.spec.name), message),
+        Some(of) => {
+            let failed = world.jobs.counts(&of.array).map_or(0, |counts| counts.failed);
+            if severity == EventSeverity::Warning && failed == 0 {
+                batch.event(severity, format!("job/{}", of.array), format!("index {}: {message}", of.index));
+            }
+        }
+    }
+}
+
+pub(crate) fn tombstone(name: &JobName) -> String {
     format!("jobs/{name}")
 }
 
-fn cancelled() -> Refusal {
+pub(crate) fn cancelled() -> Refusal {
     Refusal { reason: ReasonCode::Cancelled, count: 1, message: "cancelled by a user".into() }
 }
 
@@ -347,7 +383,9 @@ pub(crate) fn end(
         Outcome::Missed => (EventSeverity::Warning, "came too late"),
     };
     let message = format!("attempt {} {what}{why}{then}", job.attempt);
-    batch.event(severity, format!("job/{}", job.spec.name), message);
+    // Of an index, what isn't its end is not told.
+    let severity = if again && job.index_of.is_some() { EventSeverity::Normal } else { severity };
+    tell(batch, world, job, severity, message);
     if outcome == Outcome::Refused {
         // It never was; kept, such attempts would pile up while a job waits for room.
         batch.delete_attempt(world, job.attempt_id());

@@ -10,6 +10,7 @@
 
 mod api;
 mod app;
+mod arrays;
 mod batch;
 mod choice;
 mod config;

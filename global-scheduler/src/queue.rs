@@ -1,6 +1,6 @@
 //! The queue of jobs: who may enter it, who gets an attempt, and who waited for too long.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use anyplace_api::{ErrorCode, EventSeverity, Problem};
 use anyplace_global_core::{JobOutcome, QueuedJob, plan_jobs};
@@ -10,8 +10,9 @@ use jiff::Timestamp;
 
 use crate::{
     app::{App, Writer},
+    arrays::parse_index,
     batch::Batch,
-    jobs::{end, place},
+    jobs::{end, place, tell},
     records::{JobRecord, Outcome},
     views,
     world::{Waiting, World},
@@ -38,21 +39,31 @@ impl App {
     pub(crate) async fn place_jobs(&self, writer: &Writer<'_>) -> Result<(), Failure> {
         let state = self.world().state();
         let now = Timestamp::now();
-        let mut waiting = BTreeMap::new();
+        let (mut waiting, mut placed) = (BTreeMap::new(), VecDeque::new());
         for decision in plan_jobs(&state, now) {
-            let location = match decision.outcome {
+            match decision.outcome {
                 JobOutcome::Wait { position, refusals, predicted_start, next_location, nearest_fit: _ } => {
                     let wait = Waiting { position, refusals, predicted_start, next_location };
+                    let array = parse_index(&decision.job).map(|(array, _)| array);
+                    if let Some(array) = array.filter(|name| self.world().jobs.array_size(name).is_some()) {
+                        // Of the first that waits, as it comes by position.
+                        waiting.entry(array).or_insert_with(|| wait.clone());
+                    }
                     waiting.insert(decision.job, wait);
-                    continue;
                 }
-                JobOutcome::Place(location) => location,
-            };
+                JobOutcome::Place(location) => placed.push_back((decision.job, location)),
+            }
+        }
+        while !placed.is_empty() {
             let batch = {
                 let world = self.world();
-                let Some(job) = world.jobs.get(&decision.job).map(|stored| &stored.value) else { continue };
                 let mut batch = Batch::default();
-                place(&mut batch, &world, job, location, now)?;
+                while !batch.is_full()
+                    && let Some((name, location)) = placed.pop_front()
+                {
+                    let Some(job) = world.jobs.find(&name) else { continue };
+                    place(&mut batch, &world, &job, location, now)?;
+                }
                 batch
             };
             writer.commit(batch).await?;
@@ -86,7 +97,7 @@ impl App {
                 if job.is_placed() {
                     end(&mut batch, &world, job, Outcome::Missed, instance, reasons)?;
                 } else {
-                    batch.event(EventSeverity::Warning, format!("job/{name}"), missed_event(&reasons));
+                    tell(&mut batch, &world, job, EventSeverity::Warning, missed_event(&reasons));
                     batch.put_job(&world, JobRecord { phase: JobPhase::Failed, reasons, ..job.clone() })?;
                 }
                 batch
@@ -120,8 +131,9 @@ pub(crate) fn admit(world: &World, spec: &JobSpec, now: Timestamp) -> Result<(),
             .fix(format!("ask for less, or let an admin run `anyplace team set {team} --max-{flag} ...`"))
             .into());
     }
-    let queued = world.jobs.teams().get(team).map_or(0, |jobs| jobs.queued);
-    if let Some(max) = settings.max_queued.filter(|max| queued >= *max) {
+    let (queued, more) =
+        (world.jobs.teams().get(team).map_or(0, |jobs| jobs.queued), spec.array.unwrap_or(1));
+    if let Some(max) = settings.max_queued.filter(|max| queued.saturating_add(more) > *max) {
         let text = format!("team {team} has {queued} jobs in the queue, and its quota is {max}");
         return Err(Problem::new(ErrorCode::LimitExceeded, text)
             .field("team")

@@ -61,6 +61,8 @@ impl App {
         let leases = self.check_leases()?;
         writer.commit(leases).await?;
         self.follow_attempts(writer).await?;
+        self.drop_orphans(writer).await?;
+        self.end_cancelled_arrays(writer).await?;
         self.end_missed(writer).await?;
         // Before that, locations that are only slow to report look as if they had nothing.
         if *self.settled.borrow() {

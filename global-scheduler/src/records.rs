@@ -20,7 +20,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-use anyplace_api::{Role, TokenScope};
+use anyplace_api::{ArrayIndex, Role, TokenScope};
 use anyplace_model::{
     AttemptId, DeploymentName, DeploymentSpec, InstanceStatus, JobName, JobPhase, JobSpec, LocationId,
     Refusal,
@@ -72,7 +72,7 @@ pub(crate) struct PlacementRecord {
     pub(crate) generation: u64,
 }
 
-/// A job.
+/// A job, an index of an array, or an array: that has no attempts, and its phase is that of its indexes without records.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct JobRecord {
     pub(crate) spec: JobSpec,
@@ -91,6 +91,9 @@ pub(crate) struct JobRecord {
     pub(crate) instance: Option<InstanceStatus>,
     pub(crate) exit_code: Option<i32>,
     pub(crate) reasons: Vec<Refusal>,
+    /// Of an index of an array.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) index_of: Option<ArrayIndex>,
 }
 
 impl JobRecord {

@@ -6,8 +6,8 @@ use std::{
 };
 
 use anyplace_api::{
-    CapacityView, DeploymentPhase, DeploymentView, JobView, LocationShare, PrewarmShare, PrewarmView,
-    TeamView,
+    ArrayCounts, CapacityView, DeploymentPhase, DeploymentView, JobView, LocationShare, PrewarmShare,
+    PrewarmView, TeamView,
 };
 use anyplace_global_core::Totals;
 use anyplace_model::{
@@ -19,6 +19,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::{
+    arrays::index_name,
     records::{DeploymentRecord, JobRecord},
     world::{LocationState, World, refused},
 };
@@ -184,13 +185,50 @@ fn unready(location: &LocationId, instance: &InstanceStatus) -> Refusal {
 
 /// All jobs, oldest first.
 pub(crate) fn jobs(world: &World) -> Vec<JobView> {
-    let mut records: Vec<&JobRecord> = world.jobs.values().collect();
+    let mut records: Vec<&JobRecord> = world.jobs.listed().collect();
     records.sort_by_key(|job| job.order);
     records.into_iter().map(|record| job_view(world, record)).collect()
 }
 
 pub(crate) fn job(world: &World, name: &JobName) -> Option<JobView> {
-    Some(job_view(world, &world.jobs.get(name)?.value))
+    Some(job_view(world, &*world.jobs.find(name)?))
+}
+
+/// All indexes of an array.
+pub(crate) fn job_indexes(world: &World, array: &JobName) -> Option<Vec<JobView>> {
+    let size = world.jobs.array_size(array)?;
+    let names = (0..size).filter_map(|index| index_name(array, index));
+    Some(names.filter_map(|name| job(world, &name)).collect())
+}
+
+/// An array in the form of a job: what is shown of one that waits is that of the next index.
+fn array_view(world: &World, record: &JobRecord, counts: ArrayCounts) -> JobView {
+    let name = &record.spec.name;
+    let waiting = world.waiting.get(name).filter(|_| counts.queued > 0);
+    let first_failed = || world.jobs.indexes(name).find(|job| job.phase == JobPhase::Failed);
+    let (exit_code, reasons) = match counts.phase() {
+        JobPhase::Succeeded => (Some(0), Vec::new()),
+        JobPhase::Failed => match first_failed() {
+            Some(job) => (job.exit_code, job.reasons.clone()),
+            None => (None, record.reasons.clone()),
+        },
+        _ => (None, waiting.map_or_else(|| record.reasons.clone(), |waiting| waiting.refusals.clone())),
+    };
+    JobView {
+        name: name.clone(),
+        phase: counts.phase(),
+        created_at: record.created_at,
+        attempt: 0,
+        queue_position: waiting.map(|waiting| waiting.position),
+        predicted_start: waiting.and_then(|waiting| waiting.predicted_start),
+        location: None,
+        instance: None,
+        exit_code,
+        reasons,
+        array: Some(counts),
+        index_of: None,
+        spec: record.spec.clone(),
+    }
 }
 
 /// Teams for which something is set, or whose jobs wait or run.
@@ -224,6 +262,9 @@ pub(crate) fn job_instance(world: &World, record: &JobRecord) -> Option<Instance
 }
 
 fn job_view(world: &World, record: &JobRecord) -> JobView {
+    if let Some(counts) = world.jobs.counts(&record.spec.name) {
+        return array_view(world, record, counts);
+    }
     let waiting = world.waiting.get(&record.spec.name).filter(|_| record.phase == JobPhase::Queued);
     let instance = job_instance(world, record);
     let status = || {
@@ -257,6 +298,8 @@ fn job_view(world: &World, record: &JobRecord) -> JobView {
         instance,
         exit_code: record.exit_code,
         reasons,
+        array: None,
+        index_of: record.index_of.clone(),
         spec: record.spec.clone(),
     }
 }
@@ -264,6 +307,9 @@ fn job_view(world: &World, record: &JobRecord) -> JobView {
 /// Why a job is where it is, or isn't.
 pub(crate) fn why_job(world: &World, name: &JobName, now: Timestamp) -> Option<Explanation> {
     let view = job(world, name)?;
+    if let Some(counts) = view.array {
+        return Some(why_array(world, view, counts, now));
+    }
     if view.phase == JobPhase::Queued
         && let Some(explanation) = anyplace_global_core::explain_job(&world.state(), name, now)
     {
@@ -293,6 +339,31 @@ pub(crate) fn why_job(world: &World, name: &JobName, now: Timestamp) -> Option<E
         locations: Vec::new(),
         nearest_fit: None,
     })
+}
+
+/// Where an array's indexes are, and why the next of those that wait does.
+fn why_array(world: &World, view: JobView, counts: ArrayCounts, now: Timestamp) -> Explanation {
+    let of_array = |job: &JobRecord| job.index_of.as_ref().is_some_and(|of| of.array == view.name);
+    let next = world.jobs.queue().into_iter().find(|job| of_array(job)).map(|job| job.spec.name.clone());
+    let next = next.and_then(|name| anyplace_global_core::explain_job(&world.state(), &name, now));
+    let mut summary = format!("its indexes are {counts}");
+    let (refusals, locations, nearest_fit) = match next {
+        Some(next) => {
+            summary += &format!("; {}: {}", next.subject, next.summary);
+            (next.refusals, next.locations, next.nearest_fit)
+        }
+        None => (view.reasons, Vec::new(), None),
+    };
+    Explanation {
+        subject: format!("job/{}", view.name),
+        summary,
+        wanted: counts.unfinished(),
+        placed: counts.starting + counts.running,
+        ready: counts.running,
+        refusals,
+        locations,
+        nearest_fit,
+    }
 }
 
 /// Why a deployment is where it is, or isn't.

@@ -210,21 +210,14 @@ impl World {
                 Deployment { spec: stored.value.spec.clone(), shares, demand: self.demand.of(name) },
             )
         });
-        let queue = self
-            .jobs
-            .queued()
-            .map(|job| QueuedJob {
-                name: job.spec.name.clone(),
-                spec: job.spec.clone(),
-                refused: self
-                    .locations
-                    .iter()
-                    .filter_map(|(id, location)| {
-                        Some((id.clone(), location.refused_jobs.get(&job.spec.name)?.clone()))
-                    })
-                    .collect(),
-            })
-            .collect();
+        let queue = self.jobs.queue().into_iter().map(|job| {
+            let name = job.spec.name.clone();
+            let refused = self.locations.iter();
+            let refused = refused
+                .filter_map(|(id, location)| Some((id.clone(), location.refused_jobs.get(&name)?.clone())));
+            QueuedJob { refused: refused.collect(), name, spec: job.spec.clone() }
+        });
+        let queue = queue.collect();
         let mut locations: BTreeMap<LocationId, Location> = self
             .locations
             .iter()

@@ -180,7 +180,10 @@ fn job(view: &JobView, events: &[Event]) -> String {
     text.field("Name", &view.name);
     text.field("Team", spec.team.as_str());
     text.field("Phase", output::word(&view.phase));
-    text.field("Attempt", format_args!("{} of {}", view.attempt, spec.max_attempts));
+    match view.array {
+        Some(counts) => text.field("Indexes", counts),
+        None => text.field("Attempt", format_args!("{} of {}", view.attempt, spec.max_attempts)),
+    }
     text.optional("Exit code", view.exit_code);
     text.optional("Location", view.location.as_ref());
     text.optional("Queue", view.queue_position.map(|position| format!("place {position}")));

@@ -119,16 +119,27 @@ pub(super) async fn jobs(session: &Session, name: Option<&JobName>, format: Form
     }
 }
 
+pub(super) async fn job_indexes(session: &Session, array: &JobName, format: Format) -> anyhow::Result<()> {
+    let views = session.api()?.job_indexes(array).await?;
+    output::data(format, &views, || job_table(&views))
+}
+
 fn job_table(views: &[JobView]) -> String {
-    let header =
-        ["NAME", "TEAM", "PHASE", "ATTEMPT", "LOCATION", "EXIT", "QUEUE", "STARTS", "IMAGE", "AGE", "REASON"];
-    let mut table = Table::new(&header);
+    let mut headings = vec![
+        "NAME", "TEAM", "PHASE", "ATTEMPT", "LOCATION", "EXIT", "QUEUE", "STARTS", "IMAGE", "AGE", "REASON",
+    ];
+    let arrays = views.iter().any(|view| view.array.is_some());
+    if arrays {
+        headings.insert(3, "INDEXES");
+    }
+    let mut table = Table::new(&headings);
     for view in views {
-        table.row([
+        let attempt = format!("{}/{}", view.attempt, view.spec.max_attempts);
+        let mut row = vec![
             view.name.to_string(),
             view.spec.team.to_string(),
             output::word(&view.phase),
-            format!("{}/{}", view.attempt, view.spec.max_attempts),
+            if view.array.is_some() { String::new() } else { attempt },
             view.location.as_ref().map(ToString::to_string).unwrap_or_default(),
             view.exit_code.map(|code| code.to_string()).unwrap_or_default(),
             view.queue_position.map(|position| position.to_string()).unwrap_or_default(),
@@ -136,7 +147,11 @@ fn job_table(views: &[JobView]) -> String {
             short_image(&view.spec.image),
             output::age(view.created_at),
             output::reason(&view.reasons),
-        ]);
+        ];
+        if arrays {
+            row.insert(3, view.array.map(|counts| counts.to_string()).unwrap_or_default());
+        }
+        table.row(row);
     }
     or_none(&table, "no jobs; `anyplace jobs run -f FILE` submits one")
 }

@@ -9,9 +9,9 @@ use std::{
 };
 
 use anyplace_api::{
-    ApplyOutcome, CapacityView, DeploymentPhase, DeploymentView, ErrorCode, Event, EventSeverity, JobView,
-    LatencyQuery, LatencyView, LocationRoutes, LocationShare, LogQuery, NewToken, Problem, RoutesView,
-    TeamView, TokenRequest, WatchQuery,
+    ApplyOutcome, ArrayCounts, CapacityView, DeploymentPhase, DeploymentView, ErrorCode, Event,
+    EventSeverity, JobView, LatencyQuery, LatencyView, LocationRoutes, LocationShare, LogQuery, NewToken,
+    Problem, RoutesView, TeamView, TokenRequest, WatchQuery,
 };
 use anyplace_model::{
     Advert, AttemptId, Away, Bytes, DeploymentSpec, Endpoint, Explanation, FULL_WEIGHT, GpuBlock, Held,
@@ -313,6 +313,8 @@ async fn submit(State(state): State<Shared>, Json(spec): Json<JobSpec>) -> Resul
         instance: None,
         exit_code: None,
         reasons: vec![refusal(ReasonCode::OutsideOffPeakWindow, "it is day everywhere")],
+        array: spec.array.map(|size| ArrayCounts { size, queued: size, ..ArrayCounts::default() }),
+        index_of: None,
         spec,
     };
     let (answer, name) = (view.clone(), view.name.to_string());

@@ -257,6 +257,20 @@ fn jobs_end_with_an_exit_code_of_their_own() {
 }
 
 #[test]
+fn an_array_is_one_line_with_counts() {
+    let (home, _fake, _registry) = everything();
+    let file = home.file("job.yaml", "kind: Job\nname: waits\nimage: hello:v1\narray: 12\n");
+    home.run(&["jobs", "run", "-f", &file]).ok();
+    let table = home.run(&["jobs", "ls"]).ok();
+    let rows: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(rows[0][..5], ["NAME", "TEAM", "PHASE", "INDEXES", "ATTEMPT"]);
+    assert_eq!(rows[1][..6], ["waits", "default", "queued", "12:", "12", "queued"]);
+    assert!(home.run(&["describe", "job", "waits"]).ok().contains("Indexes:      12: 12 queued"));
+    home.run(&["jobs", "ls", "waits", "--indexes"]).ok();
+    assert_eq!(home.run(&["jobs", "ls", "--indexes"]).code, 2);
+}
+
+#[test]
 fn settings_of_a_team_change_one_at_a_time() {
     let (home, fake) = (Home::new(), Fake::start());
     platform(&home, &fake, None);

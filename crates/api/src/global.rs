@@ -7,6 +7,7 @@
 //! | `DELETE /v1/deployments/{name}` | | 204 |
 //! | `POST /v1/jobs` (`Idempotency-Key`) | `JobSpec` | `JobView`; 409 `already_exists`, `conflict` |
 //! | `GET /v1/jobs[/{name}]` | | `JobView` (list: array) |
+//! | `GET /v1/jobs?array=` | | array of `JobView`: each index of an array |
 //! | `POST /v1/jobs/{name}/cancel` | | `JobView` |
 //! | `DELETE /v1/jobs/{name}` | | 204, once it has ended |
 //! | `GET /v1/{deployments,jobs}/{name}/why` | | `Explanation` |
@@ -192,8 +193,106 @@ pub struct JobView {
     pub exit_code: Option<i32>,
     /// Why it waits or has failed.
     pub reasons: Vec<Refusal>,
+    /// Of an array: where its indexes are in their life.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub array: Option<ArrayCounts>,
+    /// Of an index: which one it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub index_of: Option<ArrayIndex>,
     /// What was asked for.
     pub spec: JobSpec,
+}
+
+/// How many of an array's indexes are where in their life.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ArrayCounts {
+    /// All indexes.
+    pub size: u32,
+    /// Wait for an attempt.
+    pub queued: u32,
+    /// Have an attempt in a location that doesn't run yet.
+    pub starting: u32,
+    /// Run.
+    pub running: u32,
+    /// Ended with status 0.
+    pub succeeded: u32,
+    /// Ended otherwise.
+    pub failed: u32,
+    /// Ended by a user.
+    pub cancelled: u32,
+}
+
+impl ArrayCounts {
+    /// The number of those in a phase.
+    pub const fn of(&mut self, phase: JobPhase) -> &mut u32 {
+        match phase {
+            JobPhase::Queued => &mut self.queued,
+            JobPhase::Starting => &mut self.starting,
+            JobPhase::Running => &mut self.running,
+            JobPhase::Succeeded => &mut self.succeeded,
+            JobPhase::Failed => &mut self.failed,
+            JobPhase::Cancelled => &mut self.cancelled,
+        }
+    }
+
+    /// Those that haven't ended.
+    pub const fn unfinished(&self) -> u32 {
+        self.queued + self.starting + self.running
+    }
+
+    /// All of them in a word: where the furthest is that hasn't ended, else the worst end.
+    pub const fn phase(&self) -> JobPhase {
+        if self.running > 0 {
+            JobPhase::Running
+        } else if self.starting > 0 {
+            JobPhase::Starting
+        } else if self.queued > 0 {
+            JobPhase::Queued
+        } else if self.failed > 0 {
+            JobPhase::Failed
+        } else if self.cancelled > 0 {
+            JobPhase::Cancelled
+        } else {
+            JobPhase::Succeeded
+        }
+    }
+}
+
+impl std::fmt::Display for ArrayCounts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { size, queued, starting, running, succeeded, failed, cancelled } = self;
+        write!(f, "{size}:")?;
+        let parts = [
+            (queued, "queued"),
+            (starting, "starting"),
+            (running, "running"),
+            (succeeded, "succeeded"),
+            (failed, "failed"),
+            (cancelled, "cancelled"),
+        ];
+        for (place, (count, word)) in parts.into_iter().filter(|(count, _)| **count > 0).enumerate() {
+            write!(f, "{} {count} {word}", if place > 0 { "," } else { "" })?;
+        }
+        Ok(())
+    }
+}
+
+/// Which index of which array a job is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ArrayIndex {
+    /// The array.
+    pub array: anyplace_model::JobName,
+    /// From 0.
+    pub index: u32,
+}
+
+/// Which jobs are listed.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct JobQuery {
+    /// The indexes of this array, in place of all jobs and arrays.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub array: Option<anyplace_model::JobName>,
 }
 
 /// A team: what an operator set, and what its jobs hold.

@@ -12,9 +12,9 @@ mod watch;
 pub use client::{Client, ClientError, IDEMPOTENCY_KEY, LogOptions};
 pub use error::{ErrorCode, Problem};
 pub use global::{
-    ApplyOutcome, CapacityView, DeploymentPhase, DeploymentView, Event, EventSeverity, JobView, LatencyQuery,
-    LatencyView, LocationRoutes, LocationShare, LogQuery, NewToken, PrewarmQuery, PrewarmShare, PrewarmView,
-    Role, RoutesView, TeamView, TokenRequest, TokenScope,
+    ApplyOutcome, ArrayCounts, ArrayIndex, CapacityView, DeploymentPhase, DeploymentView, Event,
+    EventSeverity, JobQuery, JobView, LatencyQuery, LatencyView, LocationRoutes, LocationShare, LogQuery,
+    NewToken, PrewarmQuery, PrewarmShare, PrewarmView, Role, RoutesView, TeamView, TokenRequest, TokenScope,
 };
 pub use patch::{Frame, PATCHES, Patch};
 pub use reqwest::Method;

@@ -102,6 +102,11 @@ pub struct JobSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>, format = DateTime)]
     pub deadline: Option<Timestamp>,
+    /// So many jobs from one submission: 1 to 1000 indexes, from 0, each with attempts of its own. Index 7 of the array
+    /// `sweep` is the job `sweep-7`; its container finds 7 in `ANYPLACE_JOB_INDEX`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 1000)]
+    pub array: Option<u32>,
     /// How often it is tried in all when it fails or its machine is lost: 1 to 10.
     #[serde(default = "one")]
     pub max_attempts: u32,

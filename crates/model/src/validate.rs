@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use crate::{
-    Bytes, Check, DeploymentSpec, DurationMs, JobSpec, MilliCpu, PRIORITY_MAX, PlacementConstraints,
+    Bytes, Check, DeploymentSpec, DurationMs, JobName, JobSpec, MilliCpu, PRIORITY_MAX, PlacementConstraints,
     Resources, Spec, document::Problem,
 };
 
@@ -13,6 +13,8 @@ const MAX_INSTANCES: u32 = 10_000;
 const MAX_PORTS: usize = 64;
 const MAX_GPUS_PER_INSTANCE: u32 = 16;
 const MAX_JOB_ATTEMPTS: u32 = 10;
+/// Indexes of an array: each is a job, of which a platform keeps 20,000.
+const MAX_INDEXES: u32 = 1_000;
 /// A container whose limit is smaller can't even start its first process.
 const MIN_MEMORY: Bytes = Bytes(4 << 20);
 const MIN_CHECK_INTERVAL: DurationMs = DurationMs(100);
@@ -126,12 +128,31 @@ impl JobSpec {
             let found = format!("{} is more than {PRIORITY_MAX}", self.priority);
             return Err(Problem::new("priority", found, format!("write 0 to {PRIORITY_MAX}")));
         }
+        if let Some(size) = self.array {
+            self.array(size)?;
+        }
         if self.timeout == Some(DurationMs(0)) {
             return Err(Problem::new(
                 "timeout",
                 "0 leaves no time to run",
                 "write a duration such as `1h`, or leave it out",
             ));
+        }
+        Ok(())
+    }
+}
+
+impl JobSpec {
+    fn array(&self, size: u32) -> Result<(), Problem> {
+        if !(1..=MAX_INDEXES).contains(&size) {
+            let found = format!("{size} indexes are not possible");
+            return Err(Problem::new("array", found, format!("write 1 to {MAX_INDEXES}")));
+        }
+        let last = format!("{}-{}", self.name, size - 1);
+        if last.parse::<JobName>().is_err() {
+            let found = format!("the last index would be `{last}`, which is too long");
+            let most = self.name.as_str().len() - (last.len() - 63);
+            return Err(Problem::new("name", found, format!("write a name of at most {most} characters")));
         }
         Ok(())
     }

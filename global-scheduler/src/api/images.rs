@@ -18,7 +18,7 @@ pub(super) async fn in_use(State(app): State<Arc<App>>) -> Json<Vec<String>> {
         let running = record.earlier.range(world.oldest(name, record.generation)..);
         running.map(|(_, image)| image).chain([&record.spec.image])
     });
-    let jobs = world.jobs.queued().chain(world.jobs.placed());
+    let jobs = world.jobs.unfinished();
     let images: BTreeSet<&String> =
         deployments.chain(jobs.map(|job| &job.spec.image)).chain(world.prewarms.keys()).collect();
     Json(images.into_iter().cloned().collect())

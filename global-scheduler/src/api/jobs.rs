@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use anyplace_api::{ErrorCode, IDEMPOTENCY_KEY, JobView, LogQuery, Problem};
+use anyplace_api::{ErrorCode, IDEMPOTENCY_KEY, JobQuery, JobView, LogQuery, Problem};
 use anyplace_model::{Explanation, JobName, JobSpec};
 use anyplace_service::{Failure, Json, Query};
 use axum::{
@@ -51,11 +51,21 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Failure> {
     }
 }
 
-/// All jobs, oldest first.
+/// All jobs and arrays, oldest first; or the indexes of an array, in their order.
 #[utoipa::path(get, path = "/v1/jobs", tag = "jobs",
+    params(("array" = Option<String>, Query, description = "Its indexes only")),
     responses((status = 200, body = Vec<JobView>), (status = "default", body = Problem, content_type = "application/problem+json")))]
-pub(super) async fn list(State(app): State<Arc<App>>) -> Json<Vec<JobView>> {
-    Json(views::jobs(&app.world()))
+pub(super) async fn list(
+    State(app): State<Arc<App>>,
+    Query(query): Query<JobQuery>,
+) -> Result<Json<Vec<JobView>>, Failure> {
+    let Some(array) = query.array else { return Ok(Json(views::jobs(&app.world()))) };
+    views::job_indexes(&app.world(), &array).map(Json).ok_or_else(|| {
+        Problem::new(ErrorCode::NotFound, format!("there is no array {array}"))
+            .field("array")
+            .fix("see `anyplace jobs ls`")
+            .into()
+    })
 }
 
 /// One job.

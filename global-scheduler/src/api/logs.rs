@@ -74,8 +74,15 @@ pub(super) async fn of_deployment(
 pub(super) async fn of_job(app: &Arc<App>, name: &JobName, query: &LogQuery) -> Result<Response, Failure> {
     let found = {
         let world = app.world();
-        let record = &world.jobs.get(name).ok_or_else(|| unknown_job(name))?.value;
-        views::job_instance(&world, record).map(|it| it.instance).zip(record.location.clone())
+        let record = world.jobs.find(name).ok_or_else(|| unknown_job(name))?;
+        if record.spec.array.is_some() {
+            let text = format!("{name} is an array, and each of its indexes has a log");
+            return Err(Problem::new(ErrorCode::InvalidRequest, text)
+                .field("name")
+                .fix(format!("choose an index, such as `anyplace logs job {name}-0`"))
+                .into());
+        }
+        views::job_instance(&world, &record).map(|it| it.instance).zip(record.location.clone())
     };
     let Some((instance, location)) = found else { return Err(nothing_yet("attempt", "job", name.as_str())) };
     if let Some(other) = query.instance.as_ref().filter(|other| *other != instance.as_str()) {

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
 mod api;
+mod arrays;
 mod choice;
 mod deployments;
 #[path = "../../../crates/store/tests/common/mod.rs"]

@@ -153,6 +153,8 @@ pub(crate) struct Script {
     pub(crate) starting: bool,
     /// How attempts end; they run until it is set.
     pub(crate) exit_code: Option<i32>,
+    /// How attempts of single jobs end.
+    pub(crate) exits: BTreeMap<String, i32>,
     /// Reported although nobody asked for it.
     pub(crate) foreign: Vec<AttemptStatus>,
     /// Where it serves logs.
@@ -303,16 +305,22 @@ fn make_report(name: &str, epoch: u64, sequence: u64, advert: &Advert, script: &
                     refusals: if refused > 0 { vec![refusal] } else { Vec::new() },
                 });
             }
-            LocationDesired::Attempt { attempt, .. } => {
-                let phase = match script.exit_code {
+            LocationDesired::Attempt { attempt, spec } => {
+                let exit_code = script.exits.get(attempt.job.as_str()).copied().or(script.exit_code);
+                let phase = match exit_code {
                     _ if script.starting => InstancePhase::Pulling,
                     Some(_) => InstancePhase::Exited,
                     None => InstancePhase::Running,
                 };
+                if phase != InstancePhase::Exited {
+                    let advert = &mut report.advert;
+                    advert.free_cpu.0 = advert.free_cpu.0.saturating_sub(spec.resources.cpu.0);
+                    advert.largest_free_cpu = advert.largest_free_cpu.min(advert.free_cpu);
+                }
                 let workload = Workload::Job(attempt.clone());
                 let mut instance =
                     instance(&format!("{}-{}", attempt.job, attempt.attempt), workload, 1, phase);
-                instance.exit_code = script.exit_code;
+                instance.exit_code = exit_code;
                 report.attempts.push(AttemptStatus {
                     attempt: attempt.clone(),
                     location: report.location.clone(),

@@ -10,7 +10,7 @@ use reqwest::{Method, Response};
 
 use super::{Client, ClientError, TIMEOUT};
 use crate::{
-    ApplyOutcome, CapacityView, DeploymentView, Event, JobView, LatencyView, LogQuery, NewToken,
+    ApplyOutcome, CapacityView, DeploymentView, Event, JobQuery, JobView, LatencyView, LogQuery, NewToken,
     PrewarmQuery, PrewarmView, RoutesView, TeamView, TokenRequest,
 };
 
@@ -71,7 +71,15 @@ impl Client {
         }
     }
 
-    /// All jobs, oldest first.
+    /// All indexes of an array, in their order.
+    pub async fn job_indexes(&self, array: &JobName) -> Result<Vec<JobView>, ClientError> {
+        let query = JobQuery { array: Some(array.clone()) };
+        let request = self.request(Method::GET, "/v1/jobs").query(&query).timeout(TIMEOUT);
+        let response = self.send(request, "/v1/jobs").await?;
+        response.json().await.map_err(|error| self.broken("/v1/jobs", error.to_string()))
+    }
+
+    /// All jobs and arrays, oldest first.
     pub async fn jobs(&self) -> Result<Vec<JobView>, ClientError> {
         self.get("/v1/jobs").await
     }
