@@ -7,7 +7,7 @@ use std::{
 
 use anyplace_api::{Event, EventSeverity};
 use anyplace_global_core::RefusedUntil;
-use anyplace_model::{LocationId, LocationReport};
+use anyplace_model::{LocationId, LocationReport, ReasonCode};
 use jiff::{SignedDuration, Timestamp, tz::TimeZone};
 
 use crate::{
@@ -20,6 +20,8 @@ use crate::{
 
 /// How long a refusal is remembered: a location isn't asked again at once, and it is asked again soon.
 pub(crate) const REFUSAL_KEPT: SignedDuration = SignedDuration::from_secs(10);
+/// A location that couldn't make room isn't asked to for so long: a search costs it some 30 ms, and us a write.
+const HOPELESS_KEPT: SignedDuration = SignedDuration::from_mins(1);
 /// Events of reports that may wait for the next reconciliation; more say nothing new.
 const MAX_PENDING_EVENTS: usize = 256;
 
@@ -45,6 +47,7 @@ impl App {
             ingress: report.ingress,
             placements: report.placements.into_iter().map(|it| (it.deployment.clone(), it)).collect(),
             attempts: report.attempts.into_iter().map(|it| (it.attempt.clone(), it)).collect(),
+            moves: report.moves,
             prewarms: report.prewarms,
             traffic: report.traffic,
             latency_ms: Arc::new(report.latency_ms),
@@ -141,6 +144,7 @@ fn remember_refusals(world: &mut World, id: &LocationId) {
     let Some(location) = locations.get_mut(id) else { return };
     location.refused.retain(|_, refused| refused.until > now);
     location.refused_jobs.retain(|_, refused| refused.until > now);
+    location.hopeless.retain(|_, until| *until > now);
     let Some(observed) = &location.observed else { return };
     for (name, status) in observed.placements.iter().filter(|(_, status)| status.refused > 0) {
         let current = |stored: &crate::world::Stored<crate::records::DeploymentRecord>| {
@@ -148,6 +152,10 @@ fn remember_refusals(world: &mut World, id: &LocationId) {
         };
         if !deployments.get(name).is_some_and(current) {
             continue;
+        }
+        let no_moves = status.refusals.iter().any(|it| it.reason == ReasonCode::NoMoves);
+        if let Some(until) = now.checked_add(HOPELESS_KEPT).ok().filter(|_| no_moves) {
+            location.hopeless.insert(name.clone(), until);
         }
         let refused = RefusedUntil { until, refusals: status.refusals.clone() };
         let new = location.refused.insert(name.clone(), refused).is_none();

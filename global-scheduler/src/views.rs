@@ -12,7 +12,7 @@ use anyplace_api::{
 use anyplace_global_core::Totals;
 use anyplace_model::{
     DeploymentName, Explanation, ImageState, InstancePhase, InstanceStatus, JobName, JobPhase, LocationId,
-    LocationRecord, Prewarm, ReasonCode, Refusal, Team, Workload,
+    LocationRecord, MoveCause, MoveStatus, Prewarm, ReasonCode, Refusal, Team, Workload,
 };
 use jiff::Timestamp;
 use serde::Serialize;
@@ -370,6 +370,12 @@ fn why_array(world: &World, view: JobView, counts: ArrayCounts, now: Timestamp) 
 pub(crate) fn why_deployment(world: &World, name: &DeploymentName, now: Timestamp) -> Option<Explanation> {
     let mut explanation = anyplace_global_core::explain_deployment(&world.state(), name, now)?;
     let view = deployment(world, name)?;
+    for share in &mut explanation.locations {
+        let observed = world.locations.get(&share.location).and_then(|location| location.observed.as_ref());
+        let concerns = |it: &&MoveStatus| it.deployment == *name || it.cause == MoveCause::Room(name.clone());
+        let moves = observed.into_iter().flat_map(|observed| &observed.moves).filter(concerns);
+        share.moves = moves.cloned().collect();
+    }
     explanation.ready = view.ready;
     if explanation.refusals.is_empty() {
         explanation.refusals = view.reasons;

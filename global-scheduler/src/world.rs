@@ -14,7 +14,8 @@ use anyplace_global_core::{
 };
 use anyplace_model::{
     Advert, AttemptId, AttemptStatus, DeploymentName, ImageState, InstancePhase, JobName, LocationDesired,
-    LocationId, LocationSettings, MachineId, PlacementStatus, Prewarm, Refusal, Team, TeamSettings, Traffic,
+    LocationId, LocationSettings, MachineId, MoveStatus, PlacementStatus, Prewarm, Refusal, Team,
+    TeamSettings, Traffic,
 };
 use anyplace_service::Feed;
 use anyplace_store::{Revision, Store, StoreExt as _};
@@ -57,6 +58,7 @@ pub(crate) struct Observed {
     pub(crate) ingress: Vec<Ipv4Addr>,
     pub(crate) placements: BTreeMap<DeploymentName, PlacementStatus>,
     pub(crate) attempts: BTreeMap<AttemptId, AttemptStatus>,
+    pub(crate) moves: Vec<MoveStatus>,
     pub(crate) prewarms: BTreeMap<String, BTreeMap<MachineId, ImageState>>,
     pub(crate) traffic: BTreeMap<DeploymentName, Traffic>,
     /// Round trips to other locations.
@@ -73,6 +75,7 @@ pub(crate) struct LocationState {
     pub(crate) alive: Option<bool>,
     pub(crate) observed: Option<Observed>,
     pub(crate) refused: BTreeMap<DeploymentName, RefusedUntil>,
+    pub(crate) hopeless: BTreeMap<DeploymentName, Timestamp>,
     pub(crate) refused_jobs: BTreeMap<JobName, RefusedUntil>,
     pub(crate) feed: Arc<Feed<LocationDesired>>,
 }
@@ -266,6 +269,7 @@ impl World {
             advert: location.observed.as_ref().map(|observed| observed.advert.clone()),
             zone: location.observed.as_ref().and_then(|observed| observed.zone.clone()),
             refused: location.refused.clone(),
+            hopeless: location.hopeless.clone(),
             incoming: Vec::new(),
         }
     }

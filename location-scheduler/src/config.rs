@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
 
 use anyhow::ensure;
-use anyplace_location_core::{Site, Timing};
+use anyplace_location_core::{MovePolicy, Site, Timing};
 use anyplace_model::{LocationId, OffPeakWindow};
 use anyplace_store::EtcdConfig;
 use serde::Deserialize;
@@ -50,6 +50,10 @@ pub struct Config {
     /// How long an instance that is to end keeps its connections, in milliseconds.
     #[serde(default = "drain_ms")]
     pub drain_ms: u64,
+    /// How long the copy of an instance that moves may take to get ready, in milliseconds; then the move is given up, and
+    /// tried again after the same time.
+    #[serde(default = "move_ready_ms")]
+    pub move_ready_ms: u64,
 }
 
 fn listen() -> SocketAddr {
@@ -62,6 +66,10 @@ const fn machine_lease_ms() -> u64 {
 
 const fn drain_ms() -> u64 {
     5_000
+}
+
+const fn move_ready_ms() -> u64 {
+    600_000
 }
 
 impl Config {
@@ -92,6 +100,11 @@ impl Config {
             "drain_ms {} is over an hour; leave it out for 5000",
             self.drain_ms
         );
+        ensure!(
+            (1..=86_400_000).contains(&self.move_ready_ms),
+            "move_ready_ms {} is not between 1 and 86400000 (a day); leave it out for 600000",
+            self.move_ready_ms
+        );
         Ok(())
     }
 
@@ -102,6 +115,10 @@ impl Config {
     pub(crate) const fn timing(&self) -> Timing {
         // A machine reports three times in a lease, so a report after a whole lease was written by one that knew.
         Timing { drain_ms: self.drain_ms, settle_ms: self.machine_lease_ms }
+    }
+
+    pub(crate) const fn moves(&self) -> MovePolicy {
+        MovePolicy { ready_ms: self.move_ready_ms }
     }
 
     pub(crate) fn site(&self) -> Site {

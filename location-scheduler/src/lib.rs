@@ -14,7 +14,7 @@
 //! Store (`data_dir/store.redb`, or etcd): `instances/<instance>` reservations, `fence` (changes with each plan; a plan is
 //! written only on the revision that it was made from), `desired/<key>` the last wish of the global scheduler,
 //! `machines/<machine>` machines with their size, `away/<deployment>` which parts of its new connections go elsewhere,
-//! `latency` round trips to other locations, `ran/<instance>` who ran ended instances (for their logs).
+//! `moves/<cause>` moves under way, `latency` round trips to other locations, `ran/<instance>` who ran ended instances (for their logs).
 //!
 //! This crate must not know users, runtimes or packets, nor other locations but as distant backends.
 

@@ -242,11 +242,18 @@ impl Live {
                 Change::Delete(instance) => {
                     self.state.reservations.remove(&instance);
                 }
+                Change::Moves(cause, Some(moving)) => {
+                    self.state.moves.under_way.insert(cause, *moving);
+                }
+                Change::Moves(cause, None) => {
+                    self.state.moves.under_way.remove(&cause);
+                }
             }
         }
         self.state.revision = revision;
         self.state.prewarms = plan.prewarms.clone();
         self.state.warm = plan.warm.clone();
+        self.state.moves.waiting.clone_from(&plan.waiting);
         self.plan = plan;
         self.planned = true;
     }

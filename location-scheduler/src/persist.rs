@@ -6,9 +6,9 @@ use std::{
 };
 
 use anyhow::Context as _;
-use anyplace_location_core::{Change, Reservation, State};
+use anyplace_location_core::{Change, Moving, Reservation, State};
 use anyplace_model::{
-    Away, DeploymentName, InstanceId, LocationDesired, LocationId, MachineId, MachineReport,
+    Away, DeploymentName, InstanceId, LocationDesired, LocationId, MachineId, MachineReport, MoveCause,
 };
 use anyplace_store::{MAX_VALUE_BYTES, Revision, Store, StoreExt as _, Txn, TxnOutcome};
 use serde::{Deserialize, Serialize};
@@ -20,6 +20,7 @@ const DESIRED: &str = "desired/";
 const RAN: &str = "ran/";
 const AWAY: &str = "away/";
 const LATENCY: &str = "latency";
+const MOVES: &str = "moves/";
 
 /// A transaction is closed when it has so many operations or bytes: well below the store's limits of 1,024 and
 /// 1.5 MiB, whatever the last operation adds.
@@ -45,6 +46,7 @@ pub(crate) struct Stored {
     pub(crate) desired: BTreeMap<String, LocationDesired>,
     pub(crate) away: BTreeMap<DeploymentName, Vec<Away>>,
     pub(crate) latency_ms: BTreeMap<LocationId, f64>,
+    pub(crate) moves: BTreeMap<MoveCause, Moving>,
     pub(crate) history: History,
 }
 
@@ -93,6 +95,7 @@ impl Disk {
         let (away, _) = store.list_json::<Vec<Away>>(AWAY).await.context(context)?;
         let latency: Option<(BTreeMap<LocationId, f64>, _)> =
             store.get_json(LATENCY).await.context(context)?;
+        let (moves, _) = store.list_json::<Moving>(MOVES).await.context(context)?;
         let (ran, _) = store.list_json::<Ran>(RAN).await.context(context)?;
         let mut ran: Vec<(u64, InstanceId, MachineId)> = ran
             .into_iter()
@@ -120,6 +123,7 @@ impl Disk {
                 .into_iter()
                 .filter_map(|(key, away, _)| Some((key.strip_prefix(AWAY)?.parse().ok()?, away)))
                 .collect(),
+            moves: moves.into_iter().map(|(_, moving, _)| (moving.cause.clone(), moving)).collect(),
             latency_ms: latency.map(|(latency, _)| latency).unwrap_or_default(),
             history,
         })
@@ -153,6 +157,8 @@ impl Disk {
                         None => txn,
                     }
                 }
+                Change::Moves(cause, Some(moving)) => txn.put_json(moves_key(cause), moving.as_ref())?,
+                Change::Moves(cause, None) => txn.delete(moves_key(cause)),
             };
             if txn.ops.len() >= MAX_OPS || txn.size_bytes() >= MAX_BYTES {
                 fence.write(std::mem::take(&mut txn)).await?;
@@ -231,13 +237,19 @@ impl Disk {
     }
 }
 
+fn moves_key(cause: &MoveCause) -> String {
+    match cause {
+        MoveCause::Room(newcomer) => format!("{MOVES}room/{newcomer}"),
+    }
+}
+
 /// Whether a reservation is too large for the store; it is then never made.
 pub(crate) fn too_large(change: &Change) -> bool {
     match change {
         Change::Put(held) => {
             serde_json::to_vec(held).is_ok_and(|json| json.len() + MAX_BYTES > MAX_VALUE_BYTES)
         }
-        Change::Delete(_) => false,
+        Change::Delete(_) | Change::Moves(..) => false,
     }
 }
 

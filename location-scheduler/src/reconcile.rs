@@ -115,7 +115,7 @@ fn remember(scheduler: &Scheduler, state: &State, changes: &[Change]) -> Vec<Ins
                 let held = state.reservations.get(instance)?;
                 history.add(instance.clone(), held.machine.clone())
             }
-            Change::Put(_) => None,
+            Change::Put(_) | Change::Moves(..) => None,
         })
         .collect()
 }
@@ -132,6 +132,11 @@ fn log(changes: &[Change]) {
                 "reserved"
             ),
             Change::Delete(instance) => tracing::info!(%instance, "gone"),
+            Change::Moves(cause, Some(moving)) => match &moving.gave_up {
+                None => tracing::info!(?cause, moves = ?moving.moves, "instances move"),
+                Some(gave_up) => tracing::warn!(?cause, why = %gave_up.why, "moves are given up"),
+            },
+            Change::Moves(cause, None) => tracing::info!(?cause, "moves are over"),
         }
     }
 }

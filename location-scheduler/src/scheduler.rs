@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::Context as _;
 use anyplace_api::Client;
-use anyplace_location_core::{Life, Machine, State, desired, routes, stamp};
+use anyplace_location_core::{Life, Machine, Moves, State, desired, routes, stamp};
 use anyplace_model::{LocationDesired, LocationSettings, MachineDesired, MachineId, RouteRecord};
 use anyplace_service::{
     Feed, TokenHash, generate_token, install_crypto_provider, load_or_create_token, read_token, serve,
@@ -194,6 +194,7 @@ async fn open(config: Config, shutdown: CancellationToken) -> anyhow::Result<Sch
         latency_ms: stored.latency_ms,
         prewarms: BTreeMap::new(),
         warm: BTreeMap::new(),
+        moves: Moves { policy: config.moves(), under_way: stored.moves, waiting: BTreeMap::new() },
     };
     let mut live = Live::new(state, config.lease(), Instant::now());
     live.want(Arc::new(stored.desired));

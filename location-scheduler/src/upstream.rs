@@ -7,7 +7,9 @@ use std::{
 };
 
 use anyplace_api::{Client, ClientError, ErrorCode, WatchEvent, Watcher};
-use anyplace_location_core::{advert, attempt_statuses, ingress, placement_statuses, prewarm_statuses};
+use anyplace_location_core::{
+    advert, attempt_statuses, ingress, move_statuses, placement_statuses, prewarm_statuses,
+};
 use anyplace_model::{LocationDesired, LocationReport};
 use anyplace_service::Backoff;
 
@@ -145,6 +147,7 @@ fn compose(scheduler: &Scheduler) -> Option<LocationReport> {
         ingress: ingress(&live.state),
         placements: placement_statuses(&live.state, &live.plan),
         attempts: attempt_statuses(&live.state, &live.plan),
+        moves: move_statuses(&live.state),
         prewarms: prewarm_statuses(&live.state),
         traffic: live.choice.traffic.clone(),
         latency_ms: live.state.latency_ms.clone(),

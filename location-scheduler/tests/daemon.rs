@@ -10,6 +10,8 @@ mod choice;
 mod global;
 #[path = "daemon/machine.rs"]
 mod machine;
+#[path = "daemon/moves.rs"]
+mod moves;
 #[path = "daemon/routes.rs"]
 mod routes;
 

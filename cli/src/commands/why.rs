@@ -46,6 +46,14 @@ fn text(explanation: &Explanation) -> String {
         }
         text += &format!("\nLocations:\n{table}\n");
     }
+    let moves: Vec<String> = explanation
+        .locations
+        .iter()
+        .flat_map(|it| it.moves.iter().map(|step| format!("  {}: {}\n", it.location, step.message)))
+        .collect();
+    if !moves.is_empty() {
+        text += &format!("\nMoves:\n{}", moves.concat());
+    }
     if let Some(nearest) = &explanation.nearest_fit {
         text += &format!("\nNearest fit: {nearest}\n");
     }

@@ -217,6 +217,7 @@ fn explanation(subject: &str, wanted: u32, reasons: &[Refusal]) -> Explanation {
             entering: None,
             nearer_ms: None,
             refusals: reasons.to_vec(),
+            moves: Vec::new(),
         }],
         nearest_fit: Some("none has a GPU".into()),
     }

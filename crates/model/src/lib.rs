@@ -9,6 +9,7 @@ mod id;
 mod instance;
 mod location;
 mod machine;
+mod moves;
 mod naming;
 mod off_peak;
 mod place;
@@ -30,6 +31,7 @@ pub use location::{
     PlacementStatus, RemoteBackend, RemoteRoute, vips,
 };
 pub use machine::{Assignment, Condition, Gpu, ImageState, MachineDesired, MachineRecord, MachineReport};
+pub use moves::{MoveCause, MoveStatus, MoveStep};
 pub use naming::{GATEWAY, GATEWAY6, INSTANCE_NET6, container_mac, host_interface, instance_address6};
 pub use off_peak::{InvalidWindow, OffPeakWindow};
 pub use place::{distance_km, estimated_latency_ms};

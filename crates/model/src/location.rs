@@ -11,7 +11,8 @@ use utoipa::ToSchema;
 
 use crate::{
     AttemptId, AttemptStatus, Bytes, DeploymentName, DeploymentSpec, Grant, ImageState, InstanceStatus,
-    Isolation, JobSpec, LocationId, MachineId, MilliCpu, OffPeakWindow, Port, Prewarm, Refusal, Traffic,
+    Isolation, JobSpec, LocationId, MachineId, MilliCpu, MoveStatus, OffPeakWindow, Port, Prewarm, Refusal,
+    Traffic,
 };
 
 /// Free blocks of one size on GPUs of one model.
@@ -241,6 +242,9 @@ pub struct LocationReport {
     pub placements: Vec<PlacementStatus>,
     /// What became of each attempt.
     pub attempts: Vec<AttemptStatus>,
+    /// Instances that move to other machines, and those that did.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub moves: Vec<MoveStatus>,
     /// How far each wished image is on the machines chosen for it.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub prewarms: BTreeMap<String, BTreeMap<MachineId, ImageState>>,

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::LocationId;
+use crate::{LocationId, MoveStatus};
 
 /// Every reason for which work can wait, be refused or fail. Stable: clients match on it.
 #[derive(
@@ -78,6 +78,10 @@ pub enum ReasonCode {
     Cancelled,
     /// No free virtual IP is left in the pools.
     NoVirtualIp,
+    /// Other instances move to other machines, so that it fits.
+    MakingRoom,
+    /// No few moves of other instances would make room there.
+    NoMoves,
 }
 
 impl std::fmt::Display for ReasonCode {
@@ -120,6 +124,9 @@ pub struct LocationExplanation {
     pub nearer_ms: Option<f64>,
     /// Why not more, or why none.
     pub refusals: Vec<Refusal>,
+    /// Its instances that move or moved there, and those of others that make room for it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub moves: Vec<MoveStatus>,
 }
 
 /// Answer to `anyplace why`: where something is, or why it isn't.

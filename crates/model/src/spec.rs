@@ -156,7 +156,7 @@ pub enum Isolation {
 }
 
 /// Resources of one instance: reserved for it, and its limit.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Resources {
     /// CPU; 100m unless said.

@@ -162,6 +162,7 @@ pub fn explain_deployment(state: &State, name: &DeploymentName, now: Timestamp) 
             entering: deployment.demand.get(*id).copied(),
             nearer_ms: travel.average_ms().map(|_| travel.gain(id) as f64 / 1_000.0 / travel.per_second()),
             refusals: refusals.clone(),
+            moves: Vec::new(),
         })
         .collect();
     let there: Vec<String> = deployment
@@ -233,6 +234,7 @@ pub fn explain_job(state: &State, name: &JobName, now: Timestamp) -> Option<Expl
             entering: None,
             nearer_ms: None,
             refusals,
+            moves: Vec::new(),
         })
         .collect();
     Some(Explanation {

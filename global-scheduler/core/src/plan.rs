@@ -5,19 +5,21 @@
 //! until as many are ready elsewhere. What can't be placed elsewhere stays where it was, so that it goes on as soon
 //! as its location can.
 //!
+//! What fits nowhere is sent, one at a time, where enough is free in sum: that location may make room by moves.
+//!
 //! Among locations that have equally few instances of a deployment, the one is chosen that brings instances nearest to
 //! where its new connections enter (`docs/decisions/0018-demand.md`).
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeMap, BinaryHeap},
+    collections::{BTreeMap, BTreeSet, BinaryHeap},
 };
 
 use anyplace_model::{DeploymentName, LocationId, Refusal, Resources};
 use jiff::Timestamp;
 
 use crate::{
-    Deployment, Liveness, Location, State,
+    Deployment, Liveness, Location, Share, State,
     demand::{Travel, losses},
     explain::{nearest_fit, summed},
     filter,
@@ -31,6 +33,9 @@ pub struct Plan {
     pub counts: BTreeMap<DeploymentName, BTreeMap<LocationId, u32>>,
     /// Deployments that have fewer instances than they want.
     pub missing: BTreeMap<DeploymentName, Missing>,
+    /// Where one of the missing instances is sent although it doesn't fit: enough is free there in sum, and the location
+    /// may make room. Contained in `counts`.
+    pub hopes: BTreeMap<DeploymentName, LocationId>,
 }
 
 /// Instances that can't be placed.
@@ -99,7 +104,7 @@ pub fn plan(state: &State, now: Timestamp) -> Plan {
     let mut rooms = rooms(state);
     let mut plan = Plan::default();
     for (name, deployment) in in_order(state) {
-        let (counts, missing) = plan_one(state, name, deployment, &mut rooms, now);
+        let (counts, missing, hope) = plan_one(state, name, deployment, &mut rooms, now);
         if missing > 0 {
             let why = why_not_more(state, name, deployment, &rooms, now);
             let missing = Missing {
@@ -115,6 +120,7 @@ pub fn plan(state: &State, now: Timestamp) -> Plan {
             plan.missing.insert(name.clone(), missing);
         }
         plan.counts.insert(name.clone(), counts);
+        plan.hopes.extend(hope.map(|location| (name.clone(), location)));
     }
     plan
 }
@@ -196,14 +202,14 @@ fn present(state: &State, deployment: &Deployment) -> Present {
     present
 }
 
-/// Counts by location, and how many instances couldn't be placed.
+/// Counts by location, how many instances couldn't be placed, and where one of those is sent nevertheless.
 fn plan_one(
     state: &State,
     name: &DeploymentName,
     deployment: &Deployment,
     rooms: &mut BTreeMap<&LocationId, Room>,
     now: Timestamp,
-) -> (BTreeMap<LocationId, u32>, u32) {
+) -> (BTreeMap<LocationId, u32>, u32, Option<LocationId>) {
     let spec = &deployment.spec;
     let wanted = spec.instances.min;
     let mut present = present(state, deployment);
@@ -230,20 +236,59 @@ fn plan_one(
         .map(|(id, count)| deployment.shares.get(id).map_or(0, |share| share.ready.min(*count)))
         .sum();
     let missing = wanted.saturating_sub(counts.values().sum());
+    let leaving = present.leaving.keys().collect();
+    let hope = if missing > 0 { hope(state, name, deployment, &leaving, rooms, now) } else { None };
     let mut not_ready = wanted.saturating_sub(ready);
     for (id, count) in present.leaving {
         let held = count.min(not_ready);
         not_ready -= held;
         *counts.entry(id).or_default() += held;
     }
-    let mut stranded = missing;
-    for (id, count) in present.stranded {
+    let mut stranded = missing - u32::from(hope.is_some());
+    // A location that reports may be making room; one that is lost comes back whether it is asked or not.
+    let is_lost = |id: &LocationId| state.locations.get(id).is_none_or(|it| it.liveness == Liveness::Lost);
+    let (lost, refused): (Vec<_>, Vec<_>) = present.stranded.into_iter().partition(|(id, _)| is_lost(id));
+    for (id, count) in refused.into_iter().chain(lost) {
         let held = count.min(stranded);
         stranded -= held;
         *counts.entry(id).or_default() += held;
     }
+    if let Some(location) = &hope {
+        *counts.entry(location.clone()).or_default() += 1;
+    }
     counts.retain(|_, count| *count > 0);
-    (counts, missing)
+    (counts, missing, hope)
+}
+
+/// A location that may make room for one more by moving other instances; none while one, that isn't to be left, is asked
+/// already.
+fn hope(
+    state: &State,
+    name: &DeploymentName,
+    deployment: &Deployment,
+    leaving: &BTreeSet<&LocationId>,
+    rooms: &BTreeMap<&LocationId, Room>,
+    now: Timestamp,
+) -> Option<LocationId> {
+    let gave_up = |location: &Location| location.hopeless.get(name).is_some_and(|until| *until > now);
+    let is_asked = |(id, share): (&LocationId, &Share)| {
+        let location = state.locations.get(id).filter(|location| location.liveness != Liveness::Lost);
+        let unanswered = share.count > share.reserved.saturating_add(share.refused);
+        let asks = |location| unanswered || (share.refused > 0 && !gave_up(location));
+        !leaving.contains(id) && location.is_some_and(asks)
+    };
+    if deployment.shares.iter().any(is_asked) {
+        return None;
+    }
+    let spec = &deployment.spec;
+    let may = |(id, location): &(&LocationId, &Location)| {
+        filter::refusals(location, &spec.placement, spec.isolation).is_empty()
+            && !gave_up(location)
+            && rooms.get(id).is_some_and(|room| room.fits_in_sum(&spec.resources))
+    };
+    let able = state.locations.iter().filter(may);
+    let (id, _) = able.min_by_key(|(id, _)| (rooms.get(id).map(Room::used_permille), *id))?;
+    Some(id.clone())
 }
 
 fn is_warm(location: &Location, image: &str) -> bool {

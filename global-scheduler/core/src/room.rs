@@ -103,6 +103,21 @@ impl Room {
         Some(one(ReasonCode::InsufficientGpu, format!("{} asked for; {found}", describe(wanted))))
     }
 
+    /// Whether one more might fit if others were moved: enough is free in all, though maybe not together.
+    pub(crate) fn fits_in_sum(&self, wanted: &Resources) -> bool {
+        let fits = wanted.cpu.0 <= self.cpu.total
+            && wanted.memory.0 <= self.memory.total
+            && wanted.disk.0 <= self.disk.total;
+        let Some(gpu) = &wanted.gpu else { return fits && self.advert.machines > 1 };
+        // Of other models too: who has a part of the right one may go there.
+        let free = self.gpus.iter().map(|block| block.memory.0.saturating_mul(u64::from(block.count)));
+        let free = free.fold(0, u64::saturating_add);
+        let asked = gpu.memory.map_or(1, |memory| memory.0.saturating_mul(u64::from(gpu.count)));
+        let of_model = self.advert.gpus.iter().filter(|(model, _)| allowed(gpu, model));
+        let there = of_model.fold(0, |sum: u32, (_, count)| sum.saturating_add(*count));
+        fits && free >= asked && there >= gpu.count
+    }
+
     /// The largest free block of an allowed model.
     pub(crate) fn largest_block(&self, wanted: &GpuRequest) -> Option<&GpuBlock> {
         self.gpus

@@ -94,6 +94,8 @@ pub struct Location {
     pub zone: Option<TimeZone>,
     /// Deployments that it refused of late.
     pub refused: BTreeMap<DeploymentName, RefusedUntil>,
+    /// Deployments for which moves of other instances made no room there of late, and until when that is believed.
+    pub hopeless: BTreeMap<DeploymentName, Timestamp>,
     /// Attempts of jobs that are on their way, and not in the advert yet.
     pub incoming: Vec<Resources>,
 }

@@ -67,6 +67,7 @@ pub(crate) fn location(advert: Advert) -> Location {
         advert: Some(advert),
         zone: Some(TimeZone::UTC),
         refused: BTreeMap::new(),
+        hopeless: BTreeMap::new(),
         incoming: Vec::new(),
     }
 }
@@ -325,4 +326,49 @@ fn jobs_that_fit_nowhere_do_not_hold_up_the_others() {
     assert!(
         explain_job(&state, &"a".parse().unwrap(), noon()).unwrap().nearest_fit.unwrap().contains("100 CPU")
     );
+}
+
+#[test]
+fn what_fits_only_in_sum_is_sent_where_room_may_be_made_one_location_after_the_other() {
+    let mut state = three(0);
+    let spec = deployment(r#"{"instances": {"min": 2}, "resources": {"gpu": {"memory": "30Gi"}}}"#);
+    for (name, count) in [("ams", 2), ("gru", 1), ("nrt", 4)] {
+        let advert = state.locations.get_mut(&id(name)).unwrap().advert.as_mut().unwrap();
+        advert.gpus = BTreeMap::from([("L4".into(), 4)]);
+        let (memory, most_in_one_machine) = (Bytes(20 << 30), 2);
+        let block = GpuBlock { model: "L4".into(), memory, whole: false, count, most_in_one_machine };
+        advert.gpu_blocks = vec![block];
+    }
+    let (shares, demand) = (BTreeMap::new(), BTreeMap::new());
+    state.deployments = BTreeMap::from([(name("hello"), Deployment { spec, shares, demand })]);
+    let first = plan(&state, noon());
+    assert_eq!(first.counts[&name("hello")], BTreeMap::from([(id("ams"), 1)]), "one, not in gru");
+    assert_eq!((first.missing[&name("hello")].count, &first.hopes[&name("hello")]), (2, &id("ams")));
+    // On its way, and then refused while room is being made: nobody else is asked.
+    let share = Share { count: 1, ..Share::default() };
+    let set = |state: &mut State, location: &str, share: Share| {
+        let deployment = state.deployments.get_mut(&name("hello")).unwrap();
+        deployment.shares = BTreeMap::from([(id(location), share)]);
+    };
+    for share in [share, Share { refused: 1, ..share }] {
+        set(&mut state, "ams", share);
+        let next = plan(&state, noon());
+        assert_eq!((next.counts, next.hopes.len()), (first.counts.clone(), 0), "{share:?}");
+    }
+    // In vain: the next one.
+    let until = noon() + jiff::SignedDuration::from_mins(1);
+    state.locations.get_mut(&id("ams")).unwrap().hopeless.insert(name("hello"), until);
+    let second = plan(&state, noon());
+    assert_eq!((&second.hopes[&name("hello")], second.counts[&name("hello")].len()), (&id("nrt"), 2));
+    set(&mut state, "nrt", Share { count: 1, refused: 1, ..Share::default() });
+    state.locations.get_mut(&id("nrt")).unwrap().hopeless.insert(name("hello"), until);
+    let third = plan(&state, noon());
+    assert_eq!(
+        (third.hopes.len(), third.counts[&name("hello")].clone()),
+        (0, BTreeMap::from([(id("nrt"), 1)]))
+    );
+    // nrt goes on saying so; what ams said is over.
+    let later = until + jiff::SignedDuration::from_mins(1);
+    state.locations.get_mut(&id("nrt")).unwrap().hopeless.insert(name("hello"), later);
+    assert_eq!(plan(&state, until).hopes[&name("hello")], id("ams"), "after a while, once more");
 }

@@ -279,6 +279,7 @@ fn make_report(name: &str, epoch: u64, sequence: u64, advert: &Advert, script: &
         ingress: vec![Ipv4Addr::new(10, 1, 1, 1)],
         placements: Vec::new(),
         attempts: script.foreign.clone(),
+        moves: Vec::new(),
         prewarms: script.prewarms.clone(),
         traffic: script.traffic.clone(),
         latency_ms: script.latency_ms.clone(),

@@ -6,6 +6,7 @@
 //! This crate must not know other locations as anything but distant backends, nor users, runtimes or packets.
 
 mod advert;
+mod moves;
 mod packing;
 mod plan;
 mod refusal;
@@ -16,6 +17,7 @@ mod state;
 mod status;
 
 pub use advert::advert;
+pub use moves::{GaveUp, MovePolicy, Moves, Moving, Place, Replaced, Waiting};
 pub use packing::{
     Ask, Clearing, Cost, Fit, Free, Gpu, GpuSet, Lack, Limits, Mix, Models, Move, Packer, Tenant, defragment,
     make_room,
@@ -26,5 +28,6 @@ pub use routes::{routes, stamp};
 pub use sharing::{Sharing, capacity};
 pub use state::{Life, Machine, Reservation, Site, Stage, State, Timing};
 pub use status::{
-    attempt_statuses, desired, ingress, instance_statuses, placement_statuses, prewarm_statuses,
+    attempt_statuses, desired, ingress, instance_statuses, move_statuses, placement_statuses,
+    prewarm_statuses,
 };

@@ -31,7 +31,7 @@ const UNEVEN: i64 = 140_000;
 const GRAIN: i64 = 4_000;
 
 /// What it costs to place something on a machine; the order of the fields is the policy.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Cost {
     /// Growth of fragmentation and unevenness, in grains.
     growth: i64,

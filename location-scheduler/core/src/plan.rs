@@ -1,13 +1,14 @@
 //! The plan: what to start, to drain, to end and to fetch, as a value.
 //!
 //! Order: first what ends by itself (drained, gone, lost), because it makes room; then deployments, those that need
-//! the most GPU memory first; then attempts of jobs on machines that have the image; then the images that the other
+//! the most GPU memory first; then moves of instances; then attempts of jobs on machines that have the image; then the images that the other
 //! attempts wait for. Room is taken while planning, so that a plan never contradicts itself.
 
 mod deployments;
 mod endings;
 mod images;
 mod jobs;
+mod moves;
 
 use std::{
     cmp::Reverse,
@@ -16,10 +17,12 @@ use std::{
 };
 
 use anyplace_model::{
-    Assignment, AttemptId, DeploymentName, DeploymentSpec, InstanceId, JobSpec, MachineId, Refusal, Workload,
+    Assignment, AttemptId, DeploymentName, DeploymentSpec, InstanceId, JobSpec, MachineId, MoveCause,
+    Refusal, Workload,
 };
 
 use crate::{
+    moves::{Claim, Copies, Moving, Replaced, Waiting, copies, go_on},
     packing::Cost,
     refusal::Tally,
     room::{Demand, Misfit, Room, Rooms, Slot},
@@ -51,6 +54,10 @@ pub struct Plan {
     pub warm: BTreeMap<MachineId, BTreeMap<String, u8>>,
     /// What becomes of each placement.
     pub placements: BTreeMap<DeploymentName, Verdict>,
+    /// Records of moves that change; none for one that ends.
+    pub moves: BTreeMap<MoveCause, Option<Moving>>,
+    /// Deployments that are refused, since when, and when room was last looked for.
+    pub waiting: BTreeMap<DeploymentName, Waiting>,
     /// Why attempts don't run yet; those that do are left out.
     pub attempts: BTreeMap<AttemptId, Vec<Refusal>>,
     /// When time alone changes the plan.
@@ -70,6 +77,8 @@ pub struct Start {
     pub gpus: Vec<u32>,
     /// The instance's address.
     pub address: Ipv4Addr,
+    /// Whose place it takes.
+    pub replaces: Option<Replaced>,
 }
 
 /// What becomes of a placement.
@@ -85,17 +94,19 @@ pub struct Verdict {
     pub refusals: Vec<Refusal>,
 }
 
-/// One change of the reservations.
+/// One change of the reservations, or of what moves.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Change {
     /// Make it, or replace it.
     Put(Box<Reservation>),
     /// It is gone.
     Delete(InstanceId),
+    /// A record of moves changes, or ends.
+    Moves(MoveCause, Option<Box<Moving>>),
 }
 
 impl Plan {
-    /// Whether no reservation changes.
+    /// Whether no reservation and no record of moves changes.
     pub fn changes_nothing(&self) -> bool {
         self.starts.is_empty()
             && self.drains.is_empty()
@@ -103,9 +114,10 @@ impl Plan {
             && self.losses.is_empty()
             && self.adoptions.is_empty()
             && self.releases.is_empty()
+            && self.moves.is_empty()
     }
 
-    /// The changes of the reservations, in an order of which every beginning is valid by itself: what frees room
+    /// The changes, in an order of which every beginning is valid by itself: what frees room
     /// comes before what takes it. `name` gives new instances their names.
     pub fn changes(&self, state: &State, mut name: impl FnMut(&Start) -> InstanceId) -> Vec<Change> {
         let mut changes: Vec<Change> = self.releases.iter().cloned().map(Change::Delete).collect();
@@ -123,16 +135,20 @@ impl Plan {
             let vip6 = placement.vip6;
             Some(Change::Put(Box::new(Reservation { generation: *generation, vip6, ..held })))
         }));
-        if self.starts.is_empty() {
-            // Most plans: not worth a look at every instance.
-            return changes;
-        }
-        let mut slots = Slots::of(state);
+        // What begins is known before its copies are there, and ends after them.
+        let record = |(cause, moving): (&MoveCause, &Option<Moving>)| {
+            Change::Moves(cause.clone(), moving.clone().map(Box::new))
+        };
+        let (ends, begins): (Vec<_>, Vec<_>) = self.moves.iter().partition(|(_, moving)| moving.is_none());
+        changes.extend(begins.into_iter().map(record));
+        // In most plans nothing starts: not worth a look at every instance.
+        let mut slots = if self.starts.is_empty() { Slots::default() } else { Slots::of(state) };
         for start in &self.starts {
             let Some(mut made) = reserve(state, start, name(start)) else { continue };
             made.slot = made.vip.map_or(0, |vip| slots.take(vip));
             changes.push(Change::Put(Box::new(made)));
         }
+        changes.extend(ends.into_iter().map(record));
         changes
     }
 }
@@ -142,6 +158,7 @@ pub fn plan(state: &State) -> Plan {
     let mut planner = Planner::new(state);
     planner.endings();
     planner.deployments();
+    planner.moves();
     planner.jobs();
     planner.images();
     planner.plan.wake_at_ms = planner.wake_at_ms();
@@ -169,14 +186,25 @@ struct Score<'a> {
 struct Planner<'a> {
     state: &'a State,
     observed: Observed<'a>,
+    copies: Copies<'a>,
     rooms: Rooms<'a>,
+    /// Records of moves that go on.
+    moving: BTreeMap<MoveCause, Moving>,
+    /// Places that are kept for them.
+    claims: BTreeMap<MoveCause, Vec<Claim<'a>>>,
     plan: Plan,
 }
 
 impl<'a> Planner<'a> {
     fn new(state: &'a State) -> Self {
         let plan = Plan { revision: state.revision, now_ms: state.now_ms, ..Plan::default() };
-        Self { state, observed: Observed::new(state), rooms: Rooms::all(state), plan }
+        let (observed, copies) = (Observed::new(state), copies(state));
+        let kept = go_on(state, &observed, &copies);
+        let rooms = Rooms::unclaimed(state);
+        let (moving, claims) = (BTreeMap::new(), BTreeMap::new());
+        let mut planner = Self { state, observed, copies, rooms, moving, claims, plan };
+        kept.into_iter().for_each(|(cause, moving)| planner.take_up(cause, moving));
+        planner
     }
 
     /// The best machine for one more, or why there is none.
@@ -209,7 +237,14 @@ impl<'a> Planner<'a> {
     ) {
         self.rooms.take(machine, demand.resources, &slot);
         let (gpus, address) = (slot.gpus, slot.address);
-        self.plan.starts.push(Start { workload, generation, machine: machine.clone(), gpus, address });
+        self.plan.starts.push(Start {
+            workload,
+            generation,
+            machine: machine.clone(),
+            gpus,
+            address,
+            replaces: None,
+        });
     }
 
     fn wake_at_ms(&self) -> Option<u64> {
@@ -249,7 +284,7 @@ fn score<'a>(
     }
 }
 
-fn deployment_demand(spec: &DeploymentSpec) -> Demand<'_> {
+pub(crate) fn deployment_demand(spec: &DeploymentSpec) -> Demand<'_> {
     Demand { image: &spec.image, isolation: spec.isolation, resources: &spec.resources }
 }
 
@@ -270,6 +305,7 @@ fn misfit(reason: anyplace_model::ReasonCode, note: String) -> Misfit {
 }
 
 /// The slots of each virtual IP's tables that instances with connections have.
+#[derive(Default)]
 struct Slots(BTreeMap<Ipv4Addr, BTreeSet<u16>>);
 
 impl Slots {
@@ -302,6 +338,7 @@ fn reserve(state: &State, start: &Start, instance: InstanceId) -> Option<Reserva
         stage: Stage::Serving,
         generation: start.generation,
         slot: 0,
+        replaces: start.replaces.clone(),
         assignment,
     };
     let location = state.site.location.clone();

@@ -12,9 +12,11 @@ use anyplace_model::{
 };
 
 use crate::{
+    moves::{Claim, copies},
     packing::{Ask, Cost, Free, Gpu, GpuSet, Lack, Mix, Models, Packer},
     state::{Life, Machine, Reservation, State},
 };
+pub(crate) use moving::find_room;
 pub use moving::{InstanceMove, RoomPlan, plan_room, plan_tidying};
 
 /// What a workload asks of a machine.
@@ -97,13 +99,22 @@ pub(crate) struct Room<'a> {
     closed: Option<Misfit>,
     addresses: BTreeSet<Ipv4Addr>,
     next_address: Option<Ipv4Addr>,
+    /// Addresses that are kept for who has a claim.
+    claimed: usize,
     /// Instances by deployment and generation, for the spread.
     deployments: BTreeMap<&'a DeploymentName, BTreeMap<u64, u32>>,
 }
 
 impl<'a> Rooms<'a> {
-    /// All rooms, with everything taken that holds a reservation.
+    /// All rooms, with everything taken that holds a reservation or is claimed.
     pub(crate) fn all(state: &'a State) -> Self {
+        let mut rooms = Self::unclaimed(state);
+        rooms.claim_all(state);
+        rooms
+    }
+
+    /// All rooms, with everything taken that holds a reservation.
+    pub(crate) fn unclaimed(state: &'a State) -> Self {
         let models = ModelNumbers::of(state);
         let placed = state.placements.values().map(|it| (&it.spec.resources, u64::from(it.count)));
         let waiting = state.attempts.values().map(|spec| (&spec.resources, 1));
@@ -113,7 +124,19 @@ impl<'a> Rooms<'a> {
 
     /// The same for who only asks what is free: what costs least isn't worked out.
     pub(crate) fn to_look_at(state: &'a State) -> Self {
-        Self::taken(state, ModelNumbers::of(state), Mix::default())
+        let mut rooms = Self::taken(state, ModelNumbers::of(state), Mix::default());
+        rooms.claim_all(state);
+        rooms
+    }
+
+    fn claim_all(&mut self, state: &State) {
+        if state.moves.under_way.is_empty() {
+            return;
+        }
+        let copies = copies(state);
+        for moving in state.moves.under_way.values() {
+            moving.claims(state, &copies).iter().for_each(|claim| self.claim(claim));
+        }
     }
 
     fn taken(state: &'a State, models: ModelNumbers<'a>, mix: Mix) -> Self {
@@ -142,8 +165,9 @@ impl<'a> Rooms<'a> {
                 let addresses = report.instances.iter().map(|status| status.address).collect();
                 let closed = closed(state, name, machine);
                 let deployments = BTreeMap::new();
+                let (next_address, claimed) = (None, 0);
                 let mut room =
-                    Room { name, report, place, closed, addresses, next_address: None, deployments };
+                    Room { name, report, place, closed, addresses, next_address, claimed, deployments };
                 room.find_address();
                 (name, room)
             })
@@ -203,6 +227,31 @@ impl<'a> Rooms<'a> {
         room.vacate(assignment.address);
     }
 
+    /// Keeps a place from everything else.
+    pub(crate) fn claim(&mut self, claim: &Claim<'_>) {
+        let Some(room) = self.rooms.get_mut(&claim.machine) else { return };
+        room.claimed += 1;
+        self.packer.take(room.place, &self.models.ask(claim.demand.resources), claim.gpus);
+    }
+
+    /// Takes back a claim.
+    pub(crate) fn unclaim(&mut self, claim: &Claim<'_>) {
+        let Some(room) = self.rooms.get_mut(&claim.machine) else { return };
+        room.claimed = room.claimed.saturating_sub(1);
+        self.packer.give_back(room.place, &self.models.ask(claim.demand.resources), claim.gpus);
+    }
+
+    /// Whether a claimed place is free, while its claim isn't counted.
+    pub(crate) fn fit_claim(&self, claim: &Claim<'_>) -> Option<Slot> {
+        let room = self.rooms.get(&claim.machine).filter(|room| room.misfit(claim.demand).is_none())?;
+        let ask = self.models.ask(claim.demand.resources);
+        let free = self.packer.free(room.place);
+        let has_address = room.addresses_left() > 0;
+        let (cost, left) = (Cost::default(), (free.memory, free.cpu));
+        let slot = Slot { gpus: claim.gpus.iter().collect(), address: room.next_address?, cost, left };
+        (has_address && free.fits_on(&ask, claim.gpus)).then_some(slot)
+    }
+
     /// Counts an instance for the spread.
     pub(crate) fn count(&mut self, machine: &MachineId, deployment: &'a DeploymentName, generation: u64) {
         if let Some(room) = self.rooms.get_mut(machine) {
@@ -255,12 +304,12 @@ impl<'a> Room<'a> {
             .find(|address| !self.addresses.contains(address) && *address != self.report.address);
     }
 
-    /// How many addresses nobody has, at least.
+    /// How many addresses nobody has or claims, at least.
     fn addresses_left(&self) -> usize {
         let cidr = self.report.instance_cidr;
         let hosts = u32::from(cidr.broadcast()).saturating_sub(u32::from(cidr.network())).saturating_sub(1);
         let own = u32::from(cidr.contains(&self.report.address));
-        (hosts.saturating_sub(own) as usize).saturating_sub(self.addresses.len())
+        (hosts.saturating_sub(own) as usize).saturating_sub(self.addresses.len()).saturating_sub(self.claimed)
     }
 
     fn count(&mut self, deployment: &'a DeploymentName, generation: u64) {
@@ -302,7 +351,8 @@ impl<'a> Room<'a> {
             return Err(misfit);
         }
         let fit = packer.fit(self.place, ask).map_err(|lack| self.explain(models, ask, lack))?;
-        let address = self.next_address.ok_or_else(|| Misfit::because(ReasonCode::NoAddress, ""))?;
+        let next_address = self.next_address.filter(|_| self.claimed == 0 || self.addresses_left() > 0);
+        let address = next_address.ok_or_else(|| Misfit::because(ReasonCode::NoAddress, ""))?;
         let free = packer.free(self.place);
         let left = (free.memory, free.cpu);
         Ok(Slot { gpus: fit.gpus.iter().collect(), address, cost: fit.cost, left })

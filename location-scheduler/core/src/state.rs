@@ -12,6 +12,8 @@ use anyplace_model::{
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::moves::{Moves, Replaced};
+
 /// The whole of a location at one moment.
 #[derive(Debug, Clone, PartialEq)]
 pub struct State {
@@ -47,6 +49,8 @@ pub struct State {
     pub prewarms: BTreeMap<AttemptId, MachineId>,
     /// Images that the last plan had machines keep warm, with their priorities.
     pub warm: BTreeMap<MachineId, BTreeMap<String, u8>>,
+    /// Instances that move to other machines.
+    pub moves: Moves,
 }
 
 /// How long the steps of an ending take.
@@ -143,6 +147,9 @@ pub struct Reservation {
     /// The instance's place in the tables of its virtual IP: the lowest number that was free when it was made.
     #[serde(default)]
     pub slot: u16,
+    /// Whose place it took, where it was started to take one's place.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replaces: Option<Replaced>,
     /// What the machine is told.
     pub assignment: Assignment,
 }

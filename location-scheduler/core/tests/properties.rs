@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test: it should stop there")]
 
+#[path = "properties/moves.rs"]
+mod moves;
 #[path = "properties/oracle.rs"]
 mod oracle;
 #[path = "properties/world.rs"]
@@ -49,6 +51,7 @@ proptest! {
             let plan = world.step();
             oracle::judge(&before, &plan, &world.state)?;
             oracle::moves(&world.state, &plan)?;
+            oracle::under_way(&before, &world.state)?;
             oracle::physical(&world)?;
             oracle::stable(&world)?;
         }

@@ -33,6 +33,11 @@ pub(crate) struct Bed {
 
 impl Bed {
     pub(crate) async fn start(machines: &[&str]) -> Self {
+        Self::start_with(machines, &[]).await
+    }
+
+    /// With GPUs of 40 GiB: models by machine.
+    pub(crate) async fn start_with(machines: &[&str], gpus: &[&[&str]]) -> Self {
         anyplace_service::install_crypto_provider();
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("location.token"), "ap_location").unwrap();
@@ -46,7 +51,8 @@ impl Bed {
         let mut bed =
             Self { global, machines: BTreeMap::new(), folder, listen, url, token, daemon, shutdown };
         for (index, name) in machines.iter().enumerate() {
-            let machine = Machine::start(name, index as u8 + 1, bed.client()).await;
+            let gpus = gpus.get(index).copied().unwrap_or_default();
+            let machine = Machine::start(name, index as u8 + 1, gpus, bed.client()).await;
             bed.machines.insert((*name).to_string(), machine);
         }
         bed.settings(LocationSettings::default());
@@ -162,6 +168,7 @@ fn config(folder: &Path, listen: SocketAddr, global: &Global) -> Config {
         token_file: folder.join("location.token"),
         machine_lease_ms: LEASE.as_millis() as u64,
         drain_ms: 300,
+        move_ready_ms: 3_000,
     }
 }
 

@@ -8,7 +8,7 @@ use std::{
 
 use anyplace_api::{Client, WatchEvent, Watcher};
 use anyplace_model::{
-    Assignment, Bytes, ImageState, InstanceId, InstancePhase, InstanceStatus, Isolation, MachineDesired,
+    Assignment, Bytes, Gpu, ImageState, InstanceId, InstancePhase, InstanceStatus, Isolation, MachineDesired,
     MachineId, MachineReport, MilliCpu,
 };
 use axum::{
@@ -35,6 +35,7 @@ struct Shared {
 struct Inner {
     name: MachineId,
     number: u8,
+    gpus: Vec<Gpu>,
     epoch: u64,
     sequence: u64,
     advertise: String,
@@ -49,12 +50,13 @@ struct Inner {
 }
 
 impl Machine {
-    pub(crate) async fn start(name: &str, number: u8, client: Client) -> Self {
+    pub(crate) async fn start(name: &str, number: u8, gpus: &[&str], client: Client) -> Self {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let advertise = format!("http://{}", listener.local_addr().unwrap());
         let inner = Inner {
             name: name.parse().unwrap(),
             number,
+            gpus: gpus.iter().map(|model| Gpu { model: (*model).into(), memory: Bytes(40 << 30) }).collect(),
             epoch: anyplace_service::unix_epoch(),
             sequence: 0,
             advertise,
@@ -180,7 +182,7 @@ impl Inner {
             cpu: MilliCpu(4_000),
             memory: Bytes(8 << 30),
             disk: Bytes(50 << 30),
-            gpus: Vec::new(),
+            gpus: self.gpus.clone(),
             isolations: vec![Isolation::Container],
             conditions: Vec::new(),
             images: images.map(|image| (image.clone(), state(&image))).collect(),

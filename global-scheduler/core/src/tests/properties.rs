@@ -111,7 +111,12 @@ fn any_state() -> impl Strategy<Value = State> {
                         let refusal =
                             Refusal { reason: ReasonCode::NoAddress, count: 1, message: String::new() };
                         let refused = RefusedUntil { until, refusals: vec![refusal] };
-                        state.locations.get_mut(id).unwrap().refused.insert(name.clone(), refused);
+                        let location = state.locations.get_mut(id).unwrap();
+                        location.refused.insert(name.clone(), refused);
+                        // Half of them have tried in vain to make room.
+                        if name.as_str().ends_with(['0', '2']) {
+                            location.hopeless.insert(name.clone(), until);
+                        }
                     }
                 }
                 state
@@ -133,8 +138,10 @@ fn added<'a>(state: &'a State, plan: &'a Plan) -> Vec<(&'a LocationId, &'a Deplo
         let deployment = &state.deployments[name];
         for (location, count) in counts {
             let before = deployment.shares.get(location).map_or(0, |share| share.count);
-            if *count > before {
-                added.push((location, &deployment.spec, count - before));
+            // What is only hoped for is judged by itself.
+            let hoped = u32::from(plan.hopes.get(name) == Some(location));
+            if *count > before + hoped {
+                added.push((location, &deployment.spec, count - before - hoped));
             }
         }
     }
@@ -181,6 +188,25 @@ proptest! {
         let first = plan(&state, noon());
         carry_out(&mut state, &first);
         prop_assert_eq!(first.counts, plan(&state, noon()).counts);
+    }
+
+    #[test]
+    fn hopes_are_few_and_only_for_what_is_missing(state in any_state()) {
+        let plan = plan(&state, noon());
+        for (name, location) in &plan.hopes {
+            let (deployment, found) = (&state.deployments[name], &state.locations[location]);
+            prop_assert!(plan.missing.contains_key(name) && plan.counts[name][location] > 0);
+            prop_assert!(found.liveness == Liveness::Alive && !found.settings.draining && !found.settings.withdrawn);
+            prop_assert!(allows(found, &deployment.spec) && !found.hopeless.contains_key(name));
+            // While one location has it, no other is asked.
+            let has_it = |(id, share): (&LocationId, &Share)| {
+                let there = &state.locations[id];
+                let is_left = there.settings.draining || !allows(there, &deployment.spec);
+                let asks = !there.hopeless.contains_key(name) && there.liveness != Liveness::Lost;
+                share.refused > 0 && asks && !(is_left && there.liveness == Liveness::Alive)
+            };
+            prop_assert!(!deployment.shares.iter().any(has_it));
+        }
     }
 
     #[test]

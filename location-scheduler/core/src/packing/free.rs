@@ -205,6 +205,12 @@ impl Free {
         }
     }
 
+    /// Whether something fits on these very GPUs.
+    pub(crate) fn fits_on(&self, ask: &Ask, gpus: GpuSet) -> bool {
+        let can = |index: u32| self.gpus.get(index as usize).is_some_and(|gpu| gpu.can(ask));
+        gpus.iter().count() == ask.gpus as usize && gpus.iter().all(can) && self.check(ask).is_ok()
+    }
+
     /// Shows the sets of GPUs worth a look for something that fits. One GPU: of each kind with as much free. Several:
     /// those with the least to spare.
     pub(super) fn for_each_choice(&self, ask: &Ask, mut take: impl FnMut(GpuSet)) {

@@ -3,10 +3,13 @@
 //! A new generation starts one more than wanted where there is room, and an old instance goes when as many are ready
 //! without it. Where there is no room, an old one goes first, one at a time, and only if a new one fits in its place;
 //! so a generation that fits nowhere, or never gets ready, leaves the old one serving.
+//!
+//! An instance that moves and its copy count as one until the copy is ready; then the old one goes if as many are ready
+//! without it.
 
 use std::{cmp::Reverse, collections::BTreeMap};
 
-use anyplace_model::{DeploymentName, Placement, Workload};
+use anyplace_model::{DeploymentName, MoveCause, Placement, Workload};
 
 use super::{Planner, Verdict, deployment_demand, size};
 use crate::{
@@ -21,6 +24,8 @@ const SURGE: usize = 1;
 struct Group<'a> {
     /// As wanted.
     current: Vec<&'a Reservation>,
+    /// Started to take the place of one of those.
+    copies: Vec<&'a Reservation>,
     /// Of an older spec.
     old: Vec<&'a Reservation>,
     /// Draining, or being removed.
@@ -37,6 +42,19 @@ impl Group<'_> {
     fn all(&self) -> usize {
         self.running() + self.old.len()
     }
+
+    /// Copies of instances that leave take their places.
+    fn settle(&mut self) {
+        let (copies, settled) = std::mem::take(&mut self.copies)
+            .into_iter()
+            .partition(|copy| self.current.iter().any(|held| replaces(copy, held)));
+        self.copies = copies;
+        self.current.extend::<Vec<_>>(settled);
+    }
+}
+
+fn replaces(copy: &Reservation, held: &Reservation) -> bool {
+    copy.replaces.as_ref().is_some_and(|replaced| replaced.instance == held.assignment.instance)
 }
 
 impl<'a> Planner<'a> {
@@ -52,21 +70,26 @@ impl<'a> Planner<'a> {
             let satisfies =
                 state.placements.get(deployment).is_some_and(|placement| held.satisfies(placement));
             match held.stage {
+                Stage::Serving if satisfies && held.replaces.is_some() => group.copies.push(held),
                 Stage::Serving if satisfies => group.current.push(held),
                 Stage::Serving => group.old.push(held),
                 Stage::Draining { .. } | Stage::Removing { .. } | Stage::Lost => group.leaving.push(held),
             }
         }
         let mut placements: Vec<_> = state.placements.iter().collect();
-        placements.sort_by_key(|(name, placement)| (size(deployment_demand(&placement.spec)), *name));
+        // Those first for whom others move: they may move no more afterwards.
+        placements.sort_by_cached_key(|(name, placement)| {
+            (!self.has_room_made(name), size(deployment_demand(&placement.spec)), *name)
+        });
         for (name, placement) in placements {
-            let group = groups.remove(name).unwrap_or_default();
+            let mut group = groups.remove(name).unwrap_or_default();
+            group.settle();
             let verdict = self.deployment(name, placement, group);
             self.plan.placements.insert(name.clone(), verdict);
         }
         // What is left isn't wanted here at all.
         for group in groups.into_values() {
-            let serving = group.current.into_iter().chain(group.old);
+            let serving = group.current.into_iter().chain(group.copies).chain(group.old);
             self.plan.drains.extend(serving.map(|held| held.assignment.instance.clone()));
         }
     }
@@ -78,9 +101,14 @@ impl<'a> Planner<'a> {
         mut group: Group<'a>,
     ) -> Verdict {
         let verdict = self.scale_and_roll(name, placement, &mut group);
+        let count = usize::try_from(placement.count).unwrap_or(usize::MAX);
+        if self.has_room_made(name) && group.running() >= count {
+            self.end_moves(&MoveCause::Room(name.clone()));
+        }
         let outdated = group
             .current
             .iter()
+            .chain(&group.copies)
             .filter(|held| held.generation != placement.generation || held.vip6 != placement.vip6);
         let adopted = outdated.map(|held| (held.assignment.instance.clone(), placement.generation));
         self.plan.adoptions.extend(adopted);
@@ -103,14 +131,15 @@ impl<'a> Planner<'a> {
         };
         // Each turn drains or starts one, or ends the loop.
         loop {
-            if self.drain_one(group, count) {
+            if self.shift_one(group, count) || self.drain_one(group, count) {
                 continue;
             }
             let missing = count.saturating_sub(group.running());
             if missing == 0 || (!group.old.is_empty() && group.all() >= count.saturating_add(SURGE)) {
                 return verdict;
             }
-            match self.choose(demand, Some((name, placement.generation))) {
+            let entered = self.enter(name);
+            match entered.map_or_else(|| self.choose(demand, Some((name, placement.generation))), Ok) {
                 Ok((machine, slot)) => {
                     let workload = Workload::Deployment(name.clone());
                     self.start(workload, placement.generation, demand, machine, slot);
@@ -126,6 +155,25 @@ impl<'a> Planner<'a> {
                 }
             }
         }
+    }
+
+    /// Ends one of an instance that moves and its copy, if one is enough.
+    fn shift_one(&mut self, group: &mut Group<'a>, count: usize) -> bool {
+        let all_ready = self.ready(&group.current) + self.ready(&group.copies) + self.ready(&group.old);
+        for copy in group.copies.clone() {
+            let Some(held) = group.current.iter().copied().find(|held| replaces(copy, held)) else {
+                continue;
+            };
+            let (old_is_ready, is_ready) = (self.observed.ready(held), self.observed.ready(copy));
+            let (moves, one_is_enough) = (self.is_moving(held), all_ready > count);
+            if is_ready && (!old_is_ready || (moves && one_is_enough)) {
+                return self.drain(Some(held), |group| &mut group.current, group);
+            }
+            if !moves && (!is_ready || one_is_enough) {
+                return self.drain(Some(copy), |group| &mut group.copies, group);
+            }
+        }
+        false
     }
 
     /// Drains one instance that isn't needed, if there is one.
@@ -155,6 +203,7 @@ impl<'a> Planner<'a> {
         let instance = &held.assignment.instance;
         list(group).retain(|other| other.assignment.instance != *instance);
         group.leaving.push(held);
+        group.settle();
         self.plan.drains.push(instance.clone());
         true
     }

@@ -9,9 +9,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use anyplace_model::{DeploymentName, InstanceId, MachineId};
+use serde::{Deserialize, Serialize};
 
 use super::{Demand, Rooms};
 use crate::{
+    moves::{busy, copies},
     packing::{GpuSet, Limits, Move, PARTS, Tenant, defragment, make_room},
     state::{Observed, Reservation, Stage, State},
 };
@@ -22,7 +24,7 @@ const PRICE: i64 = 40_000;
 const PRICE_OF_SIZE: i64 = 25;
 
 /// An instance to move.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InstanceMove {
     /// Which one.
     pub instance: InstanceId,
@@ -47,11 +49,23 @@ pub struct RoomPlan {
 
 /// Plans room for one more instance of a deployment that fits nowhere; none where it fits, isn't wanted, or no moves help.
 pub fn plan_room(state: &State, deployment: &DeploymentName, limits: Limits) -> Option<RoomPlan> {
+    let (rooms, observed) = (Rooms::all(state), Observed::new(state));
+    find_room(&rooms, state, &observed, &busy(state, &copies(state)), deployment, limits)
+}
+
+/// The same with these rooms, where nothing of the `busy` deployments moves.
+pub(crate) fn find_room(
+    rooms: &Rooms<'_>,
+    state: &State,
+    observed: &Observed<'_>,
+    busy: &BTreeSet<&DeploymentName>,
+    deployment: &DeploymentName,
+    limits: Limits,
+) -> Option<RoomPlan> {
     let spec = &state.placements.get(deployment)?.spec;
     let demand = Demand { image: &spec.image, isolation: spec.isolation, resources: &spec.resources };
-    let movable = Movable::of(state);
-    let rooms = &movable.rooms;
-    let takes = |room: &super::Room<'_>| room.misfit(demand).is_none() && room.next_address.is_some();
+    let movable = Movable::of(rooms, state, observed, busy);
+    let takes = |room: &super::Room<'_>| room.misfit(demand).is_none() && room.addresses_left() > 0;
     let ask = rooms.models.ask(demand.resources);
     if rooms.iter().any(|room| takes(room) && rooms.packer.free(room.place).check(&ask).is_ok()) {
         return None;
@@ -68,16 +82,18 @@ pub fn plan_room(state: &State, deployment: &DeploymentName, limits: Limits) -> 
 
 /// At most `most` moves, each of which lessens fragments by more than it costs.
 pub fn plan_tidying(state: &State, most: usize) -> Vec<InstanceMove> {
-    let movable = Movable::of(state);
-    let mut packer = movable.rooms.packer.clone();
+    let (rooms, observed) = (Rooms::all(state), Observed::new(state));
+    let busy = busy(state, &copies(state));
+    let movable = Movable::of(&rooms, state, &observed, &busy);
+    let mut packer = rooms.packer.clone();
     let may = |who: usize, machine: usize| movable.rank(who, machine, most).is_some();
     let moves = defragment(&mut packer, &movable.tenants, most, &may);
     movable.named(&moves).unwrap_or_default()
 }
 
 /// Who is where, and who may go.
-struct Movable<'a> {
-    rooms: Rooms<'a>,
+struct Movable<'r, 'a> {
+    rooms: &'r Rooms<'a>,
     /// By their index among the packer's machines.
     names: Vec<&'a MachineId>,
     tenants: Vec<Tenant>,
@@ -85,11 +101,14 @@ struct Movable<'a> {
     held: Vec<&'a Reservation>,
 }
 
-impl<'a> Movable<'a> {
-    fn of(state: &'a State) -> Self {
-        let rooms = Rooms::all(state);
-        let observed = Observed::new(state);
-        let whole = whole(state, &observed);
+impl<'r, 'a> Movable<'r, 'a> {
+    fn of(
+        rooms: &'r Rooms<'a>,
+        state: &'a State,
+        observed: &Observed<'_>,
+        busy: &BTreeSet<&DeploymentName>,
+    ) -> Self {
+        let whole = whole(state, observed, busy);
         let mut names: Vec<(usize, &MachineId)> = rooms.iter().map(|room| (room.place, room.name)).collect();
         names.sort_unstable();
         let (mut tenants, mut held) = (Vec::new(), Vec::new());
@@ -148,8 +167,12 @@ impl<'a> Movable<'a> {
     }
 }
 
-/// Deployments that have all that is wanted, ready and up to date.
-fn whole<'a>(state: &'a State, observed: &Observed<'_>) -> BTreeSet<&'a DeploymentName> {
+/// Deployments that have all that is wanted, ready and up to date, and of which nothing moves.
+fn whole<'a>(
+    state: &'a State,
+    observed: &Observed<'_>,
+    busy: &BTreeSet<&DeploymentName>,
+) -> BTreeSet<&'a DeploymentName> {
     let mut ready: BTreeMap<&DeploymentName, (u32, bool)> = BTreeMap::new();
     for held in state.reservations.values().filter(|held| held.stage == Stage::Serving) {
         let Some((name, placement)) =
@@ -163,7 +186,8 @@ fn whole<'a>(state: &'a State, observed: &Observed<'_>) -> BTreeSet<&'a Deployme
     }
     let is_whole = |(name, (ready, current)): (&'a DeploymentName, (u32, bool))| {
         let wanted = state.placements.get(name).map(|placement| placement.count);
-        (current && wanted.is_some_and(|wanted| ready >= wanted)).then_some(name)
+        let is_whole = current && wanted.is_some_and(|wanted| ready >= wanted);
+        (is_whole && !busy.contains(name)).then_some(name)
     };
     ready.into_iter().filter_map(is_whole).collect()
 }

@@ -6,8 +6,8 @@ use anyplace_location_core::{
     InstanceMove, Life, Limits, Plan, Reservation, Stage, State, plan, plan_room, plan_tidying, routes,
 };
 use anyplace_model::{
-    Assignment, DeploymentName, InstancePhase, Isolation, MachineId, MachineReport, ReasonCode, Resources,
-    RouteRecord,
+    Assignment, DeploymentName, InstancePhase, Isolation, MachineId, MachineReport, MoveCause, ReasonCode,
+    Resources, RouteRecord,
 };
 use proptest::{prelude::*, test_runner::TestCaseError};
 
@@ -80,10 +80,122 @@ fn of<'a>(state: &'a State, name: &'a DeploymentName) -> impl Iterator<Item = &'
     state.reservations.values().filter(move |held| held.deployment() == Some(name))
 }
 
+/// What the moves under way still have to take: what their instances have now, elsewhere.
+fn kept(state: &State) -> Vec<(MachineId, Assignment)> {
+    let mut kept = Vec::new();
+    for moving in state.moves.under_way.values().filter(|moving| moving.gave_up.is_none()) {
+        for step in &moving.moves {
+            let Some(old) = state.reservations.get(&step.instance) else { continue };
+            if old.stage == Stage::Serving && copy_of(state, old).is_none() {
+                let mut new = old.assignment.clone();
+                new.gpus = step.gpus.clone();
+                kept.push((step.machine.clone(), new));
+            }
+        }
+        let MoveCause::Room(newcomer) = &moving.cause;
+        let isolation = state.placements[newcomer].spec.isolation;
+        let mut new = probe(&moving.place.resources, isolation, Ipv4Addr::UNSPECIFIED);
+        new.gpus = moving.place.gpus.clone();
+        kept.push((moving.place.machine.clone(), new));
+    }
+    kept
+}
+
+fn copy_of<'a>(state: &'a State, old: &Reservation) -> Option<&'a Reservation> {
+    let instance = &old.assignment.instance;
+    state.reservations.values().find(|held| {
+        held.stage == Stage::Serving && held.replaces.as_ref().is_some_and(|it| it.instance == *instance)
+    })
+}
+
+/// Whether one that serves is there to take the place of another that serves still.
+fn is_extra(state: &State, held: &Reservation) -> bool {
+    let old = held.replaces.as_ref().and_then(|replaced| state.reservations.get(&replaced.instance));
+    let wanted = held.deployment().and_then(|name| state.placements.get(name));
+    old.is_some_and(|old| old.stage == Stage::Serving && wanted.is_some_and(|placement| same(old, placement)))
+}
+
+/// Whether an instance is as the placement says.
+fn same(held: &Reservation, placement: &anyplace_model::Placement) -> bool {
+    let (made, spec) = (&held.assignment, &placement.spec);
+    (&made.image, &made.resources, made.isolation) == (&spec.image, &spec.resources, spec.isolation)
+}
+
+/// Judges moves under way: what they need stays free, they are few, and they end with their cause.
+pub(crate) fn under_way(before: &State, after: &State) -> Verdict {
+    let records: Vec<_> = after.moves.under_way.iter().collect();
+    prop_assert!(records.iter().filter(|(_, moving)| moving.gave_up.is_none()).count() <= 4);
+    for (cause, moving) in &records {
+        prop_assert!((1..=3).contains(&moving.moves.len()) && **cause == moving.cause);
+        let MoveCause::Room(newcomer) = cause;
+        let Some(placement) = after.placements.get(newcomer) else {
+            return Err(TestCaseError::fail(format!("{newcomer} isn't wanted, and others move for it")));
+        };
+        let serving = of(after, newcomer).filter(|held| held.stage == Stage::Serving);
+        let lacks = serving.filter(|held| same(held, placement)).count() < placement.count as usize;
+        prop_assert!(lacks, "{newcomer} has all, and others move for it");
+        let lost = after.machines[&moving.place.machine].life == Life::Lost;
+        prop_assert!(!lost || moving.gave_up.is_some(), "{moving:?} goes on");
+    }
+    let is_moving = |held: &Reservation| {
+        let instance = &held.assignment.instance;
+        let mut active = records.iter().filter(|(_, moving)| moving.gave_up.is_none());
+        active.any(|(_, moving)| moving.moves.iter().any(|step| step.instance == *instance))
+    };
+    // Once all who move have left, everything that is kept is there.
+    let kept = kept(after);
+    for (name, machine) in &after.machines {
+        let here = kept.iter().filter(|(at, _)| at == name).map(|(_, kept)| kept);
+        let mut addresses = machine.report.instance_cidr.hosts();
+        let stay: Vec<&Assignment> = after
+            .reservations
+            .values()
+            .filter(|held| held.machine == *name && !is_moving(held))
+            .map(|held| &held.assignment)
+            .collect();
+        let mut new: Vec<Assignment> = here.cloned().collect();
+        for one in &mut new {
+            let is_free = |host: &Ipv4Addr| stay.iter().all(|held| held.address != *host);
+            let Some(address) = addresses.find(is_free) else {
+                return Err(TestCaseError::fail(format!("no address is kept on {name}")));
+            };
+            one.address = address;
+        }
+        let is_empty = new.is_empty();
+        let all: Vec<&Assignment> = stay.into_iter().chain(&new).collect();
+        let fit = fits(&machine.report, &all);
+        prop_assert!(is_empty || fit.is_ok(), "what is kept on {name} is taken: {fit:?}");
+    }
+    // Copies of instances that serve are there only for moves under way.
+    for held in after.reservations.values().filter(|held| held.stage == Stage::Serving) {
+        if is_extra(after, held) {
+            let old = &after.reservations[&held.replaces.as_ref().unwrap().instance];
+            let name = held.deployment().unwrap();
+            let serving = of(after, name).filter(|held| ready(after, held)).count();
+            let is_needed = ready(after, held) && serving <= after.placements[name].count as usize;
+            prop_assert!(is_moving(old) || is_needed, "{held:?} is surplus");
+            prop_assert!(held.attempt().is_none());
+        }
+    }
+    // Where no generation changes, as many are ready as before or as are wanted.
+    for (name, placement) in &after.placements {
+        let is_old = |held: &Reservation| held.stage == Stage::Serving && !same(held, placement);
+        if of(before, name).any(is_old) {
+            continue;
+        }
+        let was = of(before, name).filter(|held| ready(before, held)).count();
+        let is = of(after, name).filter(|held| ready(after, held)).count();
+        prop_assert!(is >= was.min(placement.count as usize), "{name}: {was} ready before, {is} after");
+    }
+    Ok(())
+}
+
 /// Whether one more would fit on some machine, by trying every combination of at most two GPUs.
 fn some_machine_takes(state: &State, resources: &Resources, isolation: Isolation) -> bool {
+    let kept = kept(state);
     state.machines.iter().any(|(name, machine)| {
         let held = on(state, name);
+        let kept: Vec<&Assignment> = kept.iter().filter(|(at, _)| at == name).map(|(_, it)| it).collect();
         let stranger = machine.report.instances.iter().any(|s| !state.reservations.contains_key(&s.instance));
         if machine.life != Life::Alive || state.settings.draining || stranger {
             return false;
@@ -107,6 +219,18 @@ fn some_machine_takes(state: &State, resources: &Resources, isolation: Isolation
             one.gpus = gpus;
             let mut all = held.clone();
             all.push(&one);
+            // What is kept counts beside what holds it yet: only what neither needs is free.
+            let mut free = machine
+                .report
+                .instance_cidr
+                .hosts()
+                .filter(|host| *host != address && held.iter().all(|a| a.address != *host));
+            let kept: Option<Vec<Assignment>> = kept
+                .iter()
+                .map(|kept| Some(Assignment { address: free.next()?, ..(*kept).clone() }))
+                .collect();
+            let Some(kept) = kept else { return false };
+            all.extend(&kept);
             fits(&machine.report, &all).is_ok()
         })
     })
@@ -145,17 +269,19 @@ pub(crate) fn judge(before: &State, plan: &Plan, after: &State) -> Verdict {
     }
     let machines = after.machines.len() as u32;
     let counted = |refusals: &[anyplace_model::Refusal]| {
-        let sum: u32 = refusals.iter().map(|refusal| refusal.count).sum();
+        let about_moves =
+            |it: &&anyplace_model::Refusal| matches!(it.reason, ReasonCode::MakingRoom | ReasonCode::NoMoves);
+        let sum: u32 = refusals.iter().filter(|it| !about_moves(it)).map(|refusal| refusal.count).sum();
         let said = refusals.iter().all(|refusal| !refusal.message.is_empty());
         said && match machines {
-            0 => refusals.len() == 1 && refusals[0].reason == ReasonCode::NoMachines,
+            0 => refusals[0].reason == ReasonCode::NoMachines,
             _ => sum == machines,
         }
     };
     for (name, placement) in &after.placements {
         let verdict = &plan.placements[name];
         let held: Vec<_> = of(after, name).collect();
-        let serving = |h: &&&Reservation| h.stage == Stage::Serving;
+        let serving = |h: &&&Reservation| h.stage == Stage::Serving && !is_extra(after, h);
         let current = held.iter().filter(serving).filter(|h| h.generation == placement.generation).count();
         let missing = placement.count.saturating_sub(current as u32);
         prop_assert!(current as u32 <= placement.count, "{name} has {current} of {}", placement.count);

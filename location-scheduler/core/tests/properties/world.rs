@@ -5,7 +5,9 @@ use std::{
     net::Ipv4Addr,
 };
 
-use anyplace_location_core::{Change, Life, Machine, Plan, Site, State, Timing, desired, plan};
+use anyplace_location_core::{
+    Change, Life, Machine, MovePolicy, Moves, Plan, Site, State, Timing, desired, plan,
+};
 use anyplace_model::{
     Assignment, AttemptId, Bytes, Gpu, ImageState, InstanceId, InstancePhase, InstanceStatus, Isolation,
     LocationSettings, MachineDesired, MachineId, MachineReport, MilliCpu, Placement, Spec, Workload,
@@ -117,6 +119,8 @@ fn report(index: usize) -> MachineReport {
         gpus: match index {
             0 => vec![gpu("A"), gpu("B")],
             1 => vec![gpu("B")],
+            4 => vec![gpu("A")],
+            5 => vec![gpu("A"), gpu("B")],
             _ => Vec::new(),
         },
         isolations: if index == 2 {
@@ -162,6 +166,7 @@ impl World {
             prewarms: BTreeMap::new(),
             warm: BTreeMap::new(),
             wishes: BTreeMap::new(),
+            moves: Moves { policy: MovePolicy { ready_ms: 2_000 }, ..Moves::default() },
         };
         let agents = (0..machines).map(|index| (machine_id(index), Agent::default())).collect();
         Self { state, agents, runs: BTreeMap::new(), names: 0, tries: 0 }
@@ -351,8 +356,11 @@ pub(crate) fn apply(state: &mut State, plan: &Plan, changes: Vec<Change>) {
         match change {
             Change::Put(held) => drop(state.reservations.insert(held.assignment.instance.clone(), *held)),
             Change::Delete(instance) => drop(state.reservations.remove(&instance)),
+            Change::Moves(cause, Some(moving)) => drop(state.moves.under_way.insert(cause, *moving)),
+            Change::Moves(cause, None) => drop(state.moves.under_way.remove(&cause)),
         }
     }
     state.prewarms = plan.prewarms.clone();
     state.warm = plan.warm.clone();
+    state.moves.waiting = plan.waiting.clone();
 }
