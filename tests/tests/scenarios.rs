@@ -8,6 +8,7 @@ mod scenarios {
     mod control_plane;
     mod ipv6;
     mod jobs;
+    mod moves;
     mod mtu;
     mod overflow;
     mod refusals;
