@@ -79,6 +79,7 @@ impl App {
                 phase: JobPhase::Queued,
                 attempt,
                 tries: 0,
+                preemptions: 0,
                 location: None,
                 instance: None,
                 exit_code: None,
@@ -309,6 +310,10 @@ fn standing(world: &World, job: &JobRecord) -> Standing {
     let boxed = Box::new(instance.clone());
     let because =
         |reason, message: String| instance.reason.clone().unwrap_or(Refusal { reason, count: 1, message });
+    if let Some(reason) = instance.reason.clone().filter(|reason| reason.reason == ReasonCode::Preempted) {
+        // It may still be ending. What it says from now on is late.
+        return Standing::Ended { outcome: Outcome::Preempted, instance: Some(boxed), reasons: vec![reason] };
+    }
     match instance.phase {
         InstancePhase::Running if job.phase != JobPhase::Running => Standing::Running(boxed),
         InstancePhase::Exited if instance.exit_code == Some(0) && instance.reason.is_none() => {
@@ -361,7 +366,7 @@ pub(crate) fn end(
     reasons: Vec<Refusal>,
 ) -> anyhow::Result<()> {
     let again = match outcome {
-        Outcome::Refused => true,
+        Outcome::Refused | Outcome::Preempted => true,
         Outcome::Failed | Outcome::Lost => job.tries < job.spec.max_attempts,
         Outcome::Succeeded | Outcome::Cancelled | Outcome::Missed => false,
     };
@@ -369,7 +374,9 @@ pub(crate) fn end(
         _ if again => JobPhase::Queued,
         Outcome::Succeeded => JobPhase::Succeeded,
         Outcome::Cancelled => JobPhase::Cancelled,
-        Outcome::Failed | Outcome::Lost | Outcome::Refused | Outcome::Missed => JobPhase::Failed,
+        Outcome::Failed | Outcome::Lost | Outcome::Refused | Outcome::Preempted | Outcome::Missed => {
+            JobPhase::Failed
+        }
     };
     let exit_code = instance.as_ref().and_then(|instance| instance.exit_code);
     let why: String = reasons.iter().map(|reason| format!(": {}", reason.message)).collect();
@@ -378,6 +385,7 @@ pub(crate) fn end(
         Outcome::Succeeded => (EventSeverity::Normal, "succeeded"),
         Outcome::Cancelled => (EventSeverity::Normal, "was cancelled"),
         Outcome::Refused => (EventSeverity::Normal, "found no room"),
+        Outcome::Preempted => (EventSeverity::Normal, "ended"),
         Outcome::Failed => (EventSeverity::Warning, "failed"),
         Outcome::Lost => (EventSeverity::Warning, "was lost"),
         Outcome::Missed => (EventSeverity::Warning, "came too late"),
@@ -386,8 +394,9 @@ pub(crate) fn end(
     // Of an index, what isn't its end is not told.
     let severity = if again && job.index_of.is_some() { EventSeverity::Normal } else { severity };
     tell(batch, world, job, severity, message);
-    if outcome == Outcome::Refused {
-        // It never was; kept, such attempts would pile up while a job waits for room.
+    let counts = !matches!(outcome, Outcome::Refused | Outcome::Preempted);
+    if !counts {
+        // Nothing bounds how many there may be while a job waits for room that lasts.
         batch.delete_attempt(world, job.attempt_id());
     } else if let Some(attempt) = world.attempts.get(&job.attempt_id()) {
         let ended = AttemptRecord {
@@ -400,7 +409,8 @@ pub(crate) fn end(
     }
     let record = JobRecord {
         phase,
-        tries: if outcome == Outcome::Refused { job.tries.saturating_sub(1) } else { job.tries },
+        tries: if counts { job.tries } else { job.tries.saturating_sub(1) },
+        preemptions: job.preemptions.saturating_add(u32::from(outcome == Outcome::Preempted)),
         instance: instance.or_else(|| job.instance.clone()),
         exit_code: exit_code.or(job.exit_code),
         reasons,

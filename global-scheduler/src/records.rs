@@ -85,8 +85,11 @@ pub(crate) struct JobRecord {
     pub(crate) phase: JobPhase,
     /// The number of the present or last attempt.
     pub(crate) attempt: u32,
-    /// Attempts that count against `max_attempts`: not those that their location refused.
+    /// Attempts that count against `max_attempts`: not those that their location refused, or that made way.
     pub(crate) tries: u32,
+    /// Attempts that made way for deployments.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub(crate) preemptions: u32,
     pub(crate) location: Option<LocationId>,
     pub(crate) instance: Option<InstanceStatus>,
     pub(crate) exit_code: Option<i32>,
@@ -94,6 +97,11 @@ pub(crate) struct JobRecord {
     /// Of an index of an array.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) index_of: Option<ArrayIndex>,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde asks so")]
+const fn is_zero(count: &u32) -> bool {
+    *count == 0
 }
 
 impl JobRecord {
@@ -121,6 +129,8 @@ pub(crate) enum Outcome {
     /// Its location stopped reporting.
     Lost,
     Cancelled,
+    /// It made way for a deployment.
+    Preempted,
     /// It hadn't started by the job's deadline.
     Missed,
 }

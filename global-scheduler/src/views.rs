@@ -111,7 +111,8 @@ fn shares(world: &World, name: &DeploymentName, record: &DeploymentRecord) -> Ve
                     message: format!("{id} has stopped reporting"),
                 }]
             }
-            Some(status) if refused(status, wanted) > 0 => status.refusals.clone(),
+            // Where none is refused, they say for what room is being made.
+            Some(status) if refused(status, wanted) > 0 || status.refused == 0 => status.refusals.clone(),
             _ => Vec::new(),
         };
         let ready = u32::try_from(ready).unwrap_or(u32::MAX);
@@ -225,6 +226,7 @@ fn array_view(world: &World, record: &JobRecord, counts: ArrayCounts) -> JobView
         instance: None,
         exit_code,
         reasons,
+        preemptions: world.jobs.indexes(name).map(|job| job.preemptions).sum(),
         array: Some(counts),
         index_of: None,
         spec: record.spec.clone(),
@@ -298,6 +300,7 @@ fn job_view(world: &World, record: &JobRecord) -> JobView {
         instance,
         exit_code: record.exit_code,
         reasons,
+        preemptions: record.preemptions,
         array: None,
         index_of: record.index_of.clone(),
         spec: record.spec.clone(),
@@ -311,8 +314,11 @@ pub(crate) fn why_job(world: &World, name: &JobName, now: Timestamp) -> Option<E
         return Some(why_array(world, view, counts, now));
     }
     if view.phase == JobPhase::Queued
-        && let Some(explanation) = anyplace_global_core::explain_job(&world.state(), name, now)
+        && let Some(mut explanation) = anyplace_global_core::explain_job(&world.state(), name, now)
     {
+        if view.preemptions > 0 {
+            explanation.summary += &format!("; attempts that made way for deployments: {}", view.preemptions);
+        }
         return Some(explanation);
     }
     let place = view.location.as_ref().map_or(String::new(), |id| format!(" in {id}"));

@@ -18,8 +18,11 @@ mod routes;
 use std::time::Duration;
 
 use anyplace_api::{Client, ErrorCode, LogQuery};
-use anyplace_model::{ImageState, InstancePhase, LocationDesired, LocationSettings, ReasonCode};
-use bed::{Bed, LEASE, attempt, placement};
+use anyplace_model::{
+    ImageState, InstancePhase, LocationDesired, LocationReport, LocationSettings, MilliCpu, PlacementStatus,
+    ReasonCode,
+};
+use bed::{Bed, LEASE, attempt, attempt_of, placement};
 
 /// A generous bound for "at once" on a busy machine; what is asserted to be fast says its own.
 const SOON: Duration = Duration::from_secs(10);
@@ -227,6 +230,63 @@ async fn a_job_waits_for_its_image_runs_once_and_its_log_outlives_it() {
         Some(ErrorCode::Forbidden),
         "logs and nothing else"
     );
+    bed.stop().await;
+}
+
+/// What an attempt's last report says of it: phase, and the reason's code.
+fn told(report: &LocationReport, job: &str) -> Option<(InstancePhase, Option<ReasonCode>)> {
+    let status = report.attempts.iter().find(|status| status.attempt.job.as_str() == job)?;
+    let instance = status.instance.as_ref()?;
+    Some((instance.phase, instance.reason.as_ref().map(|reason| reason.reason)))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn off_peak_attempts_make_way_for_a_deployment_where_that_lets_it_in() {
+    let mut bed = Bed::start(&["m1"]).await;
+    // The machine's four cores.
+    let off_peak = |cpu: u32| format!("scheduling_policy: off-peak\nresources: {{cpu: '{cpu}'}}");
+    bed.want_attempt(attempt_of("night", 1, &off_peak(2)));
+    bed.until(SOON, "the first runs", |bed| bed.running().len() == 1).await;
+    bed.want_attempt(attempt_of("small", 1, &off_peak(1)));
+    bed.want_attempt(attempt_of("day", 1, "resources: {cpu: '1'}"));
+    bed.until(SOON, "all run", |bed| bed.running().len() == 3).await;
+    let report = bed.global.until(SOON, |r| r.advert.free_cpu == MilliCpu(0)).await;
+    assert_eq!(report.advert.preemptible.unwrap().largest_free_cpu, MilliCpu(3_000));
+
+    // Four cores are never free: nobody ends for nothing.
+    bed.want("big", placement("big", 1, 1, "resources: {cpu: '4'}"));
+    bed.global.until(SOON, |r| r.placements.iter().any(|p| p.refused == 1)).await;
+    tokio::time::sleep(LEASE).await;
+    assert_eq!((bed.running().len(), bed.started()), (3, 3));
+    bed.forget("big");
+
+    // One goes for two cores: the others wouldn't do, or needn't.
+    bed.machine("m1").set_deaf(true);
+    bed.want("hello", placement("hello", 1, 1, "resources: {cpu: '2'}"));
+    let is_hello = |p: &&PlacementStatus| p.deployment.as_str() == "hello" && !p.refusals.is_empty();
+    let report = bed.global.until(SOON, |r| r.placements.iter().any(|p| is_hello(&p))).await;
+    let waits = report.placements.iter().find(is_hello).unwrap();
+    assert_eq!((waits.refused, waits.refusals[0].reason), (0, ReasonCode::AwaitingRoom));
+    assert_eq!(told(&report, "night"), Some((InstancePhase::Stopping, Some(ReasonCode::Preempted))));
+    bed.restart().await;
+    bed.machine("m1").set_deaf(false);
+    bed.global.until(SOON, |r| r.placements.iter().any(|p| ready_in(p, 1) == 1)).await;
+    let lost = Some((InstancePhase::Lost, Some(ReasonCode::Preempted)));
+    let report = bed.global.until(SOON, |r| told(r, "night") == lost).await;
+    for other in ["small", "day"] {
+        assert_eq!(told(&report, other), Some((InstancePhase::Running, None)), "{other}");
+    }
+    // While the global scheduler goes on wanting it, it stays so, also after a restart and with room for it.
+    bed.restart().await;
+    bed.forget("hello");
+    bed.until(SOON, "the deployment is gone", |bed| bed.running().len() == 2).await;
+    bed.global.until(SOON, |r| r.advert.free_cpu == MilliCpu(2_000) && told(r, "night") == lost).await;
+    tokio::time::sleep(LEASE).await;
+    assert_eq!((bed.running().len(), bed.started()), (2, 4));
+    bed.forget_attempt("night", 1);
+    bed.want_attempt(attempt_of("night", 2, &off_peak(2)));
+    bed.until(SOON, "the next attempt runs", |bed| bed.running().iter().any(|it| it.starts_with("night-2-")))
+        .await;
     bed.stop().await;
 }
 

@@ -184,6 +184,10 @@ fn job(view: &JobView, events: &[Event]) -> String {
         Some(counts) => text.field("Indexes", counts),
         None => text.field("Attempt", format_args!("{} of {}", view.attempt, spec.max_attempts)),
     }
+    text.optional(
+        "Made way",
+        Some(view.preemptions).filter(|count| *count > 0).map(|count| format!("{count} times")),
+    );
     text.optional("Exit code", view.exit_code);
     text.optional("Location", view.location.as_ref());
     text.optional("Queue", view.queue_position.map(|position| format!("place {position}")));

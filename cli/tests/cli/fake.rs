@@ -314,6 +314,7 @@ async fn submit(State(state): State<Shared>, Json(spec): Json<JobSpec>) -> Resul
         instance: None,
         exit_code: None,
         reasons: vec![refusal(ReasonCode::OutsideOffPeakWindow, "it is day everywhere")],
+        preemptions: 0,
         array: spec.array.map(|size| ArrayCounts { size, queued: size, ..ArrayCounts::default() }),
         index_of: None,
         spec,
@@ -435,6 +436,7 @@ fn advert() -> Advert {
         isolations: vec![Isolation::Container],
         warm_images: vec!["hello:v1".into()],
         conditions: vec![],
+        preemptible: None,
     }
 }
 

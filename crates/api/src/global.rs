@@ -193,6 +193,9 @@ pub struct JobView {
     pub exit_code: Option<i32>,
     /// Why it waits or has failed.
     pub reasons: Vec<Refusal>,
+    /// Attempts that made way for deployments; they don't count as tries.
+    #[serde(default)]
+    pub preemptions: u32,
     /// Of an array: where its indexes are in their life.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub array: Option<ArrayCounts>,

@@ -28,7 +28,7 @@ pub use id::{DeploymentName, InstanceId, InvalidId, JobName, LocationId, Machine
 pub use instance::{AttemptStatus, InstancePhase, InstanceStatus, JobPhase};
 pub use location::{
     Advert, GpuBlock, LocationDesired, LocationRecord, LocationReport, LocationSettings, Placement,
-    PlacementStatus, RemoteBackend, RemoteRoute, vips,
+    PlacementStatus, Preemptible, RemoteBackend, RemoteRoute, vips,
 };
 pub use machine::{Assignment, Condition, Gpu, ImageState, MachineDesired, MachineRecord, MachineReport};
 pub use moves::{MoveCause, MoveStatus, MoveStep};

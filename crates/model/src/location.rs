@@ -76,6 +76,28 @@ pub struct Advert {
     /// Why machines that report take no work, counted by reason.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Refusal>,
+    /// What would be free if the off-peak jobs there made way for deployments; none where there are none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub preemptible: Option<Preemptible>,
+}
+
+/// What would be free in a location without its off-peak jobs: what nobody else has reserved.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Preemptible {
+    /// CPU.
+    pub free_cpu: MilliCpu,
+    /// Memory.
+    pub free_memory: Bytes,
+    /// Disk.
+    pub free_disk: Bytes,
+    /// The most CPU in one machine.
+    pub largest_free_cpu: MilliCpu,
+    /// The most memory in one machine.
+    pub largest_free_memory: Bytes,
+    /// The most disk in one machine.
+    pub largest_free_disk: Bytes,
+    /// Blocks of GPU memory.
+    pub gpu_blocks: Vec<GpuBlock>,
 }
 
 /// What the operator set for a location.

@@ -74,6 +74,10 @@ pub enum ReasonCode {
     OverQuota,
     /// It hadn't started by its deadline.
     DeadlinePassed,
+    /// Off-peak jobs are ending to make room for it.
+    AwaitingRoom,
+    /// It made way for a deployment.
+    Preempted,
     /// A user cancelled it.
     Cancelled,
     /// No free virtual IP is left in the pools.

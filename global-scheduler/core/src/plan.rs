@@ -225,7 +225,12 @@ fn plan_one(
     if unplaced > 0 {
         let why = why_not_more(state, name, deployment, rooms, now);
         let open = why.into_iter().filter(|(_, refusals)| refusals.is_empty()).map(|(id, _)| id).collect();
-        add(&mut counts, unplaced, open, state, deployment, rooms);
+        let placed = add(&mut counts, unplaced, open, state, deployment, rooms, Room::fits);
+        if placed < unplaced {
+            // Only what fits nowhere else takes the room of off-peak jobs; the location has the last word.
+            let open = preemptible(state, name, deployment, now);
+            add(&mut counts, unplaced - placed, open, state, deployment, rooms, Room::fits_preempting);
+        }
     }
 
     for (id, count) in present.withdrawn {
@@ -303,7 +308,7 @@ struct Candidate<'a> {
     looked_at: u32,
 }
 
-/// Adds up to `most` instances to the counts, in locations that may take one more.
+/// Adds up to `most` instances to the counts, in locations that may take one more; says how many.
 fn add<'a>(
     counts: &mut BTreeMap<LocationId, u32>,
     most: u32,
@@ -311,7 +316,8 @@ fn add<'a>(
     state: &State,
     deployment: &Deployment,
     rooms: &mut BTreeMap<&LocationId, Room>,
-) {
+    fits: fn(&Room, &Resources) -> bool,
+) -> u32 {
     let spec = &deployment.spec;
     let mut travel = Travel::new(&state.latency, &deployment.demand, served(counts));
     let mut candidates: BinaryHeap<Reverse<Candidate<'a>>> = open
@@ -335,7 +341,7 @@ fn add<'a>(
             continue;
         }
         // Rooms only shrink while a plan is made: where it doesn't fit, it won't.
-        let Some(room) = rooms.get_mut(id).filter(|room| room.fits(&spec.resources)) else { continue };
+        let Some(room) = rooms.get_mut(id).filter(|room| fits(room, &spec.resources)) else { continue };
         room.deduct(&spec.resources);
         travel.add(id);
         *counts.entry(id.clone()).or_default() += 1;
@@ -343,6 +349,22 @@ fn add<'a>(
         score = Score { here: score.here + 1, used_permille: room.used_permille(), ..score };
         candidates.push(Reverse(Candidate { score, looked_at }));
     }
+    placed
+}
+
+/// Locations that may take more of the deployment where only room lacks.
+fn preemptible<'a>(
+    state: &'a State,
+    name: &DeploymentName,
+    deployment: &Deployment,
+    now: Timestamp,
+) -> Vec<&'a LocationId> {
+    let spec = &deployment.spec;
+    let may = |location: &Location| {
+        filter::refusals(location, &spec.placement, spec.isolation).is_empty()
+            && location.refused.get(name).is_none_or(|refused| refused.until <= now)
+    };
+    state.locations.iter().filter(|(_, location)| may(location)).map(|(id, _)| id).collect()
 }
 
 fn served(counts: &BTreeMap<LocationId, u32>) -> impl Iterator<Item = &LocationId> {

@@ -3,6 +3,11 @@
 //! An advert says what is free in all, and what is free in the largest machine. An instance fits where it is not
 //! larger than either. That errs on the hopeful side (the second-largest machine isn't known); the location, which
 //! knows its machines, has the last word.
+//!
+//! Beside it stands what would be free without the location's off-peak jobs: deployments may have that too, where nothing
+//! else is left.
+
+use std::rc::Rc;
 
 use anyplace_model::{Advert, Bytes, GpuBlock, GpuRequest, MilliCpu, ReasonCode, Refusal, Resources};
 
@@ -16,7 +21,9 @@ pub(crate) struct Room {
     memory: Free,
     disk: Free,
     gpus: Vec<GpuBlock>,
-    advert: Advert,
+    advert: Rc<Advert>,
+    /// The same without off-peak jobs, where there are any.
+    preemptible: Option<Box<Room>>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -34,13 +41,30 @@ impl Free {
 
 impl Room {
     pub(crate) fn new(advert: &Advert) -> Self {
+        let shared = Rc::new(advert.clone());
+        let preemptible = advert.preemptible.as_ref().map(|free| {
+            Box::new(Self {
+                cpu: Free { total: free.free_cpu.0, largest: free.largest_free_cpu.0 },
+                memory: Free { total: free.free_memory.0, largest: free.largest_free_memory.0 },
+                disk: Free { total: free.free_disk.0, largest: free.largest_free_disk.0 },
+                gpus: free.gpu_blocks.clone(),
+                advert: shared.clone(),
+                preemptible: None,
+            })
+        });
         Self {
             cpu: Free { total: advert.free_cpu.0, largest: advert.largest_free_cpu.0 },
             memory: Free { total: advert.free_memory.0, largest: advert.largest_free_memory.0 },
             disk: Free { total: advert.free_disk.0, largest: advert.largest_free_disk.0 },
             gpus: advert.gpu_blocks.clone(),
-            advert: advert.clone(),
+            advert: shared,
+            preemptible,
         }
+    }
+
+    /// Whether one more instance fits once off-peak jobs have made way.
+    pub(crate) fn fits_preempting(&self, wanted: &Resources) -> bool {
+        self.preemptible.as_ref().is_some_and(|room| room.fits(wanted))
     }
 
     /// Why one more instance doesn't fit; nothing where it does.
@@ -169,6 +193,9 @@ impl Room {
 
     /// Deducts what is on its way, as far as it is there.
     pub(crate) fn deduct(&mut self, wanted: &Resources) {
+        if let Some(room) = &mut self.preemptible {
+            room.deduct(wanted);
+        }
         self.cpu.total = self.cpu.total.saturating_sub(wanted.cpu.0);
         self.memory.total = self.memory.total.saturating_sub(wanted.memory.0);
         self.disk.total = self.disk.total.saturating_sub(wanted.disk.0);

@@ -57,6 +57,7 @@ pub(crate) fn advert() -> Advert {
         isolations: vec![anyplace_model::Isolation::Container],
         warm_images: Vec::new(),
         conditions: Vec::new(),
+        preemptible: None,
     }
 }
 
@@ -274,6 +275,41 @@ fn what_fits_nowhere_is_explained_with_reasons_and_counts() {
     state.locations.clear();
     let why = explain(&mut state, "{}");
     assert_eq!(why.refusals[0].reason, ReasonCode::NoLocations);
+}
+
+#[test]
+fn the_room_of_off_peak_jobs_is_taken_only_where_nothing_else_is_left() {
+    let mut state = three(3);
+    let mut full = advert();
+    (full.free_cpu, full.largest_free_cpu) = (MilliCpu(0), MilliCpu(0));
+    full.preemptible = Some(anyplace_model::Preemptible {
+        free_cpu: MilliCpu(200),
+        free_memory: full.free_memory,
+        free_disk: full.free_disk,
+        largest_free_cpu: MilliCpu(200),
+        largest_free_memory: full.largest_free_memory,
+        largest_free_disk: full.largest_free_disk,
+        gpu_blocks: Vec::new(),
+    });
+    for name in ["gru", "nrt"] {
+        state.locations.get_mut(&id(name)).unwrap().advert = Some(full.clone());
+    }
+    assert_eq!(counts(&state), pairs(&[("ams", 3)]));
+    // Two and two fit there, of what asks for a tenth of a core.
+    let spread = state.locations.get_mut(&id("ams")).unwrap().advert.as_mut().unwrap();
+    (spread.free_cpu, spread.largest_free_cpu) = (MilliCpu(100), MilliCpu(100));
+    assert_eq!(counts(&state), pairs(&[("ams", 1), ("gru", 1), ("nrt", 1)]));
+    state.deployments.get_mut(&name("hello")).unwrap().spec.instances.min = 7;
+    assert_eq!(counts(&state), pairs(&[("ams", 1), ("gru", 2), ("nrt", 2)]));
+    assert_eq!(plan(&state, noon()).missing[&name("hello")].count, 2);
+    // Jobs have no part in it, and none goes where an instance is about to come.
+    state.queue = vec![queued("a", "anytime")];
+    assert!(matches!(plan_jobs(&state, noon())[0].outcome, JobOutcome::Wait { .. }));
+    // Where it was refused, it isn't sent again at once.
+    let until = noon() + jiff::SignedDuration::from_secs(10);
+    let refused = RefusedUntil { until, refusals: Vec::new() };
+    state.locations.get_mut(&id("gru")).unwrap().refused.insert(name("hello"), refused);
+    assert_eq!(counts(&state), pairs(&[("ams", 1), ("nrt", 2)]));
 }
 
 fn queued(name: &str, policy: &str) -> QueuedJob {

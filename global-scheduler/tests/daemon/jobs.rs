@@ -129,6 +129,40 @@ async fn a_late_attempt_cannot_overwrite_the_result() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_attempt_that_made_way_is_repeated_and_is_no_try() {
+    let mut bed = Bed::start().await;
+    let ams = bed.location("ams").await;
+    bed.admin.submit_job(&job(json!({"max_attempts": 1}))).await.unwrap();
+    phase(&bed, JobPhase::Running).await;
+    for attempt in 1..=3 {
+        ams.script.lock().unwrap().preempted.insert(format!("work/{attempt}"));
+        let next = format!("work/{}", attempt + 1);
+        eventually("the next attempt is there", || async { ams.attempts() == [next.clone()] }).await;
+    }
+    // The first one ends well after all: too late.
+    let attempt = AttemptId { job: work(), attempt: 1 };
+    let mut late = instance("work-late", Workload::Job(attempt.clone()), 1, InstancePhase::Exited);
+    late.exit_code = Some(0);
+    let location = "ams".parse().unwrap();
+    let status = AttemptStatus { attempt, location, instance: Some(late), refusals: Vec::new() };
+    ams.script.lock().unwrap().foreign.push(status);
+    phase(&bed, JobPhase::Running).await;
+    bed.restart().await;
+    phase(&bed, JobPhase::Running).await;
+    let view = bed.admin.job(&work()).await.unwrap();
+    assert_eq!((view.attempt, view.preemptions, view.exit_code), (4, 3, None));
+    let events = bed.admin.events(Some("job/work")).await.unwrap();
+    let told = "attempt 1 ended: it made way for a deployment; it is tried again";
+    assert!(events.iter().any(|event| event.message == told), "{events:?}");
+
+    // What is its own fault counts as before.
+    ams.script.lock().unwrap().exit_code = Some(3);
+    phase(&bed, JobPhase::Failed).await;
+    let view = bed.admin.job(&work()).await.unwrap();
+    assert_eq!((view.attempt, view.preemptions, view.exit_code), (4, 3, Some(3)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_key_gives_the_same_job_back_also_after_a_restart() {
     let mut bed = Bed::start().await;
     let spec = job(json!({}));

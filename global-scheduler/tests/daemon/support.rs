@@ -1,7 +1,7 @@
 //! A global scheduler in this process, and locations that follow a script instead of having machines.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{Ipv4Addr, SocketAddr, TcpListener},
     path::Path,
     sync::{Arc, Mutex},
@@ -137,6 +137,7 @@ pub(crate) fn advert() -> Advert {
         isolations: vec![Isolation::Container],
         warm_images: Vec::new(),
         conditions: Vec::new(),
+        preemptible: None,
     }
 }
 
@@ -155,6 +156,8 @@ pub(crate) struct Script {
     pub(crate) exit_code: Option<i32>,
     /// How attempts of single jobs end.
     pub(crate) exits: BTreeMap<String, i32>,
+    /// Attempts that make way for deployments.
+    pub(crate) preempted: BTreeSet<String>,
     /// Reported although nobody asked for it.
     pub(crate) foreign: Vec<AttemptStatus>,
     /// Where it serves logs.
@@ -322,6 +325,11 @@ fn make_report(name: &str, epoch: u64, sequence: u64, advert: &Advert, script: &
                 let mut instance =
                     instance(&format!("{}-{}", attempt.job, attempt.attempt), workload, 1, phase);
                 instance.exit_code = exit_code;
+                if script.preempted.contains(&attempt.to_string()) {
+                    let message = "it made way for a deployment".into();
+                    instance.phase = InstancePhase::Stopping;
+                    instance.reason = Some(Refusal { reason: ReasonCode::Preempted, count: 1, message });
+                }
                 report.attempts.push(AttemptStatus {
                     attempt: attempt.clone(),
                     location: report.location.clone(),

@@ -2,11 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use anyplace_model::{Advert, Bytes, GpuBlock, ImageState, Isolation, MilliCpu, ReasonCode, Refusal};
+use anyplace_model::{
+    Advert, Bytes, GpuBlock, ImageState, Isolation, MilliCpu, Preemptible, ReasonCode, Refusal,
+};
 
 use crate::{
+    plan::is_off_peak,
     room::{FreeRoom, Room, Rooms},
-    state::{Life, State},
+    state::{Life, Stage, State},
 };
 
 /// Images named in an advert: a hint, so that a bound costs at most a slower start.
@@ -58,7 +61,34 @@ pub fn advert(state: &State) -> Advert {
         isolations: isolations.into_iter().collect(),
         warm_images: warm_images.into_iter().take(MAX_WARM_IMAGES).cloned().collect(),
         conditions: conditions(&alive),
+        preemptible: preemptible(state),
     }
+}
+
+/// What would be free without off-peak attempts; none where there are none.
+fn preemptible(state: &State) -> Option<Preemptible> {
+    let attempts = state.reservations.values().filter(|held| held.attempt().is_some());
+    let off_peak: Vec<_> =
+        attempts.filter(|held| held.stage != Stage::Preempted && is_off_peak(state, held)).collect();
+    if off_peak.is_empty() {
+        return None;
+    }
+    let mut rooms = Rooms::to_look_at(state);
+    off_peak.into_iter().for_each(|held| rooms.give_back(held));
+    let is_alive =
+        |room: &&Room<'_>| state.machines.get(room.name).is_some_and(|machine| machine.life == Life::Alive);
+    let open = rooms.iter().filter(is_alive).filter(|room| room.is_open());
+    let open: Vec<(&Room<'_>, FreeRoom)> = open.map(|room| (room, rooms.free(room))).collect();
+    let free = || open.iter().map(|(_, free)| free);
+    Some(Preemptible {
+        free_cpu: MilliCpu(free().fold(0, |sum, free| sum.saturating_add(free.cpu.0))),
+        free_memory: Bytes(free().fold(0, |sum, free| sum.saturating_add(free.memory.0))),
+        free_disk: Bytes(free().fold(0, |sum, free| sum.saturating_add(free.disk.0))),
+        largest_free_cpu: free().map(|free| free.cpu).max().unwrap_or_default(),
+        largest_free_memory: free().map(|free| free.memory).max().unwrap_or_default(),
+        largest_free_disk: free().map(|free| free.disk).max().unwrap_or_default(),
+        gpu_blocks: gpu_blocks(&open),
+    })
 }
 
 /// What keeps reporting machines from taking work; of each reason, one machine's words.

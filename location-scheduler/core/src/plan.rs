@@ -9,6 +9,9 @@ mod endings;
 mod images;
 mod jobs;
 mod moves;
+mod preemption;
+
+pub(crate) use preemption::is_off_peak;
 
 use std::{
     cmp::Reverse,
@@ -44,6 +47,10 @@ pub struct Plan {
     pub removals: Vec<InstanceId>,
     /// Instances that satisfy a new generation, or get an IPv6 address beside the other, as they are.
     pub adoptions: Vec<(InstanceId, u64)>,
+    /// Off-peak attempts that make way for deployments.
+    pub preemptions: Vec<InstanceId>,
+    /// Attempts that made way, and have ended.
+    pub preempted: Vec<InstanceId>,
     /// Attempts whose machine is lost.
     pub losses: Vec<InstanceId>,
     /// Instances that are gone and hold no room any more.
@@ -111,6 +118,8 @@ impl Plan {
         self.starts.is_empty()
             && self.drains.is_empty()
             && self.removals.is_empty()
+            && self.preemptions.is_empty()
+            && self.preempted.is_empty()
             && self.losses.is_empty()
             && self.adoptions.is_empty()
             && self.releases.is_empty()
@@ -126,7 +135,9 @@ impl Plan {
             let put = |held: &Reservation| Change::Put(Box::new(Reservation { stage, ..held.clone() }));
             found.map(put).collect::<Vec<_>>()
         };
+        changes.extend(staged(&self.preempted, Stage::Preempted));
         changes.extend(staged(&self.removals, Stage::Removing { since_ms: self.now_ms }));
+        changes.extend(staged(&self.preemptions, Stage::Removing { since_ms: self.now_ms }));
         changes.extend(staged(&self.drains, Stage::Draining { since_ms: self.now_ms }));
         changes.extend(staged(&self.losses, Stage::Lost));
         changes.extend(self.adoptions.iter().filter_map(|(instance, generation)| {
@@ -192,6 +203,10 @@ struct Planner<'a> {
     moving: BTreeMap<MoveCause, Moving>,
     /// Places that are kept for them.
     claims: BTreeMap<MoveCause, Vec<Claim<'a>>>,
+    /// Attempts that hold room, and go on to after this plan.
+    attempts: Vec<&'a Reservation>,
+    /// Machines whose room is for an instance that waits for attempts to end there.
+    kept: BTreeSet<&'a MachineId>,
     plan: Plan,
 }
 
@@ -199,11 +214,12 @@ impl<'a> Planner<'a> {
     fn new(state: &'a State) -> Self {
         let plan = Plan { revision: state.revision, now_ms: state.now_ms, ..Plan::default() };
         let (observed, copies) = (Observed::new(state), copies(state));
-        let kept = go_on(state, &observed, &copies);
+        let going_on = go_on(state, &observed, &copies);
         let rooms = Rooms::unclaimed(state);
         let (moving, claims) = (BTreeMap::new(), BTreeMap::new());
-        let mut planner = Self { state, observed, copies, rooms, moving, claims, plan };
-        kept.into_iter().for_each(|(cause, moving)| planner.take_up(cause, moving));
+        let (attempts, kept) = (Vec::new(), BTreeSet::new());
+        let mut planner = Self { state, observed, copies, rooms, moving, claims, attempts, kept, plan };
+        going_on.into_iter().for_each(|(cause, moving)| planner.take_up(cause, moving));
         planner
     }
 
@@ -215,7 +231,9 @@ impl<'a> Planner<'a> {
     ) -> Result<(&'a MachineId, Slot), Tally> {
         let mut tally = Tally::default();
         let mut best: Option<(Score<'_>, &MachineId, Slot)> = None;
+        let kept = &self.kept;
         self.rooms.fit_each(demand, |room, fit| match fit {
+            Ok(_) if kept.contains(room.name) => tally.add(kept_for_others()),
             Ok(slot) => {
                 let score = score(room, demand, of, &slot);
                 if best.as_ref().is_none_or(|(least, ..)| score < *least) {
@@ -256,11 +274,12 @@ impl<'a> Planner<'a> {
                 let settled = since_ms.saturating_add(timing.settle_ms);
                 Some(settled.max(self.state.now_ms.saturating_add(timing.settle_ms / 3 + 1)))
             }
-            Stage::Serving | Stage::Lost => None,
+            Stage::Serving | Stage::Lost | Stage::Preempted => None,
         });
         let now = self.state.now_ms;
         let drains = (!self.plan.drains.is_empty()).then(|| now.saturating_add(timing.drain_ms));
-        let removals = (!self.plan.removals.is_empty()).then(|| now.saturating_add(timing.settle_ms));
+        let ending = !self.plan.removals.is_empty() || !self.plan.preemptions.is_empty();
+        let removals = ending.then(|| now.saturating_add(timing.settle_ms));
         running.filter(|at| *at > now).chain(drains).chain(removals).min()
     }
 }
@@ -282,6 +301,11 @@ fn score<'a>(
         left: slot.left,
         name: room.name,
     }
+}
+
+/// What is said of a machine whose room is for another one.
+fn kept_for_others() -> Misfit {
+    misfit(anyplace_model::ReasonCode::AwaitingRoom, String::new())
 }
 
 pub(crate) fn deployment_demand(spec: &DeploymentSpec) -> Demand<'_> {

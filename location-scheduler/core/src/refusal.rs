@@ -83,6 +83,9 @@ fn sentence(nearest: &Misfit, demand: Demand<'_>) -> String {
         }
         ReasonCode::NoAddress => "every address of the machine's instance_cidr is in use".into(),
         ReasonCode::Lost => "the machine has stopped reporting".into(),
+        ReasonCode::AwaitingRoom => {
+            "the machine's room is for an instance that waits for off-peak jobs to end".into()
+        }
         ReasonCode::PullingImage if nearest.note.is_empty() => {
             format!("the machine is fetching the image {}, or would have to first", demand.image)
         }

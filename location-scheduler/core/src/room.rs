@@ -14,7 +14,7 @@ use anyplace_model::{
 use crate::{
     moves::{Claim, copies},
     packing::{Ask, Cost, Free, Gpu, GpuSet, Lack, Mix, Models, Packer},
-    state::{Life, Machine, Reservation, State},
+    state::{Life, Machine, Reservation, Stage, State},
 };
 pub(crate) use moving::find_room;
 pub use moving::{InstanceMove, RoomPlan, plan_room, plan_tidying};
@@ -141,7 +141,8 @@ impl<'a> Rooms<'a> {
 
     fn taken(state: &'a State, models: ModelNumbers<'a>, mix: Mix) -> Self {
         let mut rooms = Self::empty(state, models, mix);
-        state.reservations.values().for_each(|held| rooms.hold(held));
+        let holding = |held: &&Reservation| held.stage != Stage::Preempted;
+        state.reservations.values().filter(holding).for_each(|held| rooms.hold(held));
         rooms
     }
 
@@ -181,9 +182,7 @@ impl<'a> Rooms<'a> {
         let ask = self.models.ask(&assignment.resources);
         self.packer.take(room.place, &ask, GpuSet::of(assignment.gpus.iter().copied()));
         room.occupy(assignment.address);
-        if let Some(deployment) =
-            reservation.deployment().filter(|_| reservation.stage == crate::Stage::Serving)
-        {
+        if let Some(deployment) = reservation.deployment().filter(|_| reservation.stage == Stage::Serving) {
             room.count(deployment, reservation.generation);
         }
     }

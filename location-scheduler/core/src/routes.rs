@@ -158,7 +158,7 @@ fn vips(state: &State) -> BTreeMap<IpAddr, Route> {
         let draining = match held.stage {
             Stage::Serving => false,
             Stage::Draining { .. } => true,
-            Stage::Removing { .. } | Stage::Lost => continue,
+            Stage::Removing { .. } | Stage::Lost | Stage::Preempted => continue,
         };
         for vip in held.vips().filter(|vip| owners.get(vip) == Some(&name)) {
             let Some(route) = vips.get_mut(&vip) else { continue };

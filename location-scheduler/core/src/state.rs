@@ -125,6 +125,8 @@ pub enum Stage {
     },
     /// An attempt whose machine was lost: never runs again, and stays until the global scheduler knows.
     Lost,
+    /// An attempt that made way for a deployment and has ended: the same, and holds nothing.
+    Preempted,
 }
 
 /// Room on a machine for one instance. Kept in the store.

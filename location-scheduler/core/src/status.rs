@@ -23,7 +23,7 @@ pub fn desired(state: &State) -> BTreeMap<MachineId, BTreeMap<String, MachineDes
         let draining = match held.stage {
             Stage::Serving => false,
             Stage::Draining { .. } => true,
-            Stage::Removing { .. } | Stage::Lost => continue,
+            Stage::Removing { .. } | Stage::Lost | Stage::Preempted => continue,
         };
         let mut assignment = held.assignment.clone();
         assignment.draining = draining;
@@ -183,7 +183,7 @@ pub fn attempt_statuses(state: &State, plan: &Plan) -> Vec<AttemptStatus> {
         .attempts
         .keys()
         .map(|attempt| {
-            let instance = held.get(attempt).map(|held| completed(&observed, held));
+            let instance = held.get(attempt).map(|held| made_way(completed(&observed, held), held.stage));
             let refusals = match &instance {
                 Some(_) => Vec::new(),
                 None => plan.attempts.get(attempt).cloned().unwrap_or_default(),
@@ -196,6 +196,18 @@ pub fn attempt_statuses(state: &State, plan: &Plan) -> Vec<AttemptStatus> {
             }
         })
         .collect()
+}
+
+/// The status of an attempt that is wanted: if it ends all the same, it made way for a deployment.
+fn made_way(mut status: InstanceStatus, stage: Stage) -> InstanceStatus {
+    status.phase = match stage {
+        Stage::Removing { .. } => InstancePhase::Stopping,
+        Stage::Preempted => InstancePhase::Lost,
+        Stage::Serving | Stage::Draining { .. } | Stage::Lost => return status,
+    };
+    let message = "it made way for a deployment".into();
+    status.reason = Some(Refusal { reason: ReasonCode::Preempted, count: 1, message });
+    status
 }
 
 /// An instance's status as reported, corrected by what only the scheduler knows.

@@ -193,7 +193,11 @@ pub(crate) fn placement(name: &str, generation: u64, count: u32, more: &str) -> 
 }
 
 pub(crate) fn attempt(name: &str, attempt: u32) -> (AttemptId, JobSpec) {
-    let text = format!("kind: Job\nname: {name}\nimage: {name}:1\n");
+    attempt_of(name, attempt, "")
+}
+
+pub(crate) fn attempt_of(name: &str, attempt: u32, more: &str) -> (AttemptId, JobSpec) {
+    let text = format!("kind: Job\nname: {name}\nimage: {name}:1\n{more}\n");
     let Spec::Job(spec) = parse_spec(&text, Format::Yaml, "test.yaml").unwrap() else {
         panic!("the text says Job")
     };

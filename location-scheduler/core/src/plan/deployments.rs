@@ -9,7 +9,7 @@
 
 use std::{cmp::Reverse, collections::BTreeMap};
 
-use anyplace_model::{DeploymentName, MoveCause, Placement, Workload};
+use anyplace_model::{DeploymentName, MoveCause, Placement, ReasonCode, Refusal, Workload};
 
 use super::{Planner, Verdict, deployment_demand, size};
 use crate::{
@@ -57,6 +57,12 @@ fn replaces(copy: &Reservation, held: &Reservation) -> bool {
     copy.replaces.as_ref().is_some_and(|replaced| replaced.instance == held.assignment.instance)
 }
 
+/// Says that nothing is refused, and why nothing has started.
+fn awaiting_room() -> Refusal {
+    let message = "off-peak jobs are ending to make room".into();
+    Refusal { reason: ReasonCode::AwaitingRoom, count: 1, message }
+}
+
 impl<'a> Planner<'a> {
     pub(super) fn deployments(&mut self) {
         let state = self.state;
@@ -73,7 +79,9 @@ impl<'a> Planner<'a> {
                 Stage::Serving if satisfies && held.replaces.is_some() => group.copies.push(held),
                 Stage::Serving if satisfies => group.current.push(held),
                 Stage::Serving => group.old.push(held),
-                Stage::Draining { .. } | Stage::Removing { .. } | Stage::Lost => group.leaving.push(held),
+                Stage::Draining { .. } | Stage::Removing { .. } | Stage::Lost | Stage::Preempted => {
+                    group.leaving.push(held);
+                }
             }
         }
         let mut placements: Vec<_> = state.placements.iter().collect();
@@ -147,7 +155,13 @@ impl<'a> Planner<'a> {
                     group.started += 1;
                 }
                 Err(tally) => {
-                    if !self.make_way(group, demand) {
+                    if self.make_way(group, demand) {
+                        return verdict;
+                    }
+                    // For whom others move already, nobody makes way.
+                    if !self.has_room_made(name) && self.preempt(demand) {
+                        verdict.refusals = vec![awaiting_room()];
+                    } else {
                         verdict.refused = u32::try_from(missing).unwrap_or(u32::MAX);
                         verdict.refusals = tally.refusals(demand);
                     }

@@ -6,24 +6,37 @@ use super::Planner;
 use crate::state::{Life, Reservation, Stage};
 
 /// What time and observation make of a reservation.
+#[derive(Clone, Copy)]
 enum Ending {
     Remove,
     Release,
     Lose,
+    MadeWay,
 }
 
 impl Planner<'_> {
     pub(super) fn endings(&mut self) {
         let state = self.state;
         for (instance, held) in &state.reservations {
-            match self.ending(held) {
+            let ending = self.ending(held);
+            match ending {
                 Some(Ending::Remove) => self.plan.removals.push(instance.clone()),
                 Some(Ending::Lose) => self.plan.losses.push(instance.clone()),
-                Some(Ending::Release) => {
-                    self.plan.releases.push(instance.clone());
+                Some(Ending::MadeWay) => {
+                    self.plan.preempted.push(instance.clone());
                     self.rooms.give_back(held);
                 }
+                Some(Ending::Release) => {
+                    self.plan.releases.push(instance.clone());
+                    if held.stage != Stage::Preempted {
+                        self.rooms.give_back(held);
+                    }
+                }
                 None => {}
+            }
+            let releases = matches!(ending, Some(Ending::Release | Ending::MadeWay));
+            if held.attempt().is_some() && !releases && held.stage != Stage::Preempted {
+                self.attempts.push(held);
             }
         }
     }
@@ -43,6 +56,7 @@ impl Planner<'_> {
         }
         match held.stage {
             Stage::Serving | Stage::Lost => (wanted == Some(false)).then_some(Ending::Remove),
+            Stage::Preempted => (wanted != Some(true)).then_some(Ending::Release),
             Stage::Draining { since_ms } => {
                 // Where no container runs, there are no connections to wait for. A machine that knows of the drain
                 // calls the container that still runs `stopping`.
@@ -53,7 +67,9 @@ impl Planner<'_> {
             Stage::Removing { since_ms } => {
                 let gone = life == Life::Alive && phase.is_none();
                 let proved = self.observed.heard_ms(held) >= since_ms.saturating_add(state.timing.settle_ms);
-                (gone && proved).then_some(Ending::Release)
+                // Wanted, it made way for a deployment.
+                let ending = if wanted == Some(true) { Ending::MadeWay } else { Ending::Release };
+                (gone && proved).then_some(ending)
             }
         }
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use anyplace_model::{AttemptId, ImageState, JobSpec, MachineId, ReasonCode, Workload};
 
-use super::{Planner, Score, job_demand, misfit, score, size};
+use super::{Planner, Score, job_demand, kept_for_others, misfit, score, size};
 use crate::{
     refusal::Tally,
     room::{Demand, Misfit, Room, Slot},
@@ -28,8 +28,10 @@ impl<'a> Planner<'a> {
     fn start_where_warm(&mut self, attempt: &AttemptId, spec: &JobSpec) -> bool {
         let demand = job_demand(spec);
         let mut best: Option<(Score<'_>, &MachineId, Slot)> = None;
+        let kept = &self.kept;
         self.rooms.fit_each(demand, |room, fit| {
             if let Ok(slot) = fit
+                && !kept.contains(room.name)
                 && room.is_warm(demand.image)
             {
                 let score = score(room, demand, None, &slot);
@@ -50,7 +52,9 @@ impl<'a> Planner<'a> {
         let mut tally = Tally::default();
         let mut best: Option<((bool, bool, Score<'_>), &MachineId, Slot)> = None;
         let begun = self.state.prewarms.get(attempt);
+        let kept = &self.kept;
         self.rooms.fit_each(demand, |room, fit| match fit {
+            Ok(_) if kept.contains(room.name) => tally.add(kept_for_others()),
             Ok(slot) => {
                 tally.add(image_misfit(room, demand));
                 // A machine that has begun goes on, whatever looks better by now.

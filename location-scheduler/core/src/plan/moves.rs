@@ -123,7 +123,9 @@ impl<'a> Planner<'a> {
         };
         let last = state.moves.waiting.values().filter_map(|it| it.searched_ms).max();
         let under_way = self.moving.values().filter(|moving| moving.is_active()).count();
-        if under_way < MAX_UNDER_WAY && last.is_none_or(|at_ms| is_over(at_ms, SEARCH_PAUSE_MS)) {
+        // Who waits for attempts to end gets in first: a move could take what is free beside them.
+        let quiet = self.kept.is_empty();
+        if quiet && under_way < MAX_UNDER_WAY && last.is_none_or(|at_ms| is_over(at_ms, SEARCH_PAUSE_MS)) {
             let due = waiting.iter_mut().filter(|(name, it)| is_due(name, it));
             if let Some((name, it)) = due.min_by_key(|(_, it)| (it.searched_ms, it.since_ms)) {
                 it.searched_ms = Some(now_ms);

@@ -112,7 +112,8 @@ impl<'r, 'a> Movable<'r, 'a> {
         let mut names: Vec<(usize, &MachineId)> = rooms.iter().map(|room| (room.place, room.name)).collect();
         names.sort_unstable();
         let (mut tenants, mut held) = (Vec::new(), Vec::new());
-        for reservation in state.reservations.values() {
+        let holding = |held: &&Reservation| held.stage != Stage::Preempted;
+        for reservation in state.reservations.values().filter(holding) {
             let Some(room) = rooms.rooms.get(&reservation.machine) else { continue };
             let ask = rooms.models.ask(&reservation.assignment.resources);
             let may = observed.ready(reservation)

@@ -66,7 +66,8 @@ fn fits(report: &MachineReport, held: &[&Assignment]) -> Result<(), String> {
 }
 
 fn on<'a>(state: &'a State, machine: &MachineId) -> Vec<&'a Assignment> {
-    state.reservations.values().filter(|h| h.machine == *machine).map(|h| &h.assignment).collect()
+    let holds = |held: &&Reservation| held.machine == *machine && held.stage != Stage::Preempted;
+    state.reservations.values().filter(holds).map(|h| &h.assignment).collect()
 }
 
 fn ready(state: &State, held: &Reservation) -> bool {
@@ -150,7 +151,7 @@ pub(crate) fn under_way(before: &State, after: &State) -> Verdict {
         let stay: Vec<&Assignment> = after
             .reservations
             .values()
-            .filter(|held| held.machine == *name && !is_moving(held))
+            .filter(|held| held.machine == *name && held.stage != Stage::Preempted && !is_moving(held))
             .map(|held| &held.assignment)
             .collect();
         let mut new: Vec<Assignment> = here.cloned().collect();
@@ -190,10 +191,41 @@ pub(crate) fn under_way(before: &State, after: &State) -> Verdict {
     Ok(())
 }
 
-/// Whether one more would fit on some machine, by trying every combination of at most two GPUs.
+/// Whether an attempt ends that holds room, for whatever reason.
+fn ends(state: &State, held: &Reservation) -> bool {
+    let reported = state.machines.get(&held.machine).into_iter().flat_map(|it| &it.report.instances);
+    let phase =
+        reported.filter(|status| status.instance == held.assignment.instance).map(|it| it.phase).next();
+    let ended = matches!(phase, Some(InstancePhase::Exited | InstancePhase::Failed));
+    held.attempt().is_some() && (matches!(held.stage, Stage::Removing { .. }) || ended)
+}
+
+/// The state without some reservations and what runs for them.
+fn without(state: &State, gone: impl Fn(&Reservation) -> bool) -> State {
+    let mut rest = state.clone();
+    rest.reservations.retain(|_, held| !gone(held));
+    for machine in rest.machines.values_mut() {
+        let kept = |held: &Reservation| !gone(held);
+        machine.report.instances.retain(|it| state.reservations.get(&it.instance).is_none_or(kept));
+    }
+    rest
+}
+
+/// Whether one more would fit on a machine from which no attempt is about to go: such room may be another one's.
 fn some_machine_takes(state: &State, resources: &Resources, isolation: Isolation) -> bool {
+    let ending = |name: &MachineId| state.reservations.values().any(|h| h.machine == *name && ends(state, h));
+    takes(state, resources, isolation, |name| !ending(name))
+}
+
+/// Whether one more would fit on one of these machines, by trying every combination of at most two GPUs.
+fn takes(
+    state: &State,
+    resources: &Resources,
+    isolation: Isolation,
+    among: impl Fn(&MachineId) -> bool,
+) -> bool {
     let kept = kept(state);
-    state.machines.iter().any(|(name, machine)| {
+    state.machines.iter().filter(|(name, _)| among(name)).any(|(name, machine)| {
         let held = on(state, name);
         let kept: Vec<&Assignment> = kept.iter().filter(|(at, _)| at == name).map(|(_, it)| it).collect();
         let stranger = machine.report.instances.iter().any(|s| !state.reservations.contains_key(&s.instance));
@@ -296,7 +328,10 @@ pub(crate) fn judge(before: &State, plan: &Plan, after: &State) -> Verdict {
             );
         } else {
             let changing = held.len() > current;
-            prop_assert!(missing == 0 || changing, "{name} misses {missing} for no reason");
+            let spec = &placement.spec;
+            let rest = without(after, |held| ends(after, held));
+            let enters = missing > 0 && takes(&rest, &spec.resources, spec.isolation, |_| true);
+            prop_assert!(missing == 0 || changing || enters, "{name} misses {missing} for no reason");
         }
         // At most one ready instance fewer than before, and only where there is no room beside it.
         let was = of(before, name).filter(|h| ready(before, h)).count();
@@ -315,6 +350,7 @@ pub(crate) fn judge(before: &State, plan: &Plan, after: &State) -> Verdict {
             prop_assert!(counted(refusals), "{refusals:?} of {machines}");
         }
     }
+    preemptions(before, plan, after)?;
     for instance in &plan.removals {
         let held = &before.reservations[instance];
         let Stage::Draining { since_ms } = held.stage else { continue };
@@ -346,6 +382,29 @@ pub(crate) fn judge(before: &State, plan: &Plan, after: &State) -> Verdict {
     Ok(())
 }
 
+/// Judges who makes way: only off-peak attempts that run, and only those without which an instance gets in there.
+fn preemptions(before: &State, plan: &Plan, after: &State) -> Verdict {
+    for instance in &plan.preemptions {
+        let held = &before.reservations[instance];
+        let spec = &before.attempts[held.attempt().unwrap()];
+        prop_assert_eq!(spec.scheduling_policy, anyplace_model::SchedulingPolicy::OffPeak);
+        prop_assert_eq!(held.stage, Stage::Serving);
+        prop_assert!(!ends(before, held), "{instance} ends by itself");
+        let here = |name: &MachineId| *name == held.machine;
+        let rest = without(after, |held| ends(after, held));
+        let others = without(after, |held| ends(after, held) && held.assignment.instance != *instance);
+        let lets_in = after.placements.iter().any(|(name, placement)| {
+            let (verdict, spec) = (&plan.placements[name], &placement.spec);
+            let waits = verdict.refused == 0 && !verdict.refusals.is_empty();
+            waits
+                && takes(&rest, &spec.resources, spec.isolation, here)
+                && !takes(&others, &spec.resources, spec.isolation, here)
+        });
+        prop_assert!(lets_in, "{instance} makes way for nobody");
+    }
+    Ok(())
+}
+
 /// Judges how room would be made for whatever was refused, and what would be moved for its own sake.
 pub(crate) fn moves(state: &State, plan: &Plan) -> Verdict {
     for (name, _) in plan.placements.iter().filter(|(_, verdict)| verdict.refused > 0) {
@@ -367,7 +426,9 @@ fn moved<'a>(
     moves: &[InstanceMove],
 ) -> Result<Vec<(MachineId, Assignment)>, TestCaseError> {
     let held = |held: &'a Reservation| (held.machine.clone(), held.assignment.clone());
-    let mut all: Vec<(MachineId, Assignment)> = state.reservations.values().map(held).collect();
+    let holding = |held: &&Reservation| held.stage != Stage::Preempted;
+    let mut all: Vec<(MachineId, Assignment)> =
+        state.reservations.values().filter(holding).map(held).collect();
     for step in moves {
         let old = &state.reservations[&step.instance];
         prop_assert!(ready(state, old), "{step:?} isn't ready");
@@ -382,7 +443,7 @@ fn moved<'a>(
             });
             others.filter(|(_, held)| held.instance != step.instance).count()
         };
-        let before: Vec<_> = state.reservations.values().map(held).collect();
+        let before: Vec<_> = state.reservations.values().filter(holding).map(held).collect();
         let crowds = crowd(&all, &step.machine) > crowd(&before, &old.machine);
         prop_assert!(step.machine == old.machine || !crowds, "{step:?} crowds");
         let mut new = old.assignment.clone();

@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyplace_location_core::{
-    Change, Life, Machine, MovePolicy, Moves, Plan, Site, State, Timing, desired, plan,
+    Change, Life, Machine, MovePolicy, Moves, Plan, Reservation, Site, Stage, State, Timing, desired, plan,
 };
 use anyplace_model::{
     Assignment, AttemptId, Bytes, Gpu, ImageState, InstanceId, InstancePhase, InstanceStatus, Isolation,
@@ -96,7 +96,12 @@ fn deployment(index: usize, shape: usize) -> anyplace_model::DeploymentSpec {
 }
 
 fn job(index: usize, shape: usize) -> anyplace_model::JobSpec {
-    let text = format!("kind: Job\nname: j{index}\nimage: j{}\n{}\n", index % 2, SHAPES[shape % 8]);
+    let policy = ["off-peak", "anytime"][index % 2];
+    let text = format!(
+        "kind: Job\nname: j{index}\nimage: j{}\nscheduling_policy: {policy}\n{}\n",
+        index % 2,
+        SHAPES[shape % 8]
+    );
     match anyplace_model::parse_spec(&text, anyplace_model::Format::Yaml, "j.yaml").unwrap() {
         Spec::Job(spec) => *spec,
         Spec::Deployment(_) => unreachable!("the text says Job"),
@@ -254,7 +259,24 @@ impl World {
             }
             self.state.now_ms += 300;
             self.step();
+            self.record();
         }
+    }
+
+    /// The global scheduler takes what became of attempts, and no longer wants those that are over.
+    fn record(&mut self) {
+        let state = &self.state;
+        let reported: Vec<_> =
+            state.machines.values().flat_map(|machine| &machine.report.instances).collect();
+        let ended = |held: &&Reservation| {
+            let exited = |status: &&&InstanceStatus| {
+                status.instance == held.assignment.instance && status.phase == InstancePhase::Exited
+            };
+            !matches!(held.stage, Stage::Serving | Stage::Lost) || reported.iter().any(|it| exited(&it))
+        };
+        let over = state.reservations.values().filter(ended);
+        let over: Vec<AttemptId> = over.filter_map(|held| held.attempt().cloned()).collect();
+        self.state.attempts.retain(|attempt, _| !over.contains(attempt));
     }
 
     fn work(&mut self, name: &MachineId) {
