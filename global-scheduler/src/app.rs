@@ -62,6 +62,7 @@ impl App {
         shutdown: CancellationToken,
     ) -> anyhow::Result<Arc<Self>> {
         let mut world = World::load(store.as_ref()).await?;
+        world.job_limits = config.jobs.limits();
         world.ledgers = Ledgers::starting_at(unix_epoch() / 1_000);
         let app = Arc::new(Self {
             http: Client::new("http://127.0.0.1", None)?,

@@ -2,6 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
+use anyplace_global_core::JobLimits;
 use anyplace_model::INSTANCE_NET6;
 use anyplace_store::EtcdConfig;
 use ipnet::IpNet;
@@ -30,6 +31,33 @@ pub struct Config {
     /// A location that hasn't reported for so long is lost.
     #[serde(default = "default_lease")]
     pub location_lease_ms: u64,
+    /// What jobs leave to deployments.
+    #[serde(default)]
+    pub jobs: JobsConfig,
+}
+
+/// `[jobs]`.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JobsConfig {
+    /// Percent of each location's CPU, memory and whole GPUs that jobs leave free for deployments: 0 to 90.
+    #[serde(default = "default_headroom")]
+    pub headroom_percent: u8,
+    /// A location is off-peak at any hour for a job with which less than so many percent of its CPU and memory are
+    /// reserved: 1 to 100. Without it, only windows count.
+    #[serde(default)]
+    pub off_peak_below_percent: Option<u8>,
+}
+
+impl Default for JobsConfig {
+    fn default() -> Self {
+        Self { headroom_percent: default_headroom(), off_peak_below_percent: None }
+    }
+}
+
+/// Room for the first seconds of a spike, until off-peak jobs have made way.
+const fn default_headroom() -> u8 {
+    10
 }
 
 fn default_listen() -> SocketAddr {
@@ -38,6 +66,30 @@ fn default_listen() -> SocketAddr {
 
 const fn default_lease() -> u64 {
     3_000
+}
+
+impl JobsConfig {
+    pub(crate) fn limits(self) -> JobLimits {
+        JobLimits {
+            headroom_percent: self.headroom_percent,
+            off_peak_below_percent: self.off_peak_below_percent.unwrap_or(0),
+        }
+    }
+
+    fn validate(self) -> anyhow::Result<()> {
+        anyhow::ensure!(
+            self.headroom_percent <= 90,
+            "jobs.headroom_percent is {}; write 0 to 90",
+            self.headroom_percent
+        );
+        if let Some(percent) = self.off_peak_below_percent {
+            anyhow::ensure!(
+                (1..=100).contains(&percent),
+                "jobs.off_peak_below_percent is {percent}; write 1 to 100, or leave it out so that only windows count"
+            );
+        }
+        Ok(())
+    }
 }
 
 impl Config {
@@ -55,6 +107,7 @@ impl Config {
 
     pub(crate) fn validate(&self) -> anyhow::Result<()> {
         self.validate_pools()?;
+        self.jobs.validate()?;
         anyhow::ensure!(
             self.location_lease_ms >= MIN_LEASE_MS,
             "location_lease_ms is {}; write {MIN_LEASE_MS} or more",
@@ -94,6 +147,23 @@ mod tests {
         let config = serde_json::json!({ "data_dir": "/var/lib/anyplace/global", "vip_pools": pools });
         let config: Config = serde_json::from_value(config).unwrap();
         config.validate().err().map(|problem| problem.to_string())
+    }
+
+    #[test]
+    fn bounds_of_jobs_are_percents() {
+        let problem = |jobs: serde_json::Value| {
+            let config = serde_json::json!({
+                "data_dir": "/var/lib/anyplace/global", "vip_pools": ["203.0.113.0/24"], "jobs": jobs
+            });
+            let config: Config = serde_json::from_value(config).unwrap();
+            config.validate().err().map(|problem| problem.to_string())
+        };
+        assert_eq!(problem(serde_json::json!({})), None);
+        assert_eq!(problem(serde_json::json!({"headroom_percent": 0, "off_peak_below_percent": 100})), None);
+        let found = problem(serde_json::json!({"headroom_percent": 91})).unwrap();
+        assert_eq!(found, "jobs.headroom_percent is 91; write 0 to 90");
+        let found = problem(serde_json::json!({"off_peak_below_percent": 0})).unwrap();
+        assert!(found.starts_with("jobs.off_peak_below_percent is 0; write 1 to 100"), "{found}");
     }
 
     #[test]

@@ -37,7 +37,7 @@ use anyplace_store::Store;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-pub use config::Config;
+pub use config::{Config, JobsConfig};
 
 /// The OpenAPI document of the global scheduler's API.
 pub fn openapi() -> utoipa::openapi::OpenApi {

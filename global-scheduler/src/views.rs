@@ -464,7 +464,11 @@ pub(crate) fn capacity(world: &World, now: Timestamp) -> Vec<CapacityView> {
             alive: location.is_alive(),
             withdrawn: location.settings.withdrawn,
             draining: location.settings.draining,
-            off_peak_now: anyplace_global_core::window_is_open(&world.planned_location(location), now),
+            off_peak_now: anyplace_global_core::is_off_peak(
+                &world.planned_location(location),
+                world.job_limits,
+                now,
+            ),
             instances: u32::try_from(instances + jobs).unwrap_or(u32::MAX),
             advert: observed.advert.clone(),
         })

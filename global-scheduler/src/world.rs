@@ -10,7 +10,7 @@ use std::{
 use anyhow::Context as _;
 use anyplace_api::Event;
 use anyplace_global_core::{
-    Deployment, Liveness, Location, Missing, QueuedJob, RefusedUntil, Share, State, TeamState,
+    Deployment, JobLimits, Liveness, Location, Missing, QueuedJob, RefusedUntil, Share, State, TeamState,
 };
 use anyplace_model::{
     Advert, AttemptId, AttemptStatus, DeploymentName, ImageState, InstancePhase, JobName, LocationDesired,
@@ -105,6 +105,8 @@ pub(crate) struct World {
     pub(crate) vips: BTreeMap<IpAddr, DeploymentName>,
     pub(crate) jobs: JobTable,
     pub(crate) attempts: BTreeMap<AttemptId, Stored<AttemptRecord>>,
+    /// Of the configuration.
+    pub(crate) job_limits: JobLimits,
     /// What is set for teams; others have what is set for nobody.
     pub(crate) teams: BTreeMap<Team, TeamSettings>,
     /// Wishes for warm images, by reference.
@@ -240,7 +242,14 @@ impl World {
             }
         }
         let latency = self.demand.latency.clone();
-        State { deployments: deployments.collect(), queue, teams: self.planned_teams(), locations, latency }
+        State {
+            deployments: deployments.collect(),
+            queue,
+            job_limits: self.job_limits,
+            teams: self.planned_teams(),
+            locations,
+            latency,
+        }
     }
 
     fn planned_teams(&self) -> BTreeMap<Team, TeamState> {

@@ -358,7 +358,7 @@ pub struct CapacityView {
     pub withdrawn: bool,
     /// Draining.
     pub draining: bool,
-    /// Whether it is inside its off-peak window now.
+    /// Whether it is off-peak now: inside its window, or with less reserved than `off_peak_below_percent`.
     pub off_peak_now: bool,
     /// Instances there.
     pub instances: u32,

@@ -68,12 +68,14 @@ pub enum ReasonCode {
     TimedOut,
     /// It used more memory than its limit.
     OutOfMemory,
-    /// No location is in its off-peak window.
+    /// No location is in its off-peak window, or used so little that it is off-peak all the same.
     OutsideOffPeakWindow,
     /// Its team's jobs hold as much as the team's quota allows.
     OverQuota,
     /// It hadn't started by its deadline.
     DeadlinePassed,
+    /// What it asks for is kept free for deployments.
+    Headroom,
     /// Off-peak jobs are ending to make room for it.
     AwaitingRoom,
     /// It made way for a deployment.

@@ -400,7 +400,8 @@ pub enum SchedulingPolicy {
     /// As soon as there is room.
     #[default]
     Anytime,
-    /// Only in a location that is inside its off-peak window. It makes way for deployments: its attempt is asked to end
+    /// Only in a location that is inside its off-peak window, or of which less is reserved than the operator's
+    /// `off_peak_below_percent`. It makes way for deployments: its attempt is asked to end
     /// (SIGTERM), killed after five seconds, and is no try of `max_attempts`.
     OffPeak,
 }

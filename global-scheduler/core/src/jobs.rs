@@ -7,7 +7,7 @@ use anyplace_model::{Held, JobName, LocationId, ReasonCode, Refusal, SchedulingP
 use jiff::{Timestamp, ToSpan as _};
 
 use crate::{
-    Location, QueuedJob, State,
+    JobLimits, Location, QueuedJob, State,
     explain::{nearest_fit, summed},
     filter,
     order::{Order, held, over_quota},
@@ -151,7 +151,9 @@ fn predicted<'a>(
         if job.spec.deadline.is_some_and(|deadline| *at >= deadline) {
             return None;
         }
-        if rooms.get_mut(id)?.take(&job.spec.resources) {
+        let (room, wanted) = (rooms.get_mut(id)?, &job.spec.resources);
+        if room.fits(wanted) && state.job_limits.headroom(room, wanted).is_none() {
+            room.deduct(wanted);
             return Some((*at, id));
         }
         misfit.full.set(misfit.full.get() + 1);
@@ -226,11 +228,19 @@ pub(crate) fn why_not<'a>(
     let refusals = |(id, location): (&'a LocationId, &Location)| {
         let mut refusals = filter::refusals(location, &job.spec.placement, job.spec.isolation);
         if location.liveness == crate::Liveness::Alive {
-            if let Some(room) = rooms.get(id) {
-                refusals.extend(room.refusals(&job.spec.resources));
+            let (room, wanted) = (rooms.get(id), &job.spec.resources);
+            if let Some(room) = room {
+                refusals.extend(room.refusals(wanted));
+                // What doesn't fit at all is told by that.
+                refusals.extend(state.job_limits.headroom(room, wanted).filter(|_| room.fits(wanted)));
             }
-            if job.spec.scheduling_policy == SchedulingPolicy::OffPeak && !window_is_open(location, now) {
-                refusals.push(outside_window(location, now));
+            let is_idle = || room.is_some_and(|room| state.job_limits.is_idle(room, wanted));
+            if job.spec.scheduling_policy == SchedulingPolicy::OffPeak
+                && !window_is_open(location, now)
+                && !is_idle()
+            {
+                let above = room.map_or(String::new(), |room| state.job_limits.above(room, wanted));
+                refusals.push(outside_window(location, now, &above));
             }
             let refused = job.refused.get(id).filter(|refused| refused.until > now);
             refusals.extend(refused.into_iter().flat_map(|refused| refused.refusals.iter().cloned()));
@@ -244,8 +254,13 @@ fn window(location: &Location) -> Option<anyplace_model::OffPeakWindow> {
     location.settings.off_peak.or(location.advert.as_ref()?.off_peak)
 }
 
+/// Whether the location is off-peak: inside its window, or with little of it reserved.
+pub fn is_off_peak(location: &Location, limits: JobLimits, now: Timestamp) -> bool {
+    window_is_open(location, now) || location.advert.as_ref().is_some_and(|advert| limits.is_idle_now(advert))
+}
+
 /// Whether the location is inside its off-peak window.
-pub fn window_is_open(location: &Location, now: Timestamp) -> bool {
+fn window_is_open(location: &Location, now: Timestamp) -> bool {
     match (window(location), &location.zone) {
         (Some(window), Some(zone)) => window.contains(now, zone),
         _ => false,
@@ -259,14 +274,14 @@ fn opening(location: &Location, now: Timestamp) -> Option<Timestamp> {
     whole_second.checked_add(i64::try_from(seconds).ok()?.seconds()).ok()
 }
 
-fn outside_window(location: &Location, now: Timestamp) -> Refusal {
+fn outside_window(location: &Location, now: Timestamp, above: &str) -> Refusal {
     let zone = location.advert.as_ref().map_or("", |advert| advert.timezone.as_str());
     let text = match (window(location), opening(location, now)) {
-        (None, _) => "it has no off-peak window".into(),
+        (None, _) => "it has no off-peak window".to_string(),
         (Some(window), Some(at)) => {
             format!("its off-peak window is {window} ({zone}) and opens at {at}")
         }
         (Some(_), None) => format!("its time zone `{zone}` is not known"),
     };
-    one(ReasonCode::OutsideOffPeakWindow, text)
+    one(ReasonCode::OutsideOffPeakWindow, text + above)
 }

@@ -10,6 +10,7 @@ mod demand;
 mod explain;
 mod filter;
 mod jobs;
+mod limits;
 mod order;
 mod plan;
 mod room;
@@ -17,7 +18,8 @@ mod state;
 
 pub use demand::{FAR_MS, Latency};
 pub use explain::{explain_deployment, explain_job};
-pub use jobs::{JobDecision, JobOutcome, plan_jobs, window_is_open};
+pub use jobs::{JobDecision, JobOutcome, is_off_peak, plan_jobs};
+pub use limits::JobLimits;
 pub use order::Totals;
 pub use plan::{Missing, Plan, plan};
 pub use state::{Deployment, Liveness, Location, QueuedJob, RefusedUntil, Share, State, TeamState};

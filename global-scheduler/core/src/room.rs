@@ -235,6 +235,18 @@ impl Room {
         }
     }
 
+    /// What is free in all: thousandths of CPU, bytes of memory, whole GPUs.
+    pub(crate) fn free(&self) -> (u64, u64, u64) {
+        let whole = self.gpus.iter().filter(|block| block.whole).map(|block| u64::from(block.count));
+        (self.cpu.total, self.memory.total, whole.sum())
+    }
+
+    /// What is there in all, in the same units.
+    pub(crate) fn all(&self) -> (u64, u64, u64) {
+        let gpus = self.advert.gpus.values().map(|count| u64::from(*count));
+        (self.advert.cpu.0, self.advert.memory.0, gpus.sum())
+    }
+
     /// How many more instances fit, up to a bound.
     pub(crate) fn count(&self, wanted: &Resources) -> u32 {
         let mut room = self.clone();

@@ -8,7 +8,7 @@ use anyplace_model::{
 };
 use jiff::{Timestamp, tz::TimeZone};
 
-use crate::Latency;
+use crate::{JobLimits, Latency};
 
 /// Everything a plan is made from.
 #[derive(Debug, Clone, Default)]
@@ -17,6 +17,8 @@ pub struct State {
     pub deployments: BTreeMap<DeploymentName, Deployment>,
     /// Jobs that wait for an attempt, in the order of their submission.
     pub queue: Vec<QueuedJob>,
+    /// What jobs leave to deployments.
+    pub job_limits: JobLimits,
     /// Teams for which something is set, or whose jobs hold something.
     pub teams: BTreeMap<Team, TeamState>,
     /// Locations.

@@ -174,6 +174,41 @@ async fn a_job_that_has_not_started_by_its_deadline_has_failed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn little_use_is_off_peak_and_head_room_stays_free() {
+    let bed = Bed::with_jobs(json!({"headroom_percent": 25, "off_peak_below_percent": 60})).await;
+    let ams = bed.location("ams").await;
+    assert!(bed.admin.capacity().await.unwrap()[0].off_peak_now);
+    // Four cores: with the third, 75 % would be reserved.
+    for index in 0..3 {
+        let spec = named(&format!("n{index}"), "ants", json!({"scheduling_policy": "off-peak"}));
+        bed.admin.submit_job(&spec).await.unwrap();
+    }
+    eventually("two run", || async { ams.attempts() == ["n0/1", "n1/1"] }).await;
+    let words = "it has no off-peak window; with it, 75 % would be reserved, and below 60 % it is off-peak at any hour";
+    eventually("it says how much", || async {
+        let why = bed.admin.why_job(&"n2".parse().unwrap()).await.unwrap();
+        let refusal = &why.locations[0].refusals[0];
+        refusal.reason == ReasonCode::OutsideOffPeakWindow && refusal.message == words
+    })
+    .await;
+    // At any time, too, a quarter is left.
+    for name in ["a0", "a1"] {
+        bed.admin.submit_job(&named(name, "bees", json!({}))).await.unwrap();
+    }
+    eventually("one more runs", || async { ams.attempts() == ["a0/1", "n0/1", "n1/1"] }).await;
+    let words = "with it, 4 of 4 CPU would be reserved, and 25 % are kept free for deployments";
+    eventually("the other one waits", || async {
+        let why = bed.admin.why_job(&"a1".parse().unwrap()).await.unwrap();
+        let refusal = &why.locations[0].refusals[0];
+        refusal.reason == ReasonCode::Headroom && refusal.message == words
+    })
+    .await;
+    assert_eq!(view(&bed, "a1").await.reasons[0].reason, ReasonCode::Headroom);
+    eventually("it is off-peak no longer", || async { !bed.admin.capacity().await.unwrap()[0].off_peak_now })
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_window_is_predicted_for_those_that_will_fit() {
     let bed = Bed::start().await;
     let opens = Timestamp::now() + SignedDuration::from_hours(2);

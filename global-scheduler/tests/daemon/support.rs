@@ -26,17 +26,24 @@ pub(crate) struct Bed {
     pub(crate) dir: tempfile::TempDir,
     pub(crate) admin: Client,
     pub(crate) listen: SocketAddr,
+    /// `[jobs]` of its configuration.
+    jobs: Value,
     shutdown: CancellationToken,
     task: Option<JoinHandle<anyhow::Result<()>>>,
 }
 
 impl Bed {
     pub(crate) async fn start() -> Self {
+        Self::with_jobs(json!({"headroom_percent": 0})).await
+    }
+
+    /// With this in `[jobs]` of its configuration.
+    pub(crate) async fn with_jobs(jobs: Value) -> Self {
         anyplace_service::install_crypto_provider();
         let listen = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let dir = tempfile::tempdir().unwrap();
         let admin = Client::new(&format!("http://{listen}"), None).unwrap();
-        let mut bed = Self { dir, admin, listen, shutdown: CancellationToken::new(), task: None };
+        let mut bed = Self { dir, admin, listen, jobs, shutdown: CancellationToken::new(), task: None };
         bed.run().await;
         bed
     }
@@ -44,7 +51,7 @@ impl Bed {
     async fn run(&mut self) {
         let config: Config = serde_json::from_value(json!({
             "data_dir": self.dir.path(), "listen": self.listen, "vip_pools": ["203.0.113.0/24"],
-            "location_lease_ms": LEASE_MS,
+            "location_lease_ms": LEASE_MS, "jobs": self.jobs,
         }))
         .unwrap();
         self.shutdown = CancellationToken::new();

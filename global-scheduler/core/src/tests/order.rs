@@ -131,6 +131,30 @@ fn a_window_is_predicted_only_for_as_many_as_it_has_room_for() {
     assert_eq!(outcome(&state).1, expected);
 }
 
+#[test]
+fn head_room_stays_free_and_little_use_is_off_peak() {
+    let mut state = machine(4_000, 64, 2);
+    state.job_limits = JobLimits { headroom_percent: 50, off_peak_below_percent: 0 };
+    let gpu = r#"{"resources": {"cpu": "100m", "gpu": {"count": 1}}}"#;
+    state.queue = (0..3).map(|index| work(&format!("c{index}"), "ants", "{}")).collect();
+    state.queue.extend((0..2).map(|index| work(&format!("g{index}"), "bees", gpu)));
+    // Two cores, one GPU: and the one that needs a GPU needs a bit of a core, too.
+    assert_eq!(placed(&state), ["c0", "g0"]);
+    let why = explain_job(&state, &"g1".parse().unwrap(), noon()).unwrap();
+    let words = "ams: with it, 2 of 2 GPUs would be reserved, and 50 % are kept free for deployments";
+    assert_eq!((why.refusals[0].reason, &*why.refusals[0].message), (ReasonCode::Headroom, words));
+
+    let night = r#"{"scheduling_policy": "off-peak"}"#;
+    state.queue = (0..4).map(|index| work(&format!("n{index}"), "ants", night)).collect();
+    assert_eq!(placed(&state), [""; 0]);
+    state.job_limits = JobLimits { headroom_percent: 0, off_peak_below_percent: 75 };
+    // The third would be 75 %, which isn't less.
+    assert_eq!(placed(&state), ["n0", "n1"]);
+    assert!(is_off_peak(&state.locations[&id("ams")], state.job_limits, noon()));
+    state.job_limits.off_peak_below_percent = 0;
+    assert!(!is_off_peak(&state.locations[&id("ams")], state.job_limits, noon()));
+}
+
 /// A fraction, and which of two is less.
 type Fraction = (u128, u128);
 
@@ -154,6 +178,12 @@ impl Sum {
 
     fn plus(self, other: Self) -> Self {
         Self { cpu: self.cpu + other.cpu, memory: self.memory + other.memory, gpus: self.gpus + other.gpus }
+    }
+
+    /// What is left of it for jobs.
+    fn less_headroom(self, percent: u8) -> Self {
+        let left = |all: u64| all - all * u64::from(percent) / 100;
+        Self { cpu: left(self.cpu), memory: left(self.memory), gpus: left(self.gpus) }
     }
 
     fn within(self, all: Self) -> bool {
@@ -261,13 +291,17 @@ fn expected(
     let held: BTreeMap<Team, Sum> =
         state.teams.iter().map(|(name, team)| (name.clone(), sum(team))).collect();
     let left = (0..state.queue.len()).collect();
+    let (limits, most) = (state.job_limits, all.less_headroom(state.job_limits.headroom_percent));
     let mut oracle = Oracle { state, all, used: Sum::default(), left, held };
     let (mut placed, mut waiting, mut rest) = (Vec::new(), Vec::new(), Vec::new());
     while let Some(index) = oracle.next() {
         let job = &state.queue[index];
-        let open = job.spec.scheduling_policy == anyplace_model::SchedulingPolicy::Anytime;
+        let then = oracle.used.plus(Sum::of(job));
+        let below = |used: u64, all: u64| used * 100 / all < u64::from(limits.off_peak_below_percent);
+        let open = job.spec.scheduling_policy == anyplace_model::SchedulingPolicy::Anytime
+            || (below(then.cpu, all.cpu) && below(then.memory, all.memory));
         let in_time = job.spec.deadline.is_none_or(|deadline| deadline > noon());
-        let fits = oracle.used.plus(Sum::of(job)).within(all);
+        let fits = then.within(most);
         if open && in_time && fits && oracle.quota_allows(&oracle.held, job) {
             oracle.used = oracle.used.plus(Sum::of(job));
             count(&mut oracle.held, job);
@@ -285,7 +319,7 @@ fn expected(
         let at = opens.filter(|opens| {
             waits_for_night
                 && job.spec.deadline.is_none_or(|deadline| *opens < deadline)
-                && oracle.used.plus(Sum::of(job)).within(all)
+                && oracle.used.plus(Sum::of(job)).within(most)
                 && oracle.quota_allows(&really, job)
         });
         if at.is_some() {
@@ -304,6 +338,10 @@ fn random(seed: &mut Seed) -> (State, Sum, Option<Timestamp>) {
         state.locations.get_mut(&id("ams")).unwrap().settings.off_peak = Some("20:00-21:00".parse().unwrap());
         "2026-11-24T20:00:00Z".parse().unwrap()
     });
+    state.job_limits = JobLimits {
+        headroom_percent: seed.pick(&[0, 0, 10, 25]),
+        off_peak_below_percent: seed.pick(&[0, 0, 40, 80]),
+    };
     let teams = ["ants", "bees", "cats"];
     for name in teams {
         if seed.one_in(3) {
