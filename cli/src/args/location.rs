@@ -1,6 +1,6 @@
 //! Arguments of `location`.
 
-use anyplace_model::{LocationId, OffPeakWindow};
+use anyplace_model::{LocationId, MachineId, OffPeakWindow};
 use clap::{Args, Subcommand};
 
 use super::OutputArg;
@@ -18,15 +18,29 @@ pub(crate) enum LocationCommand {
         /// The location
         name: LocationId,
     },
-    /// Place nothing new there
+    /// Place nothing new there, and let instances of deployments leave once others are ready elsewhere
     Drain {
         /// The location
         name: LocationId,
+        /// Only this machine of it
+        #[arg(long)]
+        machine: Option<MachineId>,
+    },
+    /// Place nothing new on a machine; what it has stays
+    Cordon {
+        /// The location
+        name: LocationId,
+        /// The machine
+        #[arg(long)]
+        machine: MachineId,
     },
     /// Place there again
     Undrain {
         /// The location
         name: LocationId,
+        /// Only this machine of it, drained or cordoned
+        #[arg(long)]
+        machine: Option<MachineId>,
     },
     /// Show how far locations are from each other: round trips as routers measured them, or estimated by distance
     Latency {

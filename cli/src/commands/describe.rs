@@ -221,6 +221,7 @@ fn location(record: &LocationRecord, capacity: Option<&CapacityView>, events: &[
     text.field("Name", &record.location);
     let settings = &record.settings;
     text.field("State", get::location_state(record.alive, settings.withdrawn, settings.draining));
+    text.optional("Closed machines", super::location::machines(settings));
     text.optional("Last report", record.last_report_ms.map(|ms| format!("{ms} ms ago")));
     text.optional("Scheduler", record.advertise.as_ref());
     if let Some(advert) = &record.advert {

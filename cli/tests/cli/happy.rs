@@ -295,10 +295,17 @@ fn settings_of_a_location_change_one_at_a_time() {
     home.run(&["location", "set", "ams", "--off-peak", "22:00:30-06:00"]).ok();
     home.run(&["location", "withdraw", "ams"]).ok();
     home.run(&["location", "drain", "ams"]).ok();
+    home.run(&["location", "cordon", "ams", "--machine", "ams-1"]).ok();
+    home.run(&["location", "drain", "ams", "--machine", "ams-2"]).ok();
+    let drained = home.run(&["location", "drain", "ams", "--machine", "ams-1"]);
+    assert!(drained.err.contains("machines ams-1 draining, ams-2 draining"), "{drained:?}");
+    assert!(home.run(&["describe", "location", "ams"]).ok().contains("ams-1 draining, ams-2 draining"));
     let settings = fake.state.settings.lock().unwrap().clone();
     assert!(settings.withdrawn && settings.draining && settings.off_peak.is_some());
     home.run(&["location", "set", "ams", "--no-off-peak"]).ok();
     home.run(&["location", "announce", "ams"]).ok();
+    home.run(&["location", "undrain", "ams", "--machine", "ams-1"]).ok();
+    home.run(&["location", "undrain", "ams", "--machine", "ams-2"]).ok();
     home.run(&["location", "undrain", "ams"]).ok();
     assert_eq!(*fake.state.settings.lock().unwrap(), anyplace_model::LocationSettings::default());
 }

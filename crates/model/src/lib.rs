@@ -27,8 +27,8 @@ pub use document::{Format, Problem as InvalidSpec, SpecError, parse_spec};
 pub use id::{DeploymentName, InstanceId, InvalidId, JobName, LocationId, MachineId, Team};
 pub use instance::{AttemptStatus, InstancePhase, InstanceStatus, JobPhase};
 pub use location::{
-    Advert, GpuBlock, LocationDesired, LocationRecord, LocationReport, LocationSettings, Placement,
-    PlacementStatus, Preemptible, RemoteBackend, RemoteRoute, vips,
+    Advert, GpuBlock, LocationDesired, LocationRecord, LocationReport, LocationSettings, MachineMode,
+    Placement, PlacementStatus, Preemptible, RemoteBackend, RemoteRoute, vips,
 };
 pub use machine::{Assignment, Condition, Gpu, ImageState, MachineDesired, MachineRecord, MachineReport};
 pub use moves::{MoveCause, MoveStatus, MoveStep};

@@ -110,6 +110,19 @@ pub struct LocationSettings {
     pub draining: bool,
     /// Replaces the off-peak window of the location's own configuration.
     pub off_peak: Option<OffPeakWindow>,
+    /// Machines that take nothing new; those that aren't in it are open.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub machines: BTreeMap<MachineId, MachineMode>,
+}
+
+/// What the operator set for a machine that takes nothing new.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MachineMode {
+    /// What it has stays.
+    Cordoned,
+    /// Instances of deployments leave once others are ready; jobs run to their end.
+    Draining,
 }
 
 /// A location as the API shows it.

@@ -11,12 +11,15 @@ use crate::{DeploymentName, InstanceId, MachineId};
 pub enum MoveCause {
     /// An instance of this deployment fits nowhere else.
     Room(DeploymentName),
+    /// An operator drains its machine.
+    Drain,
 }
 
 impl std::fmt::Display for MoveCause {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Room(newcomer) => write!(f, "makes room for {newcomer}"),
+            Self::Drain => write!(f, "leaves a machine that an operator drains"),
         }
     }
 }
@@ -25,7 +28,7 @@ impl std::fmt::Display for MoveCause {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum MoveStep {
-    /// The copy's place isn't free yet.
+    /// The copy's place isn't free yet, or isn't known.
     Waiting,
     /// The copy runs, and isn't ready yet.
     Starting,
@@ -46,8 +49,8 @@ pub struct MoveStatus {
     pub from: MachineId,
     /// The copy that takes its place, once it is there.
     pub copy: Option<InstanceId>,
-    /// The copy's machine.
-    pub to: MachineId,
+    /// The copy's machine, once it is known.
+    pub to: Option<MachineId>,
     /// How far it is.
     pub step: MoveStep,
     /// Why.

@@ -169,6 +169,9 @@ struct Present {
     withdrawn: BTreeMap<LocationId, u32>,
     /// Move away once others are ready.
     leaving: BTreeMap<LocationId, u32>,
+    /// The same, where a location has no room for what replaces them, and they serve on: an older generation, or on a machine
+    /// that is drained.
+    outgoing: BTreeMap<LocationId, u32>,
     /// Can't run where they were sent: refused there, or the location is lost.
     stranded: BTreeMap<LocationId, u32>,
 }
@@ -196,7 +199,9 @@ fn present(state: &State, deployment: &Deployment) -> Present {
         };
         part.insert(id.clone(), count);
         if refused > 0 && !leaves {
-            present.stranded.insert(id.clone(), refused);
+            let serving = share.ready.saturating_sub(count).min(refused);
+            present.outgoing.insert(id.clone(), serving);
+            present.stranded.insert(id.clone(), refused - serving);
         }
     }
     present
@@ -244,12 +249,22 @@ fn plan_one(
     let leaving = present.leaving.keys().collect();
     let hope = if missing > 0 { hope(state, name, deployment, &leaving, rooms, now) } else { None };
     let mut not_ready = wanted.saturating_sub(ready);
+    let mut stranded = missing - u32::from(hope.is_some());
     for (id, count) in present.leaving {
         let held = count.min(not_ready);
         not_ready -= held;
         *counts.entry(id).or_default() += held;
     }
-    let mut stranded = missing - u32::from(hope.is_some());
+    for (id, count) in present.outgoing {
+        // Where others go because they are too many, these do too.
+        let share = deployment.shares.get(&id).copied().unwrap_or_default();
+        let all_stay = counts.get(&id).copied().unwrap_or(0) >= share.count.saturating_sub(share.refused);
+        let held = if all_stay { count.min(not_ready) } else { 0 };
+        not_ready -= held;
+        stranded = stranded.saturating_sub(held);
+        *present.stranded.entry(id.clone()).or_default() += count - held;
+        *counts.entry(id).or_default() += held;
+    }
     // A location that reports may be making room; one that is lost comes back whether it is asked or not.
     let is_lost = |id: &LocationId| state.locations.get(id).is_none_or(|it| it.liveness == Liveness::Lost);
     let (lost, refused): (Vec<_>, Vec<_>) = present.stranded.into_iter().partition(|(id, _)| is_lost(id));

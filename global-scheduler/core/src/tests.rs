@@ -190,7 +190,8 @@ fn a_refused_instance_goes_elsewhere_and_waits_where_nothing_else_is_left() {
         let until = noon() + jiff::SignedDuration::from_secs(10);
         let refused = RefusedUntil { until, refusals: refusals.clone() };
         state.locations.get_mut(&id(at)).unwrap().refused.insert(name("hello"), refused);
-        state.deployments.get_mut(&name("hello")).unwrap().shares.get_mut(&id(at)).unwrap().refused = 1;
+        let share = state.deployments.get_mut(&name("hello")).unwrap().shares.get_mut(&id(at)).unwrap();
+        (share.refused, share.ready) = (1, 0);
     };
     refuse(&mut state, "ams");
     assert_eq!(counts(&state), pairs(&[("gru", 2), ("nrt", 1)]));
@@ -407,4 +408,27 @@ fn what_fits_only_in_sum_is_sent_where_room_may_be_made_one_location_after_the_o
     let later = until + jiff::SignedDuration::from_mins(1);
     state.locations.get_mut(&id("nrt")).unwrap().hopeless.insert(name("hello"), later);
     assert_eq!(plan(&state, until).hopes[&name("hello")], id("ams"), "after a while, once more");
+}
+
+#[test]
+fn what_a_location_replaces_elsewhere_serves_until_the_other_is_ready() {
+    let mut state = three(2);
+    let shares = &mut state.deployments.get_mut(&name("hello")).unwrap().shares;
+    // Both serve, one of them on a machine that is drained, and nothing else there has room.
+    shares.insert(id("ams"), Share { count: 2, reserved: 2, refused: 1, ready: 2 });
+    let refusal = Refusal { reason: ReasonCode::InsufficientCpu, count: 1, message: String::new() };
+    let refused = RefusedUntil { until: Timestamp::MAX, refusals: vec![refusal] };
+    state.locations.get_mut(&id("ams")).unwrap().refused.insert(name("hello"), refused);
+    let first = plan(&state, noon()).counts[&name("hello")].clone();
+    assert_eq!(first, BTreeMap::from([(id("ams"), 2), (id("gru"), 1)]));
+    let shares = &mut state.deployments.get_mut(&name("hello")).unwrap().shares;
+    shares.insert(id("gru"), Share { count: 1, reserved: 1, refused: 0, ready: 0 });
+    assert_eq!(plan(&state, noon()).counts[&name("hello")], first, "not ready yet");
+    let shares = &mut state.deployments.get_mut(&name("hello")).unwrap().shares;
+    shares.insert(id("gru"), Share { count: 1, reserved: 1, refused: 0, ready: 1 });
+    assert_eq!(plan(&state, noon()).counts[&name("hello")], BTreeMap::from([(id("ams"), 1), (id("gru"), 1)]));
+    // With no room anywhere it serves on.
+    state.locations.retain(|location, _| *location == id("ams"));
+    state.deployments.get_mut(&name("hello")).unwrap().shares.remove(&id("gru"));
+    assert_eq!(plan(&state, noon()).counts[&name("hello")], BTreeMap::from([(id("ams"), 2)]));
 }

@@ -18,6 +18,9 @@ use crate::{app::App, batch::Batch, latency, views};
 /// A report of 1,000 machines with some ten thousand instances is about half of it.
 const MAX_REPORT_BYTES: usize = 16 << 20;
 
+/// Machines that an operator may close in a location: as many as it may have.
+const MAX_MACHINES: usize = 4_096;
+
 fn unknown_location(name: &LocationId) -> Failure {
     Problem::new(ErrorCode::NotFound, format!("no location {name} has joined"))
         .fix("see `anyplace capacity`")
@@ -51,6 +54,16 @@ pub(super) async fn set(
     Name(name): Name<LocationId>,
     Json(settings): Json<LocationSettings>,
 ) -> Result<Json<LocationRecord>, Failure> {
+    if settings.machines.len() > MAX_MACHINES {
+        let text = format!(
+            "{} machines; at most {MAX_MACHINES} of a location can be closed",
+            settings.machines.len()
+        );
+        return Err(Problem::new(ErrorCode::InvalidRequest, text)
+            .field("machines")
+            .fix("drain the location, or forget machines that are gone with `anyplace location undrain`")
+            .into());
+    }
     let writer = app.writer().await;
     let batch = {
         let world = app.world();
@@ -59,8 +72,10 @@ pub(super) async fn set(
         if location.settings != settings {
             let off_peak = settings.off_peak.map_or("its own".into(), |window| window.to_string());
             let message = format!(
-                "set: withdrawn {}, draining {}, off-peak window {off_peak}",
-                settings.withdrawn, settings.draining
+                "set: withdrawn {}, draining {}, off-peak window {off_peak}, {} machines closed",
+                settings.withdrawn,
+                settings.draining,
+                settings.machines.len()
             );
             batch.event(EventSeverity::Normal, format!("location/{name}"), message);
             batch.put_settings(name.clone(), settings)?;

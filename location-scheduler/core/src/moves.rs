@@ -175,6 +175,13 @@ impl Moving {
         self.moves.iter().any(|step| step.instance == *instance)
     }
 
+    const fn newcomer(&self) -> Option<&DeploymentName> {
+        match &self.cause {
+            MoveCause::Room(name) => Some(name),
+            MoveCause::Drain => None,
+        }
+    }
+
     /// What is still to be taken, in the order of the moves.
     pub(crate) fn claims<'a>(&self, state: &'a State, copies: &Copies<'_>) -> Vec<Claim<'a>> {
         if !self.is_active() {
@@ -186,8 +193,7 @@ impl Moving {
             let (machine, gpus) = (step.machine.clone(), GpuSet::of(step.gpus.iter().copied()));
             Some(Claim { who: Some(held), machine, gpus, demand: made(&held.assignment) })
         });
-        let MoveCause::Room(name) = &self.cause;
-        let newcomer = state.placements.get(name).map(|placement| Claim {
+        let newcomer = self.newcomer().and_then(|name| state.placements.get(name)).map(|placement| Claim {
             who: None,
             machine: self.place.machine.clone(),
             gpus: GpuSet::of(self.place.gpus.iter().copied()),
@@ -199,21 +205,21 @@ impl Moving {
     fn fate(&self, state: &State, observed: &Observed<'_>, copies: &Copies<'_>) -> Fate {
         let policy = state.moves.policy;
         let since = |since_ms: u64, wait_ms: u64| state.now_ms >= since_ms.saturating_add(wait_ms);
-        let MoveCause::Room(name) = &self.cause;
-        if !self.is_wanted(state, name) {
+        if !self.newcomer().is_some_and(|name| self.is_wanted(state, name)) {
             return Fate::Ends;
         }
         if let Some(gave_up) = &self.gave_up {
             return if since(gave_up.at_ms, policy.ready_ms) { Fate::Ends } else { Fate::GoesOn };
         }
         let lost = |machine: &MachineId| state.machines.get(machine).is_none_or(|it| it.life == Life::Lost);
-        if state.settings.draining || lost(&self.place.machine) {
+        let closed = |machine: &MachineId| lost(machine) || state.settings.machines.contains_key(machine);
+        if state.settings.draining || closed(&self.place.machine) {
             return Fate::Ends;
         }
         for step in &self.moves {
             let held = state.reservations.get(&step.instance);
             let Some(held) = held.filter(|held| held.stage == Stage::Serving) else { continue };
-            if lost(&step.machine) || !is_as_wanted(state, held) {
+            if closed(&step.machine) || !is_as_wanted(state, held) {
                 return Fate::Ends;
             }
             let copy = copies.get(&step.instance).filter(|copy| !observed.ready(copy));
@@ -276,5 +282,5 @@ pub(crate) fn made(assignment: &Assignment) -> Demand<'_> {
 /// Whether an instance made now would be the same.
 fn is_as_wanted(state: &State, held: &Reservation) -> bool {
     let placement = held.deployment().and_then(|name| state.placements.get(name));
-    placement.is_some_and(|placement| held.satisfies(placement))
+    placement.is_some_and(|placement| held.satisfies(placement) && !state.leaves(held))
 }

@@ -8,7 +8,8 @@ use std::{
 };
 
 use anyplace_model::{
-    Bytes, DeploymentName, ImageState, Isolation, MachineId, MachineReport, MilliCpu, ReasonCode, Resources,
+    Bytes, DeploymentName, ImageState, Isolation, MachineId, MachineMode, MachineReport, MilliCpu,
+    ReasonCode, Resources,
 };
 
 use crate::{
@@ -431,6 +432,13 @@ fn closed(state: &State, name: &MachineId, machine: &Machine) -> Option<Misfit> 
     }
     if state.settings.draining {
         return Some(Misfit::because(ReasonCode::Draining, "the location is draining"));
+    }
+    if let Some(mode) = state.settings.machines.get(name) {
+        let what = match mode {
+            MachineMode::Cordoned => "cordoned",
+            MachineMode::Draining => "draining",
+        };
+        return Some(Misfit::because(ReasonCode::Draining, format!("an operator has machine {name} {what}")));
     }
     if let Some(condition) = machine.report.conditions.first() {
         return Some(Misfit::because(condition.reason, condition.message.clone()));

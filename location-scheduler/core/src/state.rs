@@ -7,7 +7,8 @@ use std::{
 
 use anyplace_model::{
     Assignment, AttemptId, Away, DeploymentName, InstanceId, InstanceStatus, JobSpec, LocationId,
-    LocationSettings, MachineId, MachineReport, OffPeakWindow, Placement, Prewarm, RemoteRoute, Workload,
+    LocationSettings, MachineId, MachineMode, MachineReport, OffPeakWindow, Placement, Prewarm, RemoteRoute,
+    Workload,
 };
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -51,6 +52,13 @@ pub struct State {
     pub warm: BTreeMap<MachineId, BTreeMap<String, u8>>,
     /// Instances that move to other machines.
     pub moves: Moves,
+}
+
+impl State {
+    /// Whether an instance is to leave its machine, which an operator drains.
+    pub(crate) fn leaves(&self, held: &Reservation) -> bool {
+        self.settings.machines.get(&held.machine) == Some(&MachineMode::Draining)
+    }
 }
 
 /// How long the steps of an ending take.

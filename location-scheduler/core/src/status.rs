@@ -6,8 +6,8 @@ use std::{
 };
 
 use anyplace_model::{
-    AttemptStatus, ImageState, InstancePhase, InstanceStatus, MachineDesired, MachineId, MoveStatus,
-    MoveStep, PRIORITY_AWAITED, PlacementStatus, ReasonCode, Refusal,
+    AttemptStatus, ImageState, InstancePhase, InstanceStatus, MachineDesired, MachineId, MoveCause,
+    MoveStatus, MoveStep, PRIORITY_AWAITED, PlacementStatus, ReasonCode, Refusal,
 };
 
 use crate::{
@@ -126,36 +126,42 @@ pub fn placement_statuses(state: &State, plan: &Plan) -> Vec<PlacementStatus> {
 pub fn move_statuses(state: &State) -> Vec<MoveStatus> {
     let copies = copies(state);
     let (mut statuses, observed) = (Vec::new(), Observed::new(state));
-    let mut add =
-        |held: &Reservation, replaced: &Replaced, to: &MachineId, copy: Option<&Reservation>, step| {
-            let Some(deployment) = held.deployment() else { return };
-            let (instance, from, cause) = (&replaced.instance, &replaced.machine, &replaced.cause);
-            let name = copy.map(|copy| copy.assignment.instance.clone());
-            let how = match (&name, step) {
-                (Some(name), MoveStep::Starting) => format!("{name} is starting there"),
-                (Some(name), MoveStep::Draining) => {
-                    format!("{name} serves there, and {instance} is draining")
-                }
-                (Some(name), MoveStep::Done) => format!("{name} took its place"),
-                _ => "waits until its place is free".into(),
-            };
-            statuses.push(MoveStatus {
-                deployment: deployment.clone(),
-                instance: instance.clone(),
-                from: from.clone(),
-                copy: name,
-                to: to.clone(),
-                step,
-                cause: cause.clone(),
-                message: format!("{instance} from {from} to {to}, {cause}: {how}"),
-            });
+    let mut add = |held: &Reservation,
+                   replaced: &Replaced,
+                   to: Option<&MachineId>,
+                   copy: Option<&Reservation>,
+                   step| {
+        let Some(deployment) = held.deployment() else { return };
+        let (instance, from, cause) = (&replaced.instance, &replaced.machine, &replaced.cause);
+        let name = copy.map(|copy| copy.assignment.instance.clone());
+        let how = match (&name, step) {
+            (Some(name), MoveStep::Starting) => format!("{name} is starting there"),
+            (Some(name), MoveStep::Draining) => {
+                format!("{name} serves there, and {instance} is draining")
+            }
+            (Some(name), MoveStep::Done) => format!("{name} took its place"),
+            _ => "waits until its place is free".into(),
         };
+        statuses.push(MoveStatus {
+            deployment: deployment.clone(),
+            instance: instance.clone(),
+            from: from.clone(),
+            copy: name,
+            to: to.cloned(),
+            step,
+            cause: cause.clone(),
+            message: match to {
+                Some(to) => format!("{instance} from {from} to {to}, {cause}: {how}"),
+                None => format!("{instance} on {from} {cause}: it goes once another is ready"),
+            },
+        });
+    };
     for (cause, moving) in state.moves.under_way.iter().filter(|(_, moving)| moving.is_active()) {
         for claim in moving.claims(state, &copies) {
             let Some(held) = claim.who else { continue };
             let instance = held.assignment.instance.clone();
             let replaced = Replaced { instance, machine: held.machine.clone(), cause: cause.clone() };
-            add(held, &replaced, &claim.machine, None, MoveStep::Waiting);
+            add(held, &replaced, Some(&claim.machine), None, MoveStep::Waiting);
         }
     }
     for copy in copies.values() {
@@ -166,7 +172,13 @@ pub fn move_statuses(state: &State) -> Vec<MoveStatus> {
             Some(Stage::Serving) => MoveStep::Starting,
             Some(_) => MoveStep::Draining,
         };
-        add(copy, replaced, &copy.machine, Some(copy), step);
+        add(copy, replaced, Some(&copy.machine), Some(copy), step);
+    }
+    let serving = state.reservations.values().filter(|held| held.stage == Stage::Serving);
+    for held in serving.filter(|held| state.leaves(held)) {
+        let instance = held.assignment.instance.clone();
+        let replaced = Replaced { instance, machine: held.machine.clone(), cause: MoveCause::Drain };
+        add(held, &replaced, None, None, MoveStep::Waiting);
     }
     statuses
 }

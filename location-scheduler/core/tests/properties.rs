@@ -11,8 +11,13 @@ mod oracle;
 mod world;
 
 use anyplace_location_core::{Limits, plan_room};
+use anyplace_model::MachineMode;
 use proptest::prelude::*;
 use world::{Op, World};
+
+fn mode() -> impl Strategy<Value = Option<MachineMode>> {
+    prop_oneof![Just(None), Just(Some(MachineMode::Cordoned)), Just(Some(MachineMode::Draining))]
+}
 
 fn op() -> impl Strategy<Value = Op> {
     let (machine, name) = (0..4_usize, 0..3_usize);
@@ -31,8 +36,9 @@ fn op() -> impl Strategy<Value = Op> {
         3 => (0..4_usize, 0..8_usize).prop_map(|(job, shape)| Op::Submit(job, shape)),
         2 => (0..4_usize).prop_map(Op::Forget),
         2 => machine.clone().prop_map(Op::Finish),
-        2 => machine.prop_map(Op::Fetch),
+        2 => machine.clone().prop_map(Op::Fetch),
         1 => any::<bool>().prop_map(Op::DrainLocation),
+        2 => (machine, mode()).prop_map(|(m, mode)| Op::Close(m, mode)),
     ]
 }
 

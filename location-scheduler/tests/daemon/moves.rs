@@ -1,6 +1,8 @@
 //! Room that is made by moving other instances.
 
-use anyplace_model::{LocationReport, MoveStep, Placement, ReasonCode};
+use anyplace_model::{
+    LocationReport, LocationSettings, MachineMode, MoveCause, MoveStep, Placement, ReasonCode,
+};
 
 use crate::{
     SOON,
@@ -50,7 +52,7 @@ async fn room_is_made_without_a_gap_even_across_a_restart() {
     bed.want("big", big());
     let report = bed.global.until(SOON, |r| is_making_room(r) && step(r) == Some(MoveStep::Starting)).await;
     let moved = report.moves[0].clone();
-    assert_eq!((moved.from.as_str(), moved.to.as_str()), ("m1", "m2"));
+    assert_eq!((moved.from.as_str(), moved.to.unwrap().as_str()), ("m1", "m2"));
     assert!(moved.message.contains("makes room for big"), "{}", moved.message);
     bed.until(SOON, "the copy runs", |bed| bed.machine("m2").running().len() == 1).await;
 
@@ -97,5 +99,31 @@ async fn a_copy_that_never_gets_ready_is_given_up_with_the_reason() {
     };
     bed.global.until(SOON, said).await;
     bed.until(SOON, "the copy is gone", |bed| bed.running() == before).await;
+    bed.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_is_drained_without_a_gap_and_taken_back() {
+    let bed = Bed::start(&["m1", "m2"]).await;
+    bed.want("hello", placement("hello", 1, 2, ""));
+    let routes = bed.routes();
+    routes.until(SOON, |r| r.ready(SMALL) == 2).await;
+    routes.forget_lows();
+    // What is to take over isn't ready at first.
+    bed.machine("m2").set_ready(false);
+    routes.until(SOON, |r| r.ready(SMALL) == 1).await;
+    let machines = [("m1".parse().unwrap(), MachineMode::Draining)].into();
+    bed.settings(LocationSettings { machines, ..LocationSettings::default() });
+    let leaving = |r: &LocationReport| r.moves.iter().any(|it| it.cause == MoveCause::Drain);
+    let report = bed.global.until(SOON, leaving).await;
+    assert_eq!((report.moves[0].from.as_str(), report.moves[0].step), ("m1", MoveStep::Waiting));
+    bed.until(SOON, "m2 has two", |bed| bed.machine("m2").running().len() == 2).await;
+    assert_eq!(bed.machine("m1").running().len(), 1);
+    bed.machine("m2").set_ready(true);
+    bed.until(SOON, "m1 is empty", |bed| bed.machine("m1").running().is_empty()).await;
+    assert_eq!((routes.now().ready(SMALL), routes.lowest(SMALL)), (2, 1), "the one on m1 served to the end");
+    bed.settings(LocationSettings::default());
+    bed.want("hello", placement("hello", 1, 3, ""));
+    bed.until(SOON, "m1 takes again", |bed| bed.machine("m1").running().len() == 1).await;
     bed.stop().await;
 }

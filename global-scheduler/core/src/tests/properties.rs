@@ -80,7 +80,7 @@ prop_compose! {
                 // Nothing is on its way: the oracle adds up without knowing what else needs room.
                 let refused = refused.min(count);
                 let reserved = count - refused;
-                let share = Share { count, reserved, refused, ready: ready.min(reserved) };
+                let share = Share { count, reserved, refused, ready: ready.min(count) };
                 (id(&format!("l{index}")), share)
             },
         ).collect();

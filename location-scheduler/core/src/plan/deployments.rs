@@ -4,6 +4,8 @@
 //! without it. Where there is no room, an old one goes first, one at a time, and only if a new one fits in its place;
 //! so a generation that fits nowhere, or never gets ready, leaves the old one serving.
 //!
+//! Instances on machines that an operator drains are replaced like those of an older generation.
+//!
 //! An instance that moves and its copy count as one until the copy is ready; then the old one goes if as many are ready
 //! without it.
 
@@ -26,7 +28,7 @@ struct Group<'a> {
     current: Vec<&'a Reservation>,
     /// Started to take the place of one of those.
     copies: Vec<&'a Reservation>,
-    /// Of an older spec.
+    /// Of an older spec, or on a machine that is to be left.
     old: Vec<&'a Reservation>,
     /// Draining, or being removed.
     leaving: Vec<&'a Reservation>,
@@ -75,6 +77,7 @@ impl<'a> Planner<'a> {
             let group = groups.entry(deployment).or_default();
             let satisfies =
                 state.placements.get(deployment).is_some_and(|placement| held.satisfies(placement));
+            let satisfies = satisfies && !state.leaves(held);
             match held.stage {
                 Stage::Serving if satisfies && held.replaces.is_some() => group.copies.push(held),
                 Stage::Serving if satisfies => group.current.push(held),
@@ -117,6 +120,8 @@ impl<'a> Planner<'a> {
             .current
             .iter()
             .chain(&group.copies)
+            // Those that leave their machine, not for what they are.
+            .chain(group.old.iter().filter(|held| held.satisfies(placement)))
             .filter(|held| held.generation != placement.generation || held.vip6 != placement.vip6);
         let adopted = outdated.map(|held| (held.assignment.instance.clone(), placement.generation));
         self.plan.adoptions.extend(adopted);

@@ -183,7 +183,7 @@ fn whole<'a>(
         };
         let (count, current) = ready.entry(name).or_insert((0, true));
         *count += u32::from(observed.ready(held));
-        *current &= held.satisfies(placement);
+        *current &= held.satisfies(placement) && !state.leaves(held);
     }
     let is_whole = |(name, (ready, current)): (&'a DeploymentName, (u32, bool))| {
         let wanted = state.placements.get(name).map(|placement| placement.count);

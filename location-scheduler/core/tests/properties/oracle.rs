@@ -6,8 +6,8 @@ use anyplace_location_core::{
     InstanceMove, Life, Limits, Plan, Reservation, Stage, State, plan, plan_room, plan_tidying, routes,
 };
 use anyplace_model::{
-    Assignment, DeploymentName, InstancePhase, Isolation, MachineId, MachineReport, MoveCause, ReasonCode,
-    Resources, RouteRecord,
+    Assignment, DeploymentName, InstancePhase, Isolation, MachineId, MachineMode, MachineReport, MoveCause,
+    ReasonCode, Resources, RouteRecord,
 };
 use proptest::{prelude::*, test_runner::TestCaseError};
 
@@ -93,7 +93,7 @@ fn kept(state: &State) -> Vec<(MachineId, Assignment)> {
                 kept.push((step.machine.clone(), new));
             }
         }
-        let MoveCause::Room(newcomer) = &moving.cause;
+        let MoveCause::Room(newcomer) = &moving.cause else { continue };
         let isolation = state.placements[newcomer].spec.isolation;
         let mut new = probe(&moving.place.resources, isolation, Ipv4Addr::UNSPECIFIED);
         new.gpus = moving.place.gpus.clone();
@@ -128,7 +128,9 @@ pub(crate) fn under_way(before: &State, after: &State) -> Verdict {
     prop_assert!(records.iter().filter(|(_, moving)| moving.gave_up.is_none()).count() <= 4);
     for (cause, moving) in &records {
         prop_assert!((1..=3).contains(&moving.moves.len()) && **cause == moving.cause);
-        let MoveCause::Room(newcomer) = cause;
+        let MoveCause::Room(newcomer) = cause else {
+            return Err(TestCaseError::fail("no cause for a record"));
+        };
         let Some(placement) = after.placements.get(newcomer) else {
             return Err(TestCaseError::fail(format!("{newcomer} isn't wanted, and others move for it")));
         };
@@ -229,7 +231,8 @@ fn takes(
         let held = on(state, name);
         let kept: Vec<&Assignment> = kept.iter().filter(|(at, _)| at == name).map(|(_, it)| it).collect();
         let stranger = machine.report.instances.iter().any(|s| !state.reservations.contains_key(&s.instance));
-        if machine.life != Life::Alive || state.settings.draining || stranger {
+        let closed = state.settings.draining || state.settings.machines.contains_key(name);
+        if machine.life != Life::Alive || closed || stranger {
             return false;
         }
         let Some(address) = machine
@@ -297,7 +300,7 @@ pub(crate) fn judge(before: &State, plan: &Plan, after: &State) -> Verdict {
     }
     for start in &plan.starts {
         prop_assert_eq!(before.machines[&start.machine].life, Life::Alive);
-        prop_assert!(!before.settings.draining);
+        prop_assert!(!before.settings.draining && !before.settings.machines.contains_key(&start.machine));
     }
     let machines = after.machines.len() as u32;
     let counted = |refusals: &[anyplace_model::Refusal]| {
@@ -314,7 +317,10 @@ pub(crate) fn judge(before: &State, plan: &Plan, after: &State) -> Verdict {
         let verdict = &plan.placements[name];
         let held: Vec<_> = of(after, name).collect();
         let serving = |h: &&&Reservation| h.stage == Stage::Serving && !is_extra(after, h);
-        let current = held.iter().filter(serving).filter(|h| h.generation == placement.generation).count();
+        let leaves =
+            |h: &Reservation| after.settings.machines.get(&h.machine) == Some(&MachineMode::Draining);
+        let stay = held.iter().filter(serving).filter(|h| !leaves(h));
+        let current = stay.filter(|h| h.generation == placement.generation).count();
         let missing = placement.count.saturating_sub(current as u32);
         prop_assert!(current as u32 <= placement.count, "{name} has {current} of {}", placement.count);
         prop_assert_eq!((verdict.generation, verdict.count), (placement.generation, placement.count));

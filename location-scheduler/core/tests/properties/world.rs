@@ -10,7 +10,8 @@ use anyplace_location_core::{
 };
 use anyplace_model::{
     Assignment, AttemptId, Bytes, Gpu, ImageState, InstanceId, InstancePhase, InstanceStatus, Isolation,
-    LocationSettings, MachineDesired, MachineId, MachineReport, MilliCpu, Placement, Spec, Workload,
+    LocationSettings, MachineDesired, MachineId, MachineMode, MachineReport, MilliCpu, Placement, Spec,
+    Workload,
 };
 
 /// What happens.
@@ -42,6 +43,8 @@ pub(crate) enum Op {
     /// The machine gets the images that it was told to have.
     Fetch(usize),
     DrainLocation(bool),
+    /// The operator closes a machine, or opens it again.
+    Close(usize, Option<MachineMode>),
 }
 
 /// A container as the agent has it.
@@ -232,6 +235,10 @@ impl World {
                 }
             }
             Op::DrainLocation(draining) => self.state.settings.draining = draining,
+            Op::Close(index, Some(mode)) => {
+                self.state.settings.machines.insert(machine_id(index), mode);
+            }
+            Op::Close(index, None) => drop(self.state.settings.machines.remove(&machine_id(index))),
         }
     }
 
@@ -248,7 +255,7 @@ impl World {
 
     /// Everything works again, for long enough.
     pub(crate) fn heal(&mut self) {
-        self.state.settings.draining = false;
+        self.state.settings = LocationSettings::default();
         for agent in self.agents.values_mut() {
             agent.silent = false;
         }
