@@ -116,9 +116,9 @@ async fn report(
         return Err(Problem::new(ErrorCode::Conflict, detail).field("instance_cidr").fix(fix).into());
     }
     if live.hear(report, Instant::now(), now_ms()) == Heard::Changed {
-        // At once, before any disk: a container that stopped answering gets no further connection.
-        scheduler.publish_routes(&live);
         drop(live);
+        // At once, before any disk: a container that stopped answering gets no further connection.
+        scheduler.rerouted.notify_one();
         scheduler.reconcile.notify_one();
         scheduler.report.notify_one();
     }

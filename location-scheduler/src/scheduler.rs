@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
@@ -40,6 +40,8 @@ pub(crate) struct Scheduler {
     pub(crate) disk: Disk,
     /// Wakes the reconcile loop. It never says why: the loop looks at everything.
     pub(crate) reconcile: Notify,
+    /// Has the routes computed and published.
+    pub(crate) rerouted: Notify,
     /// Wakes the report to the global scheduler.
     pub(crate) report: Notify,
     /// Wakes the choice of what goes to other locations.
@@ -148,6 +150,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     tasks.spawn(serve(listen, http::router(scheduler.clone()), shutdown.clone()));
     tasks.spawn(clock(scheduler.clone()));
     tasks.spawn(reconcile::run(scheduler.clone()));
+    tasks.spawn(reroute(scheduler.clone()));
     tasks.spawn(choice::run(scheduler.clone()));
     tasks.spawn(upstream::watch(scheduler.clone()));
     tasks.spawn(upstream::report(scheduler));
@@ -208,6 +211,7 @@ async fn open(config: Config, shutdown: CancellationToken) -> anyhow::Result<Sch
         config,
         disk,
         reconcile: Notify::new(),
+        rerouted: Notify::new(),
         report: Notify::new(),
         granted: Notify::new(),
         epoch: unix_epoch(),
@@ -222,6 +226,22 @@ async fn open(config: Config, shutdown: CancellationToken) -> anyhow::Result<Sch
     scheduler.publish_routes(&live);
     drop(live);
     Ok(scheduler)
+}
+
+/// Publishes the routes after machines' reports. Reports that come meanwhile are published together, and half of the time is
+/// left to others: in a large location this takes longer than the time between two reports.
+async fn reroute(scheduler: Arc<Scheduler>) -> anyhow::Result<()> {
+    let mut pause = Duration::ZERO;
+    loop {
+        tokio::time::sleep(pause).await;
+        tokio::select! {
+            () = scheduler.rerouted.notified() => {}
+            () = scheduler.shutdown.cancelled() => return Ok(()),
+        }
+        let begun = Instant::now();
+        scheduler.publish_routes(&scheduler.live());
+        pause = begun.elapsed();
+    }
 }
 
 /// Lets leases expire at the moment when they do.

@@ -3,13 +3,13 @@
 mod moving;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::Ipv4Addr,
 };
 
 use anyplace_model::{
-    Bytes, DeploymentName, ImageState, Isolation, MachineId, MachineMode, MachineReport, MilliCpu,
-    ReasonCode, Resources,
+    Bytes, DeploymentName, ImageState, InstanceId, Isolation, MachineId, MachineMode, MachineReport,
+    MilliCpu, ReasonCode, Resources,
 };
 
 use crate::{
@@ -141,51 +141,52 @@ impl<'a> Rooms<'a> {
     }
 
     fn taken(state: &'a State, models: ModelNumbers<'a>, mix: Mix) -> Self {
-        let mut rooms = Self::empty(state, models, mix);
-        let holding = |held: &&Reservation| held.stage != Stage::Preempted;
-        state.reservations.values().filter(holding).for_each(|held| rooms.hold(held));
-        rooms
-    }
-
-    fn empty(state: &'a State, models: ModelNumbers<'a>, mix: Mix) -> Self {
-        let mut packer = Packer::new(mix);
-        let rooms = state
-            .machines
-            .iter()
-            .map(|(name, machine)| {
-                let report = &machine.report;
-                let gpu =
-                    |gpu: &anyplace_model::Gpu| Gpu::new(models.number(&gpu.model), signed(gpu.memory.0));
-                let place = packer.add(Free {
-                    cpu: signed(report.cpu.0),
-                    memory: signed(report.memory.0),
-                    disk: signed(report.disk.0),
-                    gpus: report.gpus.iter().map(gpu).collect(),
-                    all_cpu: signed(report.cpu.0),
-                });
+        let reserved: HashMap<&InstanceId, &MachineId> =
+            state.reservations.values().map(|held| (&held.assignment.instance, &held.machine)).collect();
+        let empty = |(name, machine): (&'a MachineId, &'a Machine)| {
+            let report = &machine.report;
+            let gpu = |gpu: &anyplace_model::Gpu| Gpu::new(models.number(&gpu.model), signed(gpu.memory.0));
+            let free = Free {
+                cpu: signed(report.cpu.0),
+                memory: signed(report.memory.0),
+                disk: signed(report.disk.0),
+                gpus: report.gpus.iter().map(gpu).collect(),
+                all_cpu: signed(report.cpu.0),
+            };
+            let room = Room {
+                name,
+                report,
+                place: 0,
+                closed: closed(state, name, machine, &reserved),
                 // Also what the machine has without our knowing: an address is free when nothing answers there.
-                let addresses = report.instances.iter().map(|status| status.address).collect();
-                let closed = closed(state, name, machine);
-                let deployments = BTreeMap::new();
-                let (next_address, claimed) = (None, 0);
-                let mut room =
-                    Room { name, report, place, closed, addresses, next_address, claimed, deployments };
+                addresses: report.instances.iter().map(|status| status.address).collect(),
+                next_address: None,
+                claimed: 0,
+                deployments: BTreeMap::new(),
+            };
+            (name, (free, room))
+        };
+        let mut rooms: BTreeMap<&MachineId, (Free, Room<'a>)> = state.machines.iter().map(empty).collect();
+        for held in state.reservations.values().filter(|held| held.stage != Stage::Preempted) {
+            let Some((free, room)) = rooms.get_mut(&held.machine) else { continue };
+            let assignment = &held.assignment;
+            free.take(&models.ask(&assignment.resources), GpuSet::of(assignment.gpus.iter().copied()));
+            room.addresses.insert(assignment.address);
+            if let Some(deployment) = held.deployment().filter(|_| held.stage == Stage::Serving) {
+                room.count(deployment, held.generation);
+            }
+        }
+        // The packer looks at each machine once, when it is as full as it is.
+        let mut packer = Packer::new(mix);
+        let rooms = rooms
+            .into_iter()
+            .map(|(name, (free, mut room))| {
+                room.place = packer.add(free);
                 room.find_address();
                 (name, room)
             })
             .collect();
         Self { rooms, packer, models }
-    }
-
-    fn hold(&mut self, reservation: &'a Reservation) {
-        let Some(room) = self.rooms.get_mut(&reservation.machine) else { return };
-        let assignment = &reservation.assignment;
-        let ask = self.models.ask(&assignment.resources);
-        self.packer.take(room.place, &ask, GpuSet::of(assignment.gpus.iter().copied()));
-        room.occupy(assignment.address);
-        if let Some(deployment) = reservation.deployment().filter(|_| reservation.stage == Stage::Serving) {
-            room.count(deployment, reservation.generation);
-        }
     }
 
     /// All of them.
@@ -209,6 +210,13 @@ impl<'a> Rooms<'a> {
         for room in rooms.values() {
             take(room, room.fit(packer, models, demand, &ask));
         }
+    }
+
+    /// Whether something fits on this machine.
+    pub(crate) fn fits(&mut self, machine: &MachineId, demand: Demand<'_>) -> bool {
+        let ask = self.models.ask(demand.resources);
+        let Self { rooms, packer, models } = self;
+        rooms.get(machine).is_some_and(|room| room.fit(packer, models, demand, &ask).is_ok())
     }
 
     /// Takes room.
@@ -250,6 +258,11 @@ impl<'a> Rooms<'a> {
         let (cost, left) = (Cost::default(), (free.memory, free.cpu));
         let slot = Slot { gpus: claim.gpus.iter().collect(), address: room.next_address?, cost, left };
         (has_address && free.fits_on(&ask, claim.gpus)).then_some(slot)
+    }
+
+    /// Whether a deployment has an instance on this machine.
+    pub(crate) fn has(&self, machine: &MachineId, deployment: &DeploymentName) -> bool {
+        self.rooms.get(machine).is_some_and(|room| room.deployments.contains_key(deployment))
     }
 
     /// Counts an instance for the spread.
@@ -426,7 +439,12 @@ fn signed(value: u64) -> i64 {
 }
 
 /// Why a machine takes nothing at all.
-fn closed(state: &State, name: &MachineId, machine: &Machine) -> Option<Misfit> {
+fn closed(
+    state: &State,
+    name: &MachineId,
+    machine: &Machine,
+    reserved: &HashMap<&InstanceId, &MachineId>,
+) -> Option<Misfit> {
     if machine.life != Life::Alive {
         return Some(Misfit::because(ReasonCode::Lost, ""));
     }
@@ -447,7 +465,7 @@ fn closed(state: &State, name: &MachineId, machine: &Machine) -> Option<Misfit> 
         .report
         .instances
         .iter()
-        .find(|status| state.reservations.get(&status.instance).is_none_or(|held| held.machine != *name));
+        .find(|status| reserved.get(&status.instance).is_none_or(|machine| *machine != name));
     // A machine that came back still runs what was replaced meanwhile, and nobody knows how much room that takes.
     stranger.map(|status| {
         let note = format!("machine {name} is still ending {}, which runs elsewhere by now", status.instance);

@@ -203,27 +203,22 @@ impl Reservation {
 /// What is observed of the instances that hold a reservation.
 #[derive(Debug)]
 pub(crate) struct Observed<'a> {
-    statuses: HashMap<&'a InstanceId, &'a InstanceStatus>,
+    /// Only the machine that has the reservation may speak for the instance.
+    statuses: HashMap<(&'a MachineId, &'a InstanceId), &'a InstanceStatus>,
     machines: &'a BTreeMap<MachineId, Machine>,
 }
 
 impl<'a> Observed<'a> {
     pub(crate) fn new(state: &'a State) -> Self {
-        let statuses = state
-            .machines
-            .iter()
-            .flat_map(|(name, machine)| machine.report.instances.iter().map(move |status| (name, status)))
-            .filter(|(name, status)| {
-                // Only the machine that has the reservation may speak for the instance.
-                state.reservations.get(&status.instance).is_some_and(|held| held.machine == **name)
-            })
-            .map(|(_, status)| (&status.instance, status))
-            .collect();
+        let of = |(name, machine): (&'a MachineId, &'a Machine)| {
+            machine.report.instances.iter().map(move |status| ((name, &status.instance), status))
+        };
+        let statuses = state.machines.iter().flat_map(of).collect();
         Self { statuses, machines: &state.machines }
     }
 
     pub(crate) fn status(&self, reservation: &Reservation) -> Option<&'a InstanceStatus> {
-        self.statuses.get(&reservation.assignment.instance).copied()
+        self.statuses.get(&(&reservation.machine, &reservation.assignment.instance)).copied()
     }
 
     /// A machine that was forgotten is as good as lost.
