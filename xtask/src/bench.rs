@@ -11,6 +11,7 @@ mod registry;
 mod report;
 mod router;
 mod sample;
+mod schedule;
 mod server;
 mod upload;
 
@@ -30,6 +31,7 @@ pub(crate) const BENCHES: &[(&str, &str)] = &[
     ("registry", "push, pull, manifests and memory of the registry, beside docker-registry"),
     ("router", "the data plane's cost for a packet, tables at scale, updates, memory"),
     ("packing", "how much of a trace's GPUs the schedulers fill, beside the published figure"),
+    ("schedule", "how long decisions take, and how many placements a second reach the machines"),
     ("images", "packing, pulling, mounting and prewarming, beside skopeo, podman and containerd"),
 ];
 
@@ -41,6 +43,7 @@ pub(crate) fn run(words: &[&str]) -> Result<ExitCode> {
         "registry" => registry::run(&mut report, only)?,
         "router" => router::run(&mut report, only)?,
         "packing" => packing::run(&mut report, nodes, pods)?,
+        "schedule" => schedule::run(&mut report, only)?,
         "images" => images::run(&mut report, only)?,
         _ => {
             let names: Vec<_> = BENCHES.iter().map(|(name, _)| *name).collect();
@@ -141,6 +144,26 @@ pub(crate) fn require(programs: &[(&str, &str)]) -> Result<()> {
         return Ok(());
     }
     bail!("this bench needs peers that are missing; run: apt-get install --yes {}", packages.join(" "))
+}
+
+/// Builds a measuring program: an example of a crate.
+pub(crate) fn example(package: &str, name: &str) -> Result<PathBuf> {
+    let mut build = shell::cargo(&["build", "--release", "--quiet"])?;
+    eprintln!("building {name} in release");
+    let status = build.args(["-p", package, "--example", name]).status().context("start cargo")?;
+    ensure!(status.success(), "the release build of {name} failed");
+    Ok(shell::root()?.join("target/release/examples").join(name))
+}
+
+/// Measures a fleet of schedulers in a folder that doesn't exist yet.
+pub(crate) fn measure_fleet(what: &str, folder: &Path, etcd: Option<&str>) -> Result<BTreeMap<String, f64>> {
+    let binary = release_build()?.join("anyplace").display().to_string();
+    let program = example("anyplace-location-scheduler", "fleet-bench")?;
+    std::fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
+    let folder = folder.display().to_string();
+    let mut words = vec![what, &binary, &folder];
+    words.extend(etcd);
+    measure_lines(&program, &words)
 }
 
 /// Runs a measuring program that prints lines such as `{"figure":"load_seconds","value":2.1}`; its figures by name.

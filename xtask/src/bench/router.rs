@@ -8,13 +8,11 @@
 //! binary's global scheduler.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
 use super::report::Op;
-use super::{Report, WorkDir, measure_lines, release_build, wanted};
-use crate::shell;
+use super::{Report, WorkDir, example, measure_fleet, measure_lines, wanted};
 
 const PARTS: &[&str] = &["forward", "load", "instructions", DISSEMINATION];
 const EXAMPLE: &str = "router-bench";
@@ -74,7 +72,7 @@ pub(crate) fn run(report: &mut Report, only: Option<&str>) -> Result<()> {
             continue;
         }
         // A process each: the memory of one part must not count in another.
-        let program = build("anyplace-state-router", EXAMPLE)?;
+        let program = example("anyplace-state-router", EXAMPLE)?;
         values.extend(measure_lines(&program, &[part]).context("it must run as root")?);
     }
     for (key, name, unit, target, peer) in ROWS {
@@ -115,20 +113,6 @@ pub(crate) fn run(report: &mut Report, only: Option<&str>) -> Result<()> {
 
 /// What a change of health comes to on its way.
 fn dissemination() -> Result<BTreeMap<String, f64>> {
-    let binary = release_build()?.join("anyplace");
-    let program = build("anyplace-location-scheduler", DISSEMINATION)?;
     let folder = WorkDir::new(DISSEMINATION)?;
-    let fleet = folder.join("fleet");
-    std::fs::create_dir_all(&fleet).with_context(|| format!("make {}", fleet.display()))?;
-    let (binary, fleet) = (binary.display().to_string(), fleet.display().to_string());
-    measure_lines(&program, &[&binary, &fleet])
-}
-
-/// Builds a measuring program: an example of a crate.
-fn build(package: &str, example: &str) -> Result<PathBuf> {
-    let mut build = shell::cargo(&["build", "--release", "--quiet"])?;
-    eprintln!("building {example} in release");
-    let status = build.args(["-p", package, "--example", example]).status().context("start cargo")?;
-    ensure!(status.success(), "the release build of {example} failed");
-    Ok(shell::root()?.join("target/release/examples").join(example))
+    measure_fleet(DISSEMINATION, &folder.join("fleet"), None)
 }

@@ -9,8 +9,8 @@ use std::{
 
 use anyplace_api::{Client, WatchEvent, Watcher};
 use anyplace_model::{
-    Assignment, Bytes, DeploymentName, InstanceId, InstancePhase, InstanceStatus, Isolation, MachineDesired,
-    MachineId, MachineReport, MilliCpu, Workload,
+    Assignment, Bytes, DeploymentName, Gpu, InstanceId, InstancePhase, InstanceStatus, Isolation,
+    MachineDesired, MachineId, MachineReport, MilliCpu, Workload,
 };
 
 /// The lease here is a minute.
@@ -87,15 +87,21 @@ impl Machine {
     async fn follow(self) {
         let path = Client::machine_desired_path(&self.state().name);
         let mut watcher = Watcher::<MachineDesired>::new(self.client.clone(), path);
+        let mut changed = false;
         loop {
             match watcher.next(|_| {}).await {
                 WatchEvent::Reset { .. } => self.state().assignments.clear(),
                 WatchEvent::Put { key, value: MachineDesired::Instance(assignment), .. } => {
-                    self.state().assignments.insert(key, *assignment);
+                    changed |= self.state().assignments.insert(key, *assignment).is_none();
                 }
                 WatchEvent::Put { .. } => {}
-                WatchEvent::Delete { key, .. } => drop(self.state().assignments.remove(&key)),
-                WatchEvent::Synced { .. } => drop(self.report().await),
+                WatchEvent::Delete { key, .. } => changed |= self.state().assignments.remove(&key).is_some(),
+                // It comes as a heartbeat too.
+                WatchEvent::Synced { .. } => {
+                    if std::mem::take(&mut changed) && self.report().await.is_err() {
+                        changed = true;
+                    }
+                }
             }
         }
     }
@@ -104,8 +110,7 @@ impl Machine {
 impl State {
     fn report(&mut self) -> MachineReport {
         self.sequence += 1;
-        let (high, low) = (1 + self.number as u8 / 100, self.number as u8 % 100);
-        let (high, low) = if self.number < 256 { (high, low) } else { (100, (self.number - 256) as u8) };
+        let [.., high, low] = (256 + self.number as u32).to_be_bytes();
         MachineReport {
             machine: self.name.clone(),
             epoch: 1,
@@ -114,9 +119,9 @@ impl State {
             instance_cidr: format!("10.{high}.{low}.64/26").parse().unwrap(),
             advertise: "http://127.0.0.1:9".into(),
             cpu: MilliCpu(64_000),
-            memory: Bytes(64 << 30),
-            disk: Bytes(500 << 30),
-            gpus: Vec::new(),
+            memory: Bytes(512 << 30),
+            disk: Bytes(4_000 << 30),
+            gpus: vec![Gpu { model: "A100".into(), memory: Bytes(80 << 30) }; 8],
             isolations: vec![Isolation::Container],
             conditions: Vec::new(),
             images: BTreeMap::new(),

@@ -1,16 +1,5 @@
-//! Measures for `cargo xtask bench router` how an instance's change of health reaches the routers of 330 locations: how long
-//! it takes, and how many bytes it is on the way to a router.
-//!
-//! Run: `dissemination ANYPLACE FOLDER`, the binary and an empty folder. Everything is real and on loopback: a global
-//! scheduler as a process of its own, 330 location schedulers in this one, each with its store, its tokens and its HTTP;
-//! simulated are the machines (each reports its instances and follows what it should have) and the routers (each follows its
-//! location's routes, and keeps them). Each result is a line of JSON: `{"figure": ..., "value": ...}`.
-
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a bench's panic is its report")]
-
-mod fleet;
-mod machine;
-mod router;
+//! How an instance's change of health reaches the routers of 330 locations: how long it takes, and how many bytes it is on
+//! the way to a router. The routers are simulated too: each follows its location's routes, and keeps them.
 
 use std::{
     path::PathBuf,
@@ -21,9 +10,15 @@ use anyplace_model::DeploymentSpec;
 use serde_json::json;
 
 use crate::{
-    fleet::{Fleet, Location, SERVING},
+    fleet::{Fleet, Location, Shape},
+    report,
     router::{Change, Router},
+    until,
 };
+
+const LOCATIONS: usize = 330;
+/// The first so many have instances.
+const SERVING: usize = 16;
 
 const DEPLOYMENTS: usize = 10;
 /// Of each deployment, in the locations that serve.
@@ -33,22 +28,14 @@ const WHOLE: usize = 60;
 const PATCHED: usize = 200;
 /// Between changes, so that each is alone.
 const PAUSE: Duration = Duration::from_millis(100);
-/// Longest that anything may take before the bench gives up.
-const PATIENCE: Duration = Duration::from_secs(180);
 
-fn main() {
-    let mut args = std::env::args_os().skip(1).map(PathBuf::from);
-    let (Some(anyplace), Some(folder)) = (args.next(), args.next()) else {
-        panic!("expected the binary `anyplace` and an empty folder");
-    };
-    anyplace_service::install_crypto_provider();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-    runtime.block_on(measure(anyplace, folder));
-    runtime.shutdown_timeout(Duration::from_secs(5));
-}
-
-async fn measure(anyplace: PathBuf, folder: PathBuf) {
-    let fleet = Fleet::start(&anyplace, &folder).await;
+pub(crate) async fn measure(anyplace: PathBuf, folder: PathBuf) {
+    let fleet = Fleet::start(
+        &anyplace,
+        &folder,
+        Shape { locations: LOCATIONS, machines: 1, serving: SERVING, processes: false, etcd: None },
+    )
+    .await;
     for number in 0..DEPLOYMENTS {
         fleet.global.apply_deployment(&deployment(number)).await.unwrap();
     }
@@ -99,16 +86,16 @@ async fn phase(fleet: &Fleet, patches: bool, changes: usize) -> Found {
             Some((place, instance)) => (place, instance, true),
             None => {
                 let place = round / 2 % SERVING;
-                let instances = fleet.locations[place].machine.instances();
+                let instances = fleet.locations[place].machines[0].instances();
                 let instance = instances[round * 5 % instances.len()].clone();
                 failing = Some((place, instance.clone()));
                 (place, instance, false)
             }
         };
-        let Location { name, machine, .. } = &fleet.locations[place];
+        let Location { name, machines, .. } = &fleet.locations[place];
         let own_before = routers[place].bytes();
         let start = Instant::now();
-        let (deployment, ready_there) = machine.set_ready(&instance, ready).await;
+        let (deployment, ready_there) = machines[0].set_ready(&instance, ready).await;
         let key = format!("vips/{}", vips[&deployment]);
         let change = Change { location: name.clone(), key, instance, ready, ready_there };
         for router in &routers {
@@ -135,18 +122,4 @@ fn deployment(number: usize) -> DeploymentSpec {
         "instances": {"min": INSTANCES}, "placement": {"regions": ["eu"]},
         "resources": {"cpu": "10m", "memory": "4Mi"}});
     serde_json::from_value(spec).unwrap()
-}
-
-/// Prints a result.
-fn report(figure: &str, value: f64) {
-    println!("{}", json!({ "figure": figure, "value": value }));
-}
-
-/// Waits until something is so.
-async fn until(what: &str, mut holds: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !holds() {
-        assert!(start.elapsed() < PATIENCE, "waited {PATIENCE:?} for {what}");
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
 }
