@@ -7,6 +7,8 @@
 mod moves;
 #[path = "properties/oracle.rs"]
 mod oracle;
+#[path = "properties/preemption.rs"]
+mod preemption;
 #[path = "properties/world.rs"]
 mod world;
 

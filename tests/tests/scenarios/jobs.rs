@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use anyplace_tests::Node;
+use anyplace_tests::{Node, platform::Options};
 
-use super::world::{World, wait_for};
+use super::world::{World, hello, wait_for};
 
 /// Longer than every lease and every pause before another start.
 const LONG_AFTER: Duration = Duration::from_secs(4);
@@ -129,5 +129,60 @@ fn a_job_runs_once_in_a_fresh_container() {
         pids => Err(format!("{pids:?}")),
     });
     assert!(pids.is_empty());
+    world.end();
+}
+
+/// Has the only GPU, until it is asked to end; tells both from outside.
+const NIGHTLY: &str = r#"kind: Job
+name: nightly
+image: hello:v1
+scheduling_policy: off-peak
+resources: {cpu: 50m, memory: 32Mi, gpu: {models: [A]}}
+command:
+  - /bin/busybox
+  - sh
+  - -c
+  - |
+    tell() { echo "GET /$1/$ANYPLACE_ATTEMPT " | busybox nc -w 5 198.51.100.10 9000; }
+    trap 'tell asked; exit 0' TERM
+    tell begins
+    while true; do busybox sleep 0.1; done
+"#;
+
+#[test]
+fn an_off_peak_job_makes_way_for_a_deployment_and_runs_again_afterwards() {
+    let gpus = [("ams-1".to_owned(), vec![("A".to_owned(), "16Gi".to_owned())])].into();
+    let Some(world) = World::start_with("tsway", 1, Options { gpus, ..Options::default() }) else { return };
+    let client = world.platform.bed().node("ams-client").unwrap();
+    client.run("ip", &["route", "add", "10.1.0.0/16", "via", "198.51.100.11"]).unwrap();
+    let witness = Witness::start(client, "198.51.100.10:9000");
+    let told = |what: &str| witness.lines().iter().filter(|line| line.contains(what)).count();
+    let until_told = |what: &str| {
+        wait_for(what, 60, || match told(what) {
+            0 => Err(format!("{:?}", witness.lines())),
+            times => Ok(times),
+        })
+    };
+    world.cli_ok(&["location", "set", "ams", "--off-peak", "00:00:00-23:59:59.999"]);
+    let job = world.spec("nightly", NIGHTLY);
+    world.cli_ok(&["jobs", "run", "-f", &job]);
+    until_told("/begins/1");
+
+    // Its GPU is the only one.
+    let spec = hello("big", 1, "").replace("memory: 32Mi}", "memory: 32Mi, gpu: {models: [A]}}");
+    let vip = world.apply("big", &spec);
+    assert!(world.call("ams-client", &vip).unwrap().contains("machine ams-1"));
+    assert_eq!(until_told("/asked/1"), 1, "it was asked to end: {:?}", witness.lines());
+    let view = world.json(&["jobs", "get", "nightly"]);
+    assert_eq!((view["phase"].as_str(), view["attempt"].as_i64()), (Some("queued"), Some(1)), "{view}");
+    assert_eq!((view["preemptions"].as_i64(), view["exit_code"].as_i64()), (Some(1), None), "{view}");
+    let why = world.cli_ok(&["why", "nightly"]);
+    assert!(why.contains("attempts that made way for deployments: 1"), "{why}");
+
+    world.cli_ok(&["delete", "deployment", "big"]);
+    until_told("/begins/2");
+    assert_eq!((told("/begins/1"), told("/begins/2")), (1, 1), "{:?}", witness.lines());
+    world.cli_ok(&["jobs", "cancel", "nightly"]);
+    until_told("/asked/2");
     world.end();
 }

@@ -11,9 +11,12 @@ use anyplace_model::{
 };
 use proptest::{prelude::*, test_runner::TestCaseError};
 
-use crate::world::{World, apply};
+use crate::{
+    preemption::{self, ends, without},
+    world::{World, apply},
+};
 
-type Verdict = Result<(), TestCaseError>;
+pub(crate) type Verdict = Result<(), TestCaseError>;
 
 /// Whether all of these fit on the machine together.
 fn fits(report: &MachineReport, held: &[&Assignment]) -> Result<(), String> {
@@ -193,26 +196,6 @@ pub(crate) fn under_way(before: &State, after: &State) -> Verdict {
     Ok(())
 }
 
-/// Whether an attempt ends that holds room, for whatever reason.
-fn ends(state: &State, held: &Reservation) -> bool {
-    let reported = state.machines.get(&held.machine).into_iter().flat_map(|it| &it.report.instances);
-    let phase =
-        reported.filter(|status| status.instance == held.assignment.instance).map(|it| it.phase).next();
-    let ended = matches!(phase, Some(InstancePhase::Exited | InstancePhase::Failed));
-    held.attempt().is_some() && (matches!(held.stage, Stage::Removing { .. }) || ended)
-}
-
-/// The state without some reservations and what runs for them.
-fn without(state: &State, gone: impl Fn(&Reservation) -> bool) -> State {
-    let mut rest = state.clone();
-    rest.reservations.retain(|_, held| !gone(held));
-    for machine in rest.machines.values_mut() {
-        let kept = |held: &Reservation| !gone(held);
-        machine.report.instances.retain(|it| state.reservations.get(&it.instance).is_none_or(kept));
-    }
-    rest
-}
-
 /// Whether one more would fit on a machine from which no attempt is about to go: such room may be another one's.
 fn some_machine_takes(state: &State, resources: &Resources, isolation: Isolation) -> bool {
     let ending = |name: &MachineId| state.reservations.values().any(|h| h.machine == *name && ends(state, h));
@@ -220,7 +203,7 @@ fn some_machine_takes(state: &State, resources: &Resources, isolation: Isolation
 }
 
 /// Whether one more would fit on one of these machines, by trying every combination of at most two GPUs.
-fn takes(
+pub(crate) fn takes(
     state: &State,
     resources: &Resources,
     isolation: Isolation,
@@ -356,7 +339,7 @@ pub(crate) fn judge(before: &State, plan: &Plan, after: &State) -> Verdict {
             prop_assert!(counted(refusals), "{refusals:?} of {machines}");
         }
     }
-    preemptions(before, plan, after)?;
+    preemption::judge(before, plan, after)?;
     for instance in &plan.removals {
         let held = &before.reservations[instance];
         let Stage::Draining { since_ms } = held.stage else { continue };
@@ -384,29 +367,6 @@ pub(crate) fn judge(before: &State, plan: &Plan, after: &State) -> Verdict {
                 prop_assert!(!endpoint.ready || (alive && !endpoint.draining));
             }
         }
-    }
-    Ok(())
-}
-
-/// Judges who makes way: only off-peak attempts that run, and only those without which an instance gets in there.
-fn preemptions(before: &State, plan: &Plan, after: &State) -> Verdict {
-    for instance in &plan.preemptions {
-        let held = &before.reservations[instance];
-        let spec = &before.attempts[held.attempt().unwrap()];
-        prop_assert_eq!(spec.scheduling_policy, anyplace_model::SchedulingPolicy::OffPeak);
-        prop_assert_eq!(held.stage, Stage::Serving);
-        prop_assert!(!ends(before, held), "{instance} ends by itself");
-        let here = |name: &MachineId| *name == held.machine;
-        let rest = without(after, |held| ends(after, held));
-        let others = without(after, |held| ends(after, held) && held.assignment.instance != *instance);
-        let lets_in = after.placements.iter().any(|(name, placement)| {
-            let (verdict, spec) = (&plan.placements[name], &placement.spec);
-            let waits = verdict.refused == 0 && !verdict.refusals.is_empty();
-            waits
-                && takes(&rest, &spec.resources, spec.isolation, here)
-                && !takes(&others, &spec.resources, spec.isolation, here)
-        });
-        prop_assert!(lets_in, "{instance} makes way for nobody");
     }
     Ok(())
 }
