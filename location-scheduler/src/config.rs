@@ -54,6 +54,10 @@ pub struct Config {
     /// tried again after the same time.
     #[serde(default = "move_ready_ms")]
     pub move_ready_ms: u64,
+    /// How long after the last ones instances may be moved for their own sake, so that GPU memory is free in larger pieces,
+    /// in milliseconds; 0 for never.
+    #[serde(default = "tidy_pause_ms")]
+    pub tidy_pause_ms: u64,
 }
 
 fn listen() -> SocketAddr {
@@ -66,6 +70,10 @@ const fn machine_lease_ms() -> u64 {
 
 const fn drain_ms() -> u64 {
     5_000
+}
+
+const fn tidy_pause_ms() -> u64 {
+    600_000
 }
 
 const fn move_ready_ms() -> u64 {
@@ -118,7 +126,8 @@ impl Config {
     }
 
     pub(crate) const fn moves(&self) -> MovePolicy {
-        MovePolicy { ready_ms: self.move_ready_ms }
+        let tidy_pause_ms = if self.tidy_pause_ms == 0 { None } else { Some(self.tidy_pause_ms) };
+        MovePolicy { ready_ms: self.move_ready_ms, tidy_pause_ms }
     }
 
     pub(crate) fn site(&self) -> Site {

@@ -254,6 +254,7 @@ impl Live {
         self.state.prewarms = plan.prewarms.clone();
         self.state.warm = plan.warm.clone();
         self.state.moves.waiting.clone_from(&plan.waiting);
+        self.state.moves.tidied_ms = plan.tidied_ms;
         self.plan = plan;
         self.planned = true;
     }

@@ -240,6 +240,7 @@ impl Disk {
 fn moves_key(cause: &MoveCause) -> String {
     match cause {
         MoveCause::Room(newcomer) => format!("{MOVES}room/{newcomer}"),
+        MoveCause::Tidying => format!("{MOVES}tidying"),
         MoveCause::Drain => format!("{MOVES}drain"),
     }
 }

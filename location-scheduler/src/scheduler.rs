@@ -197,7 +197,7 @@ async fn open(config: Config, shutdown: CancellationToken) -> anyhow::Result<Sch
         latency_ms: stored.latency_ms,
         prewarms: BTreeMap::new(),
         warm: BTreeMap::new(),
-        moves: Moves { policy: config.moves(), under_way: stored.moves, waiting: BTreeMap::new() },
+        moves: Moves { policy: config.moves(), under_way: stored.moves, ..Moves::default() },
     };
     let mut live = Live::new(state, config.lease(), Instant::now());
     live.want(Arc::new(stored.desired));

@@ -13,12 +13,15 @@ pub enum MoveCause {
     Room(DeploymentName),
     /// An operator drains its machine.
     Drain,
+    /// Less GPU memory is left in pieces that are of no use.
+    Tidying,
 }
 
 impl std::fmt::Display for MoveCause {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Room(newcomer) => write!(f, "makes room for {newcomer}"),
+            Self::Tidying => write!(f, "so that less GPU memory is in useless pieces"),
             Self::Drain => write!(f, "leaves a machine that an operator drains"),
         }
     }

@@ -27,6 +27,10 @@ pub(crate) const MAX_UNDER_WAY: usize = 4;
 pub(crate) const PATIENCE_MS: u64 = 1_000;
 /// Between two searches of room for the same deployment: a search that finds nothing takes up to 30 ms.
 pub(crate) const SEARCH_AGAIN_MS: u64 = 5_000;
+/// Moves for their own sake at a time.
+pub(crate) const TIDY_MOVES: usize = 2;
+/// Who was moved for its own sake stays for so many pauses: what pays now may be undone by what comes next.
+pub(crate) const STAYS_PAUSES: u64 = 6;
 /// Between any two searches.
 pub(crate) const SEARCH_PAUSE_MS: u64 = 300;
 
@@ -39,6 +43,9 @@ pub struct Moves {
     pub under_way: BTreeMap<MoveCause, Moving>,
     /// Deployments that the last plan refused.
     pub waiting: BTreeMap<DeploymentName, Waiting>,
+    /// When moves for their own sake were last looked for, or were under way, in milliseconds since 1970; none since the
+    /// start.
+    pub tidied_ms: Option<u64>,
 }
 
 /// How moves are made.
@@ -46,12 +53,14 @@ pub struct Moves {
 pub struct MovePolicy {
     /// How long a copy may take to get ready, in milliseconds. After that long the same is tried again.
     pub ready_ms: u64,
+    /// Between moves for their own sake, in milliseconds; none where an operator wants none.
+    pub tidy_pause_ms: Option<u64>,
 }
 
 impl Default for MovePolicy {
     fn default() -> Self {
         // A large image and a large model, both fetched first.
-        Self { ready_ms: 600_000 }
+        Self { ready_ms: 600_000, tidy_pause_ms: Some(600_000) }
     }
 }
 
@@ -73,8 +82,9 @@ pub struct Moving {
     pub since_ms: u64,
     /// The moves, in an order in which each fits once those before it are done.
     pub moves: Vec<InstanceMove>,
-    /// What the newcomer gets.
-    pub place: Place,
+    /// What the newcomer gets, where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub place: Option<Place>,
     /// It failed, and isn't tried again for a while.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gave_up: Option<GaveUp>,
@@ -178,7 +188,7 @@ impl Moving {
     const fn newcomer(&self) -> Option<&DeploymentName> {
         match &self.cause {
             MoveCause::Room(name) => Some(name),
-            MoveCause::Drain => None,
+            MoveCause::Tidying | MoveCause::Drain => None,
         }
     }
 
@@ -193,10 +203,11 @@ impl Moving {
             let (machine, gpus) = (step.machine.clone(), GpuSet::of(step.gpus.iter().copied()));
             Some(Claim { who: Some(held), machine, gpus, demand: made(&held.assignment) })
         });
-        let newcomer = self.newcomer().and_then(|name| state.placements.get(name)).map(|placement| Claim {
+        let newcomer = self.newcomer().and_then(|name| state.placements.get(name)).zip(self.place.as_ref());
+        let newcomer = newcomer.map(|(placement, place)| Claim {
             who: None,
-            machine: self.place.machine.clone(),
-            gpus: GpuSet::of(self.place.gpus.iter().copied()),
+            machine: place.machine.clone(),
+            gpus: GpuSet::of(place.gpus.iter().copied()),
             demand: crate::plan::deployment_demand(&placement.spec),
         });
         moves.chain(newcomer).collect()
@@ -205,7 +216,7 @@ impl Moving {
     fn fate(&self, state: &State, observed: &Observed<'_>, copies: &Copies<'_>) -> Fate {
         let policy = state.moves.policy;
         let since = |since_ms: u64, wait_ms: u64| state.now_ms >= since_ms.saturating_add(wait_ms);
-        if !self.newcomer().is_some_and(|name| self.is_wanted(state, name)) {
+        if !self.is_wanted(state) {
             return Fate::Ends;
         }
         if let Some(gave_up) = &self.gave_up {
@@ -213,7 +224,7 @@ impl Moving {
         }
         let lost = |machine: &MachineId| state.machines.get(machine).is_none_or(|it| it.life == Life::Lost);
         let closed = |machine: &MachineId| lost(machine) || state.settings.machines.contains_key(machine);
-        if state.settings.draining || closed(&self.place.machine) {
+        if state.settings.draining || self.place.as_ref().is_some_and(|place| closed(&place.machine)) {
             return Fate::Ends;
         }
         for step in &self.moves {
@@ -245,13 +256,18 @@ impl Moving {
         Fate::GoesOn
     }
 
-    /// Whether the newcomer still lacks room of this size.
-    fn is_wanted(&self, state: &State, name: &DeploymentName) -> bool {
+    /// Whether the newcomer still lacks room of this size; or, without one, anybody has yet to go.
+    fn is_wanted(&self, state: &State) -> bool {
+        let (Some(name), Some(place)) = (self.newcomer(), &self.place) else {
+            let held = self.moves.iter().filter_map(|step| state.reservations.get(&step.instance));
+            return held.into_iter().any(|held| held.stage == Stage::Serving);
+        };
         let Some(placement) = state.placements.get(name) else { return false };
         let held = state.reservations.values().filter(|held| held.deployment() == Some(name));
-        let serving = held.filter(|held| held.stage == Stage::Serving && held.satisfies(placement)).count();
+        let stays = |held: &&Reservation| held.stage == Stage::Serving && !state.leaves(held);
+        let serving = held.filter(stays).filter(|held| held.satisfies(placement)).count();
         let wanted = usize::try_from(placement.count).unwrap_or(usize::MAX);
-        placement.spec.resources == self.place.resources && serving < wanted
+        placement.spec.resources == place.resources && serving < wanted
     }
 
     /// What is being done, as a sentence.
@@ -264,12 +280,15 @@ impl Moving {
                 None => format!("{} to {}", step.instance, step.machine),
             })
             .collect();
-        let (machine, moves) = (&self.place.machine, moves.join(", "));
+        let place = self.place.as_ref().map_or(String::new(), |place| format!(" on {}", place.machine));
+        let moves = moves.join(", ");
         match &self.gave_up {
-            None => format!("makes room on {machine} by moving {moves}"),
-            Some(GaveUp { why, .. }) => format!(
-                "gave up making room on {machine} by moving {moves}: {why}; it is tried again after a while"
-            ),
+            None => format!("makes room{place} by moving {moves}"),
+            Some(GaveUp { why, .. }) => {
+                format!(
+                    "gave up making room{place} by moving {moves}: {why}; it is tried again after a while"
+                )
+            }
         }
     }
 }

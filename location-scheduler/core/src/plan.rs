@@ -65,6 +65,8 @@ pub struct Plan {
     pub moves: BTreeMap<MoveCause, Option<Moving>>,
     /// Deployments that are refused, since when, and when room was last looked for.
     pub waiting: BTreeMap<DeploymentName, Waiting>,
+    /// When moves for their own sake were last looked for, or were under way.
+    pub tidied_ms: Option<u64>,
     /// Why attempts don't run yet; those that do are left out.
     pub attempts: BTreeMap<AttemptId, Vec<Refusal>>,
     /// When time alone changes the plan.
@@ -171,6 +173,7 @@ pub fn plan(state: &State) -> Plan {
     planner.deployments();
     planner.moves();
     planner.jobs();
+    planner.tidy();
     planner.images();
     planner.plan.wake_at_ms = planner.wake_at_ms();
     planner.plan

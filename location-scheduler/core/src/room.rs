@@ -17,8 +17,8 @@ use crate::{
     packing::{Ask, Cost, Free, Gpu, GpuSet, Lack, Mix, Models, Packer},
     state::{Life, Machine, Reservation, Stage, State},
 };
-pub(crate) use moving::find_room;
 pub use moving::{InstanceMove, RoomPlan, plan_room, plan_tidying};
+pub(crate) use moving::{find_room, find_tidying};
 
 /// What a workload asks of a machine.
 #[derive(Debug, Clone, Copy)]

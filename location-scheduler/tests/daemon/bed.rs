@@ -23,6 +23,8 @@ pub(crate) const LEASE: Duration = Duration::from_millis(500);
 pub(crate) struct Bed {
     pub(crate) global: Global,
     pub(crate) machines: BTreeMap<String, Machine>,
+    /// Of the configuration, from the next start on.
+    pub(crate) tidy_pause_ms: u64,
     folder: tempfile::TempDir,
     listen: SocketAddr,
     url: String,
@@ -48,8 +50,17 @@ impl Bed {
         let daemon = tokio::spawn(run(config(folder.path(), listen, &global), shutdown.clone()));
         let url = format!("http://{listen}");
         let token = machine_token(folder.path()).await;
-        let mut bed =
-            Self { global, machines: BTreeMap::new(), folder, listen, url, token, daemon, shutdown };
+        let mut bed = Self {
+            global,
+            machines: BTreeMap::new(),
+            tidy_pause_ms: 0,
+            folder,
+            listen,
+            url,
+            token,
+            daemon,
+            shutdown,
+        };
         for (index, name) in machines.iter().enumerate() {
             let gpus = gpus.get(index).copied().unwrap_or_default();
             let machine = Machine::start(name, index as u8 + 1, gpus, bed.client()).await;
@@ -66,7 +77,8 @@ impl Bed {
         self.shutdown.cancel();
         (&mut self.daemon).await.unwrap().unwrap();
         self.shutdown = CancellationToken::new();
-        let config = config(self.folder.path(), self.listen, &self.global);
+        let mut config = config(self.folder.path(), self.listen, &self.global);
+        config.tidy_pause_ms = self.tidy_pause_ms;
         self.daemon = tokio::spawn(run(config, self.shutdown.clone()));
     }
 
@@ -169,6 +181,7 @@ fn config(folder: &Path, listen: SocketAddr, global: &Global) -> Config {
         machine_lease_ms: LEASE.as_millis() as u64,
         drain_ms: 300,
         move_ready_ms: 3_000,
+        tidy_pause_ms: 0,
     }
 }
 

@@ -127,3 +127,33 @@ async fn a_machine_is_drained_without_a_gap_and_taken_back() {
     bed.until(SOON, "m1 takes again", |bed| bed.machine("m1").running().len() == 1).await;
     bed.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pieces_of_gpus_are_joined_once_an_operator_lets_it_happen() {
+    let mut bed = Bed::start_with(&["m1", "m2", "m3"], &[&["A", "B"], &["B"], &["A"]]).await;
+    let client = bed.client();
+    let alive = async || client.machines().await.unwrap().iter().filter(|machine| machine.alive).count();
+    ["m2", "m3"].iter().for_each(|name| bed.machine(name).set_silent(true));
+    bed.until_async(SOON, "m1 is alone", async || alive().await == 1).await;
+    bed.want("small", placement("small", 1, 2, "resources: {gpu: {memory: 30Gi}}"));
+    let routes = bed.routes();
+    routes.until(SOON, |r| r.ready(SMALL) == 2).await;
+    ["m2", "m3"].iter().for_each(|name| bed.machine(name).set_silent(false));
+    bed.until_async(SOON, "all are back", async || alive().await == 3).await;
+    bed.want("big", big());
+    routes.until(SOON, |r| r.ready(BIG) == 1).await;
+    let before = bed.running();
+    // m1's A would be of use whole, as m3's is.
+    bed.tidy_pause_ms = 100;
+    routes.forget_lows();
+    bed.restart().await;
+    let done = |r: &LocationReport| {
+        r.moves.iter().any(|it| it.cause == MoveCause::Tidying && it.step == MoveStep::Done)
+    };
+    let report = bed.global.until(SOON, done).await;
+    let (from, to) = (&report.moves[0].from, report.moves[0].to.as_ref().unwrap());
+    assert_eq!((from.as_str(), to.as_str(), report.moves.len()), ("m1", "m2", 1));
+    assert_eq!(routes.lowest(SMALL), 2, "as many ready as wanted, all the time");
+    assert_eq!(bed.running().iter().filter(|it| before.contains(it)).count(), 2, "two stay");
+    bed.stop().await;
+}

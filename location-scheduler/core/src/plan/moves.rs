@@ -7,10 +7,11 @@ use anyplace_model::{DeploymentName, MoveCause, ReasonCode, Refusal, Workload};
 use super::Planner;
 use crate::{
     moves::{
-        MAX_UNDER_WAY, Moving, PATIENCE_MS, Place, Replaced, SEARCH_AGAIN_MS, SEARCH_PAUSE_MS, Waiting, busy,
+        MAX_UNDER_WAY, Moving, PATIENCE_MS, Place, Replaced, SEARCH_AGAIN_MS, SEARCH_PAUSE_MS, STAYS_PAUSES,
+        TIDY_MOVES, Waiting, busy,
     },
     packing::Limits,
-    room::{Slot, find_room},
+    room::{Slot, find_room, find_tidying},
     state::Reservation,
 };
 
@@ -160,13 +161,53 @@ impl<'a> Planner<'a> {
             cause: cause.clone(),
             since_ms: state.now_ms,
             moves: found.moves,
-            place: Place {
+            place: Some(Place {
                 machine: found.machine,
                 gpus: found.gpus,
                 resources: placement.spec.resources.clone(),
-            },
+            }),
             gave_up: None,
         };
+        self.take_up(cause.clone(), moving);
+        self.start_copies(&cause);
+    }
+
+    /// Begins moves for their own sake, where nothing else happens and the last ones are long ago.
+    pub(super) fn tidy(&mut self) {
+        let (state, now_ms) = (self.state, self.state.now_ms);
+        self.plan.tidied_ms = Some(state.moves.tidied_ms.unwrap_or(now_ms));
+        if self.moving.contains_key(&MoveCause::Tidying) {
+            self.plan.tidied_ms = Some(now_ms);
+            return;
+        }
+        let (Some(pause_ms), Some(last_ms)) = (state.moves.policy.tidy_pause_ms, state.moves.tidied_ms)
+        else {
+            return;
+        };
+        if now_ms < last_ms.saturating_add(pause_ms) {
+            return;
+        }
+        let is_calm = self.plan.changes_nothing() && self.moving.is_empty() && self.plan.waiting.is_empty();
+        if !is_calm || !self.kept.is_empty() {
+            // What changes now settles first.
+            self.plan.tidied_ms = Some(now_ms.saturating_sub(pause_ms).saturating_add(SEARCH_AGAIN_MS));
+            return;
+        }
+        self.plan.tidied_ms = Some(now_ms);
+        let mut busy = busy(state, &self.copies);
+        let tidied = state.reservations.values().filter(|held| {
+            let stays_ms = pause_ms.saturating_mul(STAYS_PAUSES);
+            let cause = held.replaces.as_ref().map(|replaced| &replaced.cause);
+            cause == Some(&MoveCause::Tidying) && now_ms < held.created_ms.saturating_add(stays_ms)
+        });
+        busy.extend(tidied.filter_map(Reservation::deployment));
+        let moves = find_tidying(&self.rooms, state, &self.observed, &busy, TIDY_MOVES);
+        if moves.is_empty() {
+            return;
+        }
+        let cause = MoveCause::Tidying;
+        let moving = Moving { cause: cause.clone(), since_ms: now_ms, moves, place: None, gave_up: None };
+        self.plan.moves.insert(cause.clone(), Some(moving.clone()));
         self.take_up(cause.clone(), moving);
         self.start_copies(&cause);
     }

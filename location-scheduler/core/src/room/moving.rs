@@ -83,8 +83,18 @@ pub(crate) fn find_room(
 /// At most `most` moves, each of which lessens fragments by more than it costs.
 pub fn plan_tidying(state: &State, most: usize) -> Vec<InstanceMove> {
     let (rooms, observed) = (Rooms::all(state), Observed::new(state));
-    let busy = busy(state, &copies(state));
-    let movable = Movable::of(&rooms, state, &observed, &busy);
+    find_tidying(&rooms, state, &observed, &busy(state, &copies(state)), most)
+}
+
+/// The same with these rooms, where nothing of the `busy` deployments moves.
+pub(crate) fn find_tidying(
+    rooms: &Rooms<'_>,
+    state: &State,
+    observed: &Observed<'_>,
+    busy: &BTreeSet<&DeploymentName>,
+    most: usize,
+) -> Vec<InstanceMove> {
+    let movable = Movable::of(rooms, state, observed, busy);
     let mut packer = rooms.packer.clone();
     let may = |who: usize, machine: usize| movable.rank(who, machine, most).is_some();
     let moves = defragment(&mut packer, &movable.tenants, most, &may);

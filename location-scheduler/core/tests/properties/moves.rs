@@ -184,6 +184,48 @@ fn a_machine_is_drained_by_what_is_ready_elsewhere_and_a_cordoned_one_keeps_what
 }
 
 #[test]
+fn moves_for_their_own_sake_pay_come_seldom_and_can_be_switched_off() {
+    let mut world = World::new(5);
+    // Slices on both GPUs of m0, whose A would be of use whole as m4's is, and m1's B is free.
+    for op in [Op::Silence(1), Op::Silence(4), Op::Change(0, 5), Op::Work(0), Op::Return(4)] {
+        act(&mut world, op);
+    }
+    for op in [Op::Change(1, 4), Op::Scale(1, 1), Op::Work(4), Op::Return(1), Op::Work(1)] {
+        act(&mut world, op);
+    }
+    let pass = |world: &mut World, ms: u64| {
+        act(world, Op::Time(ms));
+        (0..5).for_each(|machine| drop(act(world, Op::Work(machine))));
+    };
+    pass(&mut world, 10_000_000);
+    assert!(world.state.moves.under_way.is_empty(), "switched off");
+    world.state.moves.policy.tidy_pause_ms = Some(600_000);
+    world.state.moves.tidied_ms = Some(world.state.now_ms);
+    pass(&mut world, 599_999);
+    assert!(world.state.moves.under_way.is_empty(), "too soon");
+    act(&mut world, Op::Time(1));
+    let moving = world.state.moves.under_way[&MoveCause::Tidying].clone();
+    let held = &world.state.reservations[&moving.moves[0].instance];
+    assert_eq!((moving.moves.len(), held.machine.as_str(), held.assignment.gpus[0]), (1, "m0", 0));
+    assert_eq!(moving.moves[0].machine.as_str(), "m1");
+    for _ in 0..8 {
+        pass(&mut world, 300);
+    }
+    assert!(world.state.moves.under_way.is_empty());
+    let statuses = anyplace_location_core::move_statuses(&world.state);
+    assert_eq!(statuses.len(), 1);
+    assert!(
+        statuses[0].step == MoveStep::Done && statuses[0].message.contains("useless pieces"),
+        "{statuses:?}"
+    );
+    // Nothing more pays.
+    for _ in 0..10 {
+        pass(&mut world, 600_000);
+        assert!(world.state.moves.under_way.is_empty());
+    }
+}
+
+#[test]
 fn records_are_read_as_they_were_written_and_older_reservations_too() {
     let (world, old, copy) = begun();
     let moving = &world.state.moves.under_way[&room()];
@@ -202,6 +244,7 @@ struct Seen {
     moved: usize,
     gave_up: usize,
     ended: usize,
+    tidied: usize,
 }
 
 /// Mostly GPUs that are nearly full, and machines that do as they are told.
@@ -230,6 +273,7 @@ fn any_op(seed: &mut Seed) -> Op {
 /// Slices have most GPUs of m0 and m5, others are free, and more ask for a whole one of model A than there are.
 fn nearly_full(seed: &mut Seed) -> World {
     let mut world = World::new(6);
+    world.state.moves.policy.tidy_pause_ms = [None, Some(1_000)][seed.below(2) as usize];
     let only = |machine: usize| (0..6).filter(move |other| *other != machine);
     for (name, machine) in [(0, 0), (1, 5)] {
         only(machine).for_each(|other| drop(act(&mut world, Op::Silence(other))));
@@ -259,6 +303,8 @@ fn random_histories_of_moves_keep_what_they_promise() {
             (0..at_work).for_each(|machine| drop(act(&mut world, Op::Work(machine))));
             let now = &world.state.moves.under_way;
             seen.begun += now.keys().filter(|cause| !before.contains_key(cause)).count();
+            let tidies = |cause: &&MoveCause| **cause == MoveCause::Tidying && !before.contains_key(*cause);
+            seen.tidied += now.keys().filter(tidies).count();
             seen.ended += before.keys().filter(|cause| !now.contains_key(cause)).count();
             let failed = |(cause, moving): &(&MoveCause, &anyplace_location_core::Moving)| {
                 moving.gave_up.is_some() && before.get(*cause).is_some_and(|it| it.gave_up.is_none())

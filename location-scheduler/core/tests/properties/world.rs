@@ -174,7 +174,7 @@ impl World {
             prewarms: BTreeMap::new(),
             warm: BTreeMap::new(),
             wishes: BTreeMap::new(),
-            moves: Moves { policy: MovePolicy { ready_ms: 2_000 }, ..Moves::default() },
+            moves: Moves { policy: MovePolicy { ready_ms: 2_000, tidy_pause_ms: None }, ..Moves::default() },
         };
         let agents = (0..machines).map(|index| (machine_id(index), Agent::default())).collect();
         Self { state, agents, runs: BTreeMap::new(), names: 0, tries: 0 }
@@ -392,4 +392,5 @@ pub(crate) fn apply(state: &mut State, plan: &Plan, changes: Vec<Change>) {
     state.prewarms = plan.prewarms.clone();
     state.warm = plan.warm.clone();
     state.moves.waiting = plan.waiting.clone();
+    state.moves.tidied_ms = plan.tidied_ms;
 }
