@@ -121,8 +121,7 @@ impl Config {
     }
 
     pub(crate) const fn timing(&self) -> Timing {
-        // A machine reports three times in a lease, so a report after a whole lease was written by one that knew.
-        Timing { drain_ms: self.drain_ms, settle_ms: self.machine_lease_ms }
+        Timing { drain_ms: self.drain_ms }
     }
 
     pub(crate) const fn moves(&self) -> MovePolicy {

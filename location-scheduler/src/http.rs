@@ -21,7 +21,7 @@ use axum::{
 
 use crate::{
     live::{Heard, Live},
-    scheduler::{MAX_MACHINES, Scheduler, now_ms},
+    scheduler::{MAX_MACHINES, Scheduler},
 };
 
 /// Of the traffic of 100,000 virtual IPs about half of it.
@@ -115,7 +115,7 @@ async fn report(
         let fix = "give each machine an address and an instance_cidr of its own in machine-agent.toml";
         return Err(Problem::new(ErrorCode::Conflict, detail).field("instance_cidr").fix(fix).into());
     }
-    if live.hear(report, Instant::now(), now_ms()) == Heard::Changed {
+    if live.hear(report, Instant::now()) == Heard::Changed {
         drop(live);
         // At once, before any disk: a container that stopped answering gets no further connection.
         scheduler.rerouted.notify_one();

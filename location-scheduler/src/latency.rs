@@ -96,7 +96,7 @@ mod tests {
             "instance_cidr": "10.1.1.64/26", "cpu": 1_000, "memory": "1Gi", "disk": "1Gi", "gpus": [], "isolations": [],
             "images": {}, "instances": [], "conditions": []});
         let report: MachineReport = serde_json::from_value(report).unwrap();
-        (name.parse().unwrap(), Machine { life, heard_ms: 0, report })
+        (name.parse().unwrap(), Machine::new(life, report))
     }
 
     fn aimed() -> Latency {

@@ -6,7 +6,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyplace_location_core::{Change, Life, Machine, Plan, State};
+use anyplace_location_core::{
+    Change, Life, Machine, Plan, State, carry_out, fall_silent, is_stale, life_after, wait_anew,
+};
 use anyplace_model::{LocationDesired, MachineId, MachineReport};
 use anyplace_store::Revision;
 
@@ -94,16 +96,18 @@ impl Live {
     }
 
     /// Takes a report in.
-    pub(crate) fn hear(&mut self, report: MachineReport, now: Instant, heard_ms: u64) -> Heard {
+    pub(crate) fn hear(&mut self, report: MachineReport, now: Instant) -> Heard {
         let name = report.machine.clone();
         let was_warm = self.warm;
-        self.unheard.remove(&name);
-        self.warm |= self.unheard.is_empty();
+        // Until a machine has been told by this process, it takes nothing new.
+        if report.mark.is_some_and(|mark| mark.process == self.state.process) {
+            self.unheard.remove(&name);
+            self.warm |= self.unheard.is_empty();
+        }
         let changed = match self.state.machines.get_mut(&name) {
             Some(machine) => {
-                let known = (machine.report.epoch, machine.report.sequence);
-                // After a loss, an agent whose clock was set back must be able to return.
-                if machine.life != Life::Lost && (report.epoch, report.sequence) <= known {
+                let numbers = (report.epoch, report.sequence);
+                if is_stale(self.state.process, machine, numbers, report.mark) {
                     return Heard::Stale;
                 }
                 if record(&machine.report) != record(&report) {
@@ -112,12 +116,12 @@ impl Live {
                 // The numbers differ in every report and mean nothing by themselves.
                 (machine.report.epoch, machine.report.sequence) = (report.epoch, report.sequence);
                 let changed = machine.life != Life::Alive || machine.report != report;
-                *machine = Machine { life: Life::Alive, heard_ms, report };
+                (machine.life, machine.report) = (Life::Alive, report);
                 changed
             }
             None => {
                 self.unsaved.insert(name.clone());
-                self.state.machines.insert(name.clone(), Machine { life: Life::Alive, heard_ms, report });
+                self.state.machines.insert(name.clone(), Machine::new(Life::Alive, report));
                 true
             }
         };
@@ -137,15 +141,10 @@ impl Live {
         for (name, machine) in &mut self.state.machines {
             let seen = self.seen.get(name).copied().unwrap_or(now);
             let (suspect, lost) = (seen + self.lease, seen + self.lease * 2);
-            let life = match now {
-                now if now >= lost => Life::Lost,
-                now if now >= suspect => Life::Suspect,
-                // Alive only by a report.
-                _ => machine.life,
-            };
-            if life > machine.life {
+            // Alive only by a report.
+            let life = life_after(now.saturating_duration_since(seen), self.lease);
+            if fall_silent(machine, life) {
                 tracing::warn!(machine = %name, ?life, "a machine has stopped reporting");
-                machine.life = life;
                 changed = true;
             }
             match machine.life {
@@ -157,13 +156,11 @@ impl Live {
         (changed, next.max(now))
     }
 
-    /// This process didn't run for so long, so it couldn't hear: leases get that time back.
+    /// This process didn't run for so long, so it couldn't hear: leases get that time back, and so do machines that have
+    /// just begun to look for it.
     pub(crate) fn forgive(&mut self, late: Duration) {
-        for (name, seen) in &mut self.seen {
-            if self.state.machines.get(name).is_some_and(|machine| machine.life == Life::Alive) {
-                *seen += late;
-            }
-        }
+        self.started += late;
+        self.seen.values_mut().for_each(|seen| *seen += late);
     }
 
     /// Machines that were lost long ago and hold nothing.
@@ -232,25 +229,18 @@ impl Live {
         self.wanted = desired;
     }
 
-    /// A plan is written: makes it the state.
-    pub(crate) fn carried_out(&mut self, plan: Plan, changes: Vec<Change>, revision: Revision) {
-        for change in changes {
-            match change {
-                Change::Put(held) => {
-                    self.state.reservations.insert(held.assignment.instance.clone(), *held);
-                }
-                Change::Delete(instance) => {
-                    self.state.reservations.remove(&instance);
-                }
-                Change::Moves(cause, Some(moving)) => {
-                    self.state.moves.under_way.insert(cause, *moving);
-                }
-                Change::Moves(cause, None) => {
-                    self.state.moves.under_way.remove(&cause);
-                }
-            }
+    /// The state to plan on, at this time.
+    pub(crate) fn at(&mut self, now_ms: u64) -> State {
+        self.state.now_ms = now_ms;
+        if !self.planned {
+            wait_anew(&mut self.state);
         }
-        self.state.revision = revision;
+        self.state.clone()
+    }
+
+    /// A plan is written: makes it the state.
+    pub(crate) fn carried_out(&mut self, plan: Plan, changes: Vec<Change>, revision: Revision, now_ms: u64) {
+        carry_out(&mut self.state, changes, revision, now_ms);
         self.state.prewarms = plan.prewarms.clone();
         self.state.warm = plan.warm.clone();
         self.state.moves.waiting.clone_from(&plan.waiting);
@@ -268,6 +258,10 @@ fn record(report: &MachineReport) -> MachineReport {
         images: BTreeMap::new(),
         instances: Vec::new(),
         conditions: Vec::new(),
+        mark: None,
         ..report.clone()
     }
 }
+
+#[cfg(test)]
+mod tests;

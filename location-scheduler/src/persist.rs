@@ -84,11 +84,14 @@ impl Disk {
         Self { store }
     }
 
-    /// Reads everything.
-    pub(crate) async fn load(&self) -> anyhow::Result<Stored> {
+    /// Shuts out the process before, then reads everything: what is still on its way from there (to etcd) isn't written any
+    /// more, so that nothing changes behind the back of this one.
+    pub(crate) async fn load(&self, now_ms: u64) -> anyhow::Result<Stored> {
         let store = &self.store;
+        let claimed = store.txn(Txn::new().put_json(FENCE, &now_ms)?).await;
+        let (TxnOutcome::Committed { revision } | TxnOutcome::Conflict { revision, .. }) =
+            claimed.context("the store can't be written")?;
         let context = "the store can't be read";
-        let fence: Option<(u64, Revision)> = store.get_json(FENCE).await.context(context)?;
         let (reservations, _) = store.list_json::<Reservation>(INSTANCES).await.context(context)?;
         let (machines, _) = store.list_json::<MachineReport>(MACHINES).await.context(context)?;
         let (desired, _) = store.list_json::<LocationDesired>(DESIRED).await.context(context)?;
@@ -109,7 +112,7 @@ impl Disk {
             history.add(instance, machine);
         }
         Ok(Stored {
-            revision: fence.map_or(0, |(_, revision)| revision),
+            revision,
             reservations: reservations
                 .into_iter()
                 .map(|(_, held, _)| (held.assignment.instance.clone(), held))

@@ -41,9 +41,8 @@ async fn round(
         let mut live = scheduler.live();
         let wanted = live.wanted.clone();
         let ready = live.is_warm().then(|| {
-            live.state.now_ms = now_ms();
             let unsaved = live.take_unsaved();
-            (live.state.clone(), unsaved, live.forgotten(Instant::now()))
+            (live.at(now_ms()), unsaved, live.forgotten(Instant::now()))
         });
         (ready, wanted)
     };
@@ -74,7 +73,7 @@ async fn round(
     let mut live = scheduler.live();
     let images = plan.prewarms != live.state.prewarms || plan.warm != live.state.warm;
     let publish = !changes.is_empty() || images;
-    live.carried_out(plan, changes, revision);
+    live.carried_out(plan, changes, revision, now_ms());
     if publish {
         scheduler.publish_machines(&live);
         scheduler.publish_routes(&live);

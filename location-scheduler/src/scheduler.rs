@@ -2,13 +2,13 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
 use anyplace_api::Client;
-use anyplace_location_core::{Life, Machine, Moves, State, desired, routes, stamp};
+use anyplace_location_core::{Life, Machine, Moves, State, desired, desired_of_stranger, routes, stamp};
 use anyplace_model::{LocationDesired, LocationSettings, MachineDesired, MachineId, RouteRecord};
 use anyplace_service::{
     Feed, TokenHash, generate_token, install_crypto_provider, load_or_create_token, read_token, serve,
@@ -97,7 +97,8 @@ impl Scheduler {
             }
         }
         for (machine, feed) in feeds.iter() {
-            feed.replace(desired.remove(machine).unwrap_or_default());
+            let known = desired.remove(machine);
+            feed.replace(known.unwrap_or_else(|| desired_of_stranger(&live.state)));
         }
     }
 
@@ -112,7 +113,8 @@ impl Scheduler {
             return None;
         }
         let feed = Arc::new(Feed::new());
-        feed.replace(desired(&live.state).remove(machine).unwrap_or_default());
+        let known = desired(&live.state).remove(machine);
+        feed.replace(known.unwrap_or_else(|| desired_of_stranger(&live.state)));
         feeds.insert(machine.clone(), feed.clone());
         Some(feed)
     }
@@ -126,9 +128,12 @@ impl Scheduler {
     }
 }
 
-/// Milliseconds since 1970.
+/// Milliseconds since 1970 when this was first asked, and from then on as they passed: no wait is shorter because
+/// somebody has set the clock.
 pub(crate) fn now_ms() -> u64 {
-    unix_epoch() / 1_000
+    static BEGINNING: OnceLock<(u64, Instant)> = OnceLock::new();
+    let (began_ms, began) = BEGINNING.get_or_init(|| (unix_epoch() / 1_000, Instant::now()));
+    began_ms.saturating_add(u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX))
 }
 
 /// Nothing panics while it holds one of these locks with the value half changed.
@@ -169,7 +174,7 @@ async fn open(config: Config, shutdown: CancellationToken) -> anyhow::Result<Sch
     let machine_token = load_or_create_token(&config.data_dir.join("machine.token"))?;
     let store = anyplace_store::open(config.store_path(), config.etcd.as_ref()).await?;
     let disk = Disk::new(store);
-    let stored = disk.load().await?;
+    let stored = disk.load(now_ms()).await?;
     tracing::info!(
         instances = stored.reservations.len(),
         machines = stored.machines.len(),
@@ -178,6 +183,7 @@ async fn open(config: Config, shutdown: CancellationToken) -> anyhow::Result<Sch
     );
     let state = State {
         revision: stored.revision,
+        process: rand::random(),
         now_ms: 0,
         timing: config.timing(),
         site: config.site(),
@@ -186,9 +192,10 @@ async fn open(config: Config, shutdown: CancellationToken) -> anyhow::Result<Sch
         machines: stored
             .machines
             .into_iter()
-            .map(|(name, report)| (name, Machine { life: Life::Suspect, heard_ms: 0, report }))
+            .map(|(name, report)| (name, Machine::new(Life::Suspect, report)))
             .collect(),
         reservations: stored.reservations,
+        withdrawn: BTreeMap::new(),
         placements: BTreeMap::new(),
         attempts: BTreeMap::new(),
         wishes: BTreeMap::new(),
@@ -266,6 +273,8 @@ async fn clock(scheduler: Arc<Scheduler>) -> anyhow::Result<()> {
         }
         let (changed, next) = live.expire(now);
         if changed {
+            // A machine that is lost must say that it knows, before it counts again.
+            scheduler.publish_machines(&live);
             scheduler.publish_routes(&live);
             scheduler.reconcile.notify_one();
             scheduler.report.notify_one();

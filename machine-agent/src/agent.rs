@@ -11,8 +11,8 @@ use std::{
 use anyhow::Context as _;
 use anyplace_api::{Client, ClientError, WatchEvent, Watcher};
 use anyplace_images::{Credentials, Store};
-use anyplace_model::{Assignment, Condition, InstanceId, MachineDesired, MachineReport, ReasonCode};
-use anyplace_service::{TokenHash, install_crypto_provider, read_token, serve};
+use anyplace_model::{Assignment, Condition, InstanceId, MachineDesired, MachineReport, Mark, ReasonCode};
+use anyplace_service::{TokenHash, install_crypto_provider, read_token, serve, unix_epoch};
 use tokio::{
     sync::{mpsc, watch},
     task::{AbortHandle, JoinSet},
@@ -94,6 +94,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         tasks: JoinSet::new(),
         stale: BTreeSet::new(),
         swept: false,
+        mark: None,
     };
     control.find_instances(&settling);
     drop(settling);
@@ -170,12 +171,22 @@ async fn open_store(folder: &Path, options: anyplace_images::Options) -> anyhow:
     }
 }
 
+/// Names this run in reports: later than any run before, also where the clock was set back between.
+fn epoch(paths: &Paths) -> u64 {
+    let last = files::read_json::<u64>(&paths.epoch()).unwrap_or(0);
+    let epoch = unix_epoch().max(last.saturating_add(1));
+    if let Err(error) = files::write_json(&paths.epoch(), &epoch) {
+        tracing::warn!(error = format!("{error:#}"), "can't keep when this agent began");
+    }
+    epoch
+}
+
 /// The part of a report that never changes.
 fn frame(ctx: &Context) -> MachineReport {
     let (config, resources) = (&ctx.config, machine::resources(&ctx.config));
     MachineReport {
         machine: config.machine.clone(),
-        epoch: 0,
+        epoch: epoch(&ctx.paths),
         sequence: 0,
         address: config.address,
         instance_cidr: config.instance_cidr,
@@ -188,6 +199,7 @@ fn frame(ctx: &Context) -> MachineReport {
         conditions: Vec::new(),
         images: BTreeMap::new(),
         instances: Vec::new(),
+        mark: None,
     }
 }
 
@@ -213,6 +225,8 @@ struct Control {
     /// Keys that a snapshot under way hasn't named yet.
     stale: BTreeSet<String>,
     swept: bool,
+    /// The last mark that came; it holds once everything that came with it is known.
+    mark: Option<Mark>,
 }
 
 impl Control {
@@ -235,6 +249,8 @@ impl Control {
     fn spawn(&mut self, assignment: Assignment, origin: Origin) {
         let (instance, address, assignment) =
             (assignment.instance.clone(), assignment.address, Arc::new(assignment));
+        // Before its task has said anything: a report without it would say that it is gone.
+        self.ctx.board.expect_instance(instance::assigned(&self.ctx.config.machine, &assignment));
         let (sender, wanted) = watch::channel(Wanted::Run(assignment.clone()));
         let task = instance::run(self.ctx.clone(), assignment, wanted, origin);
         self.tasks.spawn(async { Some(task.await) });
@@ -288,6 +304,10 @@ impl Control {
                 if !std::mem::replace(&mut self.swept, true) {
                     self.sweep().await;
                 }
+                // Last: a report that has it says what came of all before.
+                if let Some(mark) = self.mark {
+                    self.ctx.board.set_mark(mark);
+                }
             }
         }
     }
@@ -314,6 +334,7 @@ impl Control {
                     self.spawn(*assignment, Origin::New);
                 }
             },
+            MachineDesired::Mark(mark) => self.mark = Some(mark),
             MachineDesired::Image { image: reference, priority } => {
                 if let Some(kept) = self.images.get(&reference) {
                     kept.priority.send_if_modified(|now| std::mem::replace(now, priority) != priority);
@@ -343,6 +364,7 @@ impl Control {
                     self.ctx.board.remove_image(reference);
                 }
             }
+            None if key == "mark" => {}
             _ => tracing::warn!(key, "the location scheduler named something unknown"),
         }
     }

@@ -6,7 +6,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use anyplace_model::{Condition, ImageState, InstanceId, InstancePhase, InstanceStatus};
+use anyplace_model::{Condition, ImageState, InstanceId, InstancePhase, InstanceStatus, Mark};
 use tokio::sync::watch;
 
 /// Images of instances that are reported, beside those that are wanted: a report stays small, and what is missing in it
@@ -29,6 +29,8 @@ pub(crate) struct Facts {
     /// The image that an instance has: it is here, whether it is wanted by itself or not.
     used: BTreeMap<InstanceId, String>,
     pub(crate) conditions: Vec<Condition>,
+    /// Up to where what should be here is known.
+    pub(crate) mark: Option<Mark>,
 }
 
 impl Facts {
@@ -69,6 +71,18 @@ impl Board {
     pub(crate) fn set_instance(&self, status: InstanceStatus) {
         let before = self.lock().instances.insert(status.instance.clone(), status.clone());
         if before.as_ref() != Some(&status) {
+            self.changed.send_replace(());
+        }
+    }
+
+    /// Has an instance stand here from now on, whatever becomes of it.
+    pub(crate) fn expect_instance(&self, status: InstanceStatus) {
+        self.lock().instances.entry(status.instance.clone()).or_insert(status);
+    }
+
+    /// All that was taken back up to this mark is known.
+    pub(crate) fn set_mark(&self, mark: Mark) {
+        if self.lock().mark.replace(mark) != Some(mark) {
             self.changed.send_replace(());
         }
     }

@@ -45,6 +45,11 @@ impl Paths {
         Self { root: config.data_dir.clone(), cgroup: machine_cgroup(&config.cgroup_parent, &config.machine) }
     }
 
+    /// When the last agent began.
+    pub(crate) fn epoch(&self) -> PathBuf {
+        self.root.join("epoch.json")
+    }
+
     pub(crate) fn images(&self) -> PathBuf {
         self.root.join("images")
     }

@@ -4,7 +4,6 @@ use std::{sync::Arc, time::Duration};
 
 use anyplace_api::Client;
 use anyplace_model::MachineReport;
-use anyplace_service::unix_epoch;
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep, timeout},
@@ -31,7 +30,6 @@ pub(crate) async fn run(
     mut frame: MachineReport,
     mut settled: mpsc::Receiver<()>,
 ) {
-    frame.epoch = unix_epoch();
     // Nothing is ever sent: the channel closes when the last sender is dropped.
     let _ = timeout(SETTLING, settled.recv()).await;
     let mut changed = board.subscribe();
@@ -42,6 +40,7 @@ pub(crate) async fn run(
         frame.sequence += 1;
         frame.images = facts.all_images();
         frame.conditions = facts.conditions;
+        frame.mark = facts.mark;
         frame.instances = facts.instances.into_values().collect();
         let failure = match timeout(TIMEOUT, client.report_machine(&frame)).await {
             Ok(Ok(())) => None,

@@ -30,7 +30,9 @@ pub use location::{
     Advert, GpuBlock, LocationDesired, LocationRecord, LocationReport, LocationSettings, MachineMode,
     Placement, PlacementStatus, Preemptible, RemoteBackend, RemoteRoute, vips,
 };
-pub use machine::{Assignment, Condition, Gpu, ImageState, MachineDesired, MachineRecord, MachineReport};
+pub use machine::{
+    Assignment, Condition, Gpu, ImageState, MachineDesired, MachineRecord, MachineReport, Mark,
+};
 pub use moves::{MoveCause, MoveStatus, MoveStep};
 pub use naming::{GATEWAY, GATEWAY6, INSTANCE_NET6, container_mac, host_interface, instance_address6};
 pub use off_peak::{InvalidWindow, OffPeakWindow};

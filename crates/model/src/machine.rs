@@ -82,6 +82,19 @@ pub struct MachineReport {
     pub images: BTreeMap<String, ImageState>,
     /// Every instance that it has, ended ones included until their assignment is gone.
     pub instances: Vec<InstanceStatus>,
+    /// Up to where its agent knew what it should have before it wrote this; none before the agent has been told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mark: Option<Mark>,
+}
+
+/// How much of what a machine should have has been taken back. Who knows a mark knows all that was taken back before it,
+/// and says so by reporting it: time proves nothing about that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Mark {
+    /// The location scheduler's process that says it. Numbers of different processes can't be compared.
+    pub process: u64,
+    /// Grows whenever something is taken back from the machine.
+    pub number: u64,
 }
 
 /// A machine as the location scheduler shows it.
@@ -114,6 +127,8 @@ pub enum MachineDesired {
         /// The higher, the sooner; [`crate::PRIORITY_AWAITED`] where something waits for it.
         priority: u8,
     },
+    /// Report this from now on, with what is so once all of the rest is known. Key `mark`.
+    Mark(Mark),
 }
 
 /// An instance that a machine should run: everything the agent needs, nothing about why it is here.

@@ -16,7 +16,7 @@ use anyhow::{Context as _, Result, ensure};
 use anyplace_location_core::{Change, Life, Machine, Reservation, Site, State, Timing, plan};
 use anyplace_model::{
     Bytes, DeploymentName, InstanceId, InstancePhase, InstanceStatus, Isolation, LocationSettings, MachineId,
-    MachineReport, MilliCpu, Placement,
+    MachineReport, Mark, MilliCpu, Placement,
 };
 use anyplace_seed::Seed;
 use serde_json::json;
@@ -26,6 +26,8 @@ const DEPLOYMENTS: u32 = 200;
 const RUNNING: u32 = 20_000;
 const DECISIONS: usize = 200;
 const MANY: u32 = 1_000;
+/// The scheduler's process.
+const PROCESS: u64 = 1;
 
 fn main() -> Result<()> {
     let mut location = Location::new()?;
@@ -86,13 +88,15 @@ impl Location {
         };
         let state = State {
             revision: 1,
+            process: PROCESS,
             now_ms: 1_000_000,
-            timing: Timing { drain_ms: 30_000, settle_ms: 3_000 },
+            timing: Timing { drain_ms: 30_000 },
             site,
             settings: LocationSettings::default(),
             vip_prefixes: None,
             machines: (0..MACHINES).map(machine).collect::<Result<_>>()?,
             reservations: BTreeMap::new(),
+            withdrawn: BTreeMap::new(),
             placements: (0..DEPLOYMENTS).map(placement).collect::<Result<_>>()?,
             attempts: BTreeMap::new(),
             wishes: BTreeMap::new(),
@@ -177,8 +181,9 @@ fn machine(number: u32) -> Result<(MachineId, Machine)> {
         conditions: Vec::new(),
         images: BTreeMap::new(),
         instances: Vec::new(),
+        mark: Some(Mark { process: PROCESS, number: 0 }),
     };
-    Ok((id, Machine { life: Life::Alive, heard_ms: 1_000_000, report }))
+    Ok((id, Machine::new(Life::Alive, report)))
 }
 
 fn running(held: &Reservation) -> InstanceStatus {

@@ -9,6 +9,7 @@ mod advert;
 mod moves;
 mod packing;
 mod plan;
+mod protocol;
 mod refusal;
 mod room;
 mod routes;
@@ -23,11 +24,12 @@ pub use packing::{
     make_room,
 };
 pub use plan::{Change, Plan, Start, Verdict, plan};
+pub use protocol::{carry_out, fall_silent, is_stale, life_after, wait_anew};
 pub use room::{FreeRoom, InstanceMove, RoomPlan, plan_room, plan_tidying};
 pub use routes::{routes, stamp};
 pub use sharing::{Sharing, capacity};
 pub use state::{Life, Machine, Reservation, Site, Stage, State, Timing};
 pub use status::{
-    attempt_statuses, desired, ingress, instance_statuses, move_statuses, placement_statuses,
-    prewarm_statuses,
+    attempt_statuses, desired, desired_of_stranger, ingress, instance_statuses, move_statuses,
+    placement_statuses, prewarm_statuses,
 };

@@ -272,18 +272,11 @@ impl<'a> Planner<'a> {
         let timing = self.state.timing;
         let running = self.state.reservations.values().filter_map(|held| match held.stage {
             Stage::Draining { since_ms } => Some(since_ms.saturating_add(timing.drain_ms)),
-            // Heartbeats that say nothing new wake nobody, and come three times in this time.
-            Stage::Removing { since_ms } => {
-                let settled = since_ms.saturating_add(timing.settle_ms);
-                Some(settled.max(self.state.now_ms.saturating_add(timing.settle_ms / 3 + 1)))
-            }
-            Stage::Serving | Stage::Lost | Stage::Preempted => None,
+            Stage::Serving | Stage::Removing { .. } | Stage::Lost | Stage::Preempted => None,
         });
         let now = self.state.now_ms;
         let drains = (!self.plan.drains.is_empty()).then(|| now.saturating_add(timing.drain_ms));
-        let ending = !self.plan.removals.is_empty() || !self.plan.preemptions.is_empty();
-        let removals = ending.then(|| now.saturating_add(timing.settle_ms));
-        running.filter(|at| *at > now).chain(drains).chain(removals).min()
+        running.filter(|at| *at > now).chain(drains).min()
     }
 }
 

@@ -458,6 +458,11 @@ fn closed(
         };
         return Some(Misfit::because(ReasonCode::Draining, format!("an operator has machine {name} {what}")));
     }
+    if !machine.knew(state.process, machine.given_away) {
+        // What its report leaves out may still begin, or end later.
+        let note = format!("machine {name} hasn't said yet that it knows what was taken from it");
+        return Some(Misfit::because(ReasonCode::Draining, note));
+    }
     if let Some(condition) = machine.report.conditions.first() {
         return Some(Misfit::because(condition.reason, condition.message.clone()));
     }

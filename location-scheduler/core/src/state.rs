@@ -20,7 +20,9 @@ use crate::moves::{Moves, Replaced};
 pub struct State {
     /// Revision of the store that the reservations were read at; a plan may be carried out only on it.
     pub revision: u64,
-    /// Milliseconds since 1970.
+    /// Names the scheduler's process: a machine's mark of another one says nothing.
+    pub process: u64,
+    /// Milliseconds since 1970 when the process began, and from then on as they passed, whatever is done to the clock.
     pub now_ms: u64,
     /// How long the steps of an ending take.
     pub timing: Timing,
@@ -34,6 +36,8 @@ pub struct State {
     pub machines: BTreeMap<MachineId, Machine>,
     /// Every instance that holds room on a machine.
     pub reservations: BTreeMap<InstanceId, Reservation>,
+    /// Which mark of its machine came with the end of an instance's assignment, for those that this process has ended.
+    pub withdrawn: BTreeMap<InstanceId, u64>,
     /// What the global scheduler wants of deployments.
     pub placements: BTreeMap<DeploymentName, Placement>,
     /// What it wants of jobs.
@@ -66,9 +70,6 @@ impl State {
 pub struct Timing {
     /// Between "no new connections" and the end of an instance.
     pub drain_ms: u64,
-    /// After an instance's assignment is gone, a report may have been written before the machine knew: only one that
-    /// comes so much later proves, by leaving the instance out, that it has ended.
-    pub settle_ms: u64,
 }
 
 /// Where the location is and what it calls itself.
@@ -109,10 +110,25 @@ pub enum Life {
 pub struct Machine {
     /// Whether it is there.
     pub life: Life,
-    /// When that report came, in milliseconds since 1970; 0 before the first since the scheduler started.
-    pub heard_ms: u64,
+    /// Number of its mark: grows whenever an assignment is taken from it, and when it is lost.
+    pub mark: u64,
+    /// Number of the mark with which room was last given away that it wasn't known to have freed: until it knows that, it
+    /// takes nothing.
+    pub given_away: u64,
     /// Its last report.
     pub report: MachineReport,
+}
+
+impl Machine {
+    /// A machine that this process hasn't told anything yet.
+    pub const fn new(life: Life, report: MachineReport) -> Self {
+        Self { life, mark: 0, given_away: 0, report }
+    }
+
+    /// Whether it wrote its report when it knew of everything that was taken from it up to this number.
+    pub(crate) fn knew(&self, process: u64, number: u64) -> bool {
+        self.report.mark.is_some_and(|mark| mark.process == process && mark.number >= number)
+    }
 }
 
 /// Where a reservation is in its life.
@@ -128,7 +144,7 @@ pub enum Stage {
     },
     /// No longer assigned; holds its room until its machine has ended it.
     Removing {
-        /// Since when, in milliseconds since 1970.
+        /// Since when, in milliseconds since 1970. Nothing follows from it.
         since_ms: u64,
     },
     /// An attempt whose machine was lost: never runs again, and stays until the global scheduler knows.
@@ -226,9 +242,10 @@ impl<'a> Observed<'a> {
         self.machines.get(&reservation.machine).map_or(Life::Lost, |machine| machine.life)
     }
 
-    /// When the machine was heard last.
-    pub(crate) fn heard_ms(&self, reservation: &Reservation) -> u64 {
-        self.machines.get(&reservation.machine).map_or(0, |machine| machine.heard_ms)
+    /// Whether the machine's report was written when it knew that the instance's assignment was gone.
+    pub(crate) fn knew_of_end(&self, state: &State, reservation: &Reservation) -> bool {
+        let number = state.withdrawn.get(&reservation.assignment.instance).copied().unwrap_or(0);
+        self.machines.get(&reservation.machine).is_some_and(|machine| machine.knew(state.process, number))
     }
 
     /// Whether the instance takes new connections.

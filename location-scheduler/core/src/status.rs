@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyplace_model::{
-    AttemptStatus, ImageState, InstancePhase, InstanceStatus, MachineDesired, MachineId, MoveCause,
+    AttemptStatus, ImageState, InstancePhase, InstanceStatus, MachineDesired, MachineId, Mark, MoveCause,
     MoveStatus, MoveStep, PRIORITY_AWAITED, PlacementStatus, ReasonCode, Refusal,
 };
 
@@ -16,7 +16,15 @@ use crate::{
     state::{Life, Observed, Reservation, Stage, State},
 };
 
-/// What each machine should have, by the key of its watch; machines that should have nothing are left out.
+/// The key of a machine's mark in its watch.
+const MARK: &str = "mark";
+
+/// What a machine that hasn't reported yet should have, by the key of its watch.
+pub fn desired_of_stranger(state: &State) -> BTreeMap<String, MachineDesired> {
+    BTreeMap::from([(MARK.to_owned(), MachineDesired::Mark(Mark { process: state.process, number: 0 }))])
+}
+
+/// What each machine should have, by the key of its watch.
 pub fn desired(state: &State) -> BTreeMap<MachineId, BTreeMap<String, MachineDesired>> {
     let mut machines: BTreeMap<MachineId, BTreeMap<String, MachineDesired>> = BTreeMap::new();
     for (instance, held) in &state.reservations {
@@ -31,6 +39,10 @@ pub fn desired(state: &State) -> BTreeMap<MachineId, BTreeMap<String, MachineDes
             .entry(held.machine.clone())
             .or_default()
             .insert(format!("instances/{instance}"), MachineDesired::Instance(Box::new(assignment)));
+    }
+    for (name, machine) in &state.machines {
+        let mark = Mark { process: state.process, number: machine.mark };
+        machines.entry(name.clone()).or_default().insert(MARK.to_owned(), MachineDesired::Mark(mark));
     }
     for (attempt, machine) in &state.prewarms {
         if let Some(spec) = state.attempts.get(attempt) {

@@ -93,3 +93,33 @@ fn room_is_made_for_whom_only_a_gpu_that_others_use_will_do() {
     act(&mut world, Op::Report(0));
     assert_eq!(plan_room(&world.state, &newcomer, Limits::default()), None);
 }
+
+#[test]
+fn room_is_free_only_by_a_report_of_who_knew_what_was_taken_back() {
+    let mut world = World::new(1);
+    let act = |world: &mut World, op| {
+        world.act(op);
+        world.step();
+    };
+    act(&mut world, Op::Change(0, 0));
+    assert_eq!(world.state.reservations.len(), 2);
+    act(&mut world, Op::Delete(0));
+    // The machine has heard neither of the instances nor of their end: what it reports proves nothing, however late.
+    for _ in 0..3 {
+        act(&mut world, Op::Time(60_000));
+        act(&mut world, Op::Report(0));
+    }
+    assert_eq!(world.state.reservations.len(), 2);
+    act(&mut world, Op::Sync(0));
+    act(&mut world, Op::Report(0));
+    assert!(world.state.reservations.is_empty());
+    // Nor does a machine take anything that came back from a loss and doesn't know yet what it lost.
+    act(&mut world, Op::Change(0, 0));
+    act(&mut world, Op::Lose(0));
+    assert!(world.state.reservations.is_empty());
+    act(&mut world, Op::Return(0));
+    assert!(world.state.reservations.is_empty(), "they may begin any time");
+    act(&mut world, Op::Sync(0));
+    act(&mut world, Op::Report(0));
+    assert_eq!(world.state.reservations.len(), 2);
+}

@@ -10,7 +10,7 @@ use std::{
 use anyplace_api::{Client, WatchEvent, Watcher};
 use anyplace_model::{
     Assignment, Bytes, DeploymentName, Gpu, InstanceId, InstancePhase, InstanceStatus, Isolation,
-    MachineDesired, MachineId, MachineReport, MilliCpu, Workload,
+    MachineDesired, MachineId, MachineReport, Mark, MilliCpu, Workload,
 };
 
 /// The lease here is a minute.
@@ -29,13 +29,20 @@ struct State {
     assignments: BTreeMap<String, Assignment>,
     /// Instances that don't pass their check.
     failing: BTreeSet<InstanceId>,
+    mark: Option<Mark>,
 }
 
 impl Machine {
     pub(crate) async fn start(number: usize, client: Client) -> Self {
         let name = format!("m{number}").parse().unwrap();
-        let state =
-            State { name, number, sequence: 0, assignments: BTreeMap::new(), failing: BTreeSet::new() };
+        let state = State {
+            name,
+            number,
+            sequence: 0,
+            assignments: BTreeMap::new(),
+            failing: BTreeSet::new(),
+            mark: None,
+        };
         let machine = Self { client, state: Arc::new(Mutex::new(state)) };
         while machine.report().await.is_err() {
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -94,6 +101,9 @@ impl Machine {
                 WatchEvent::Put { key, value: MachineDesired::Instance(assignment), .. } => {
                     changed |= self.state().assignments.insert(key, *assignment).is_none();
                 }
+                WatchEvent::Put { value: MachineDesired::Mark(mark), .. } => {
+                    changed |= self.state().mark.replace(mark) != Some(mark);
+                }
                 WatchEvent::Put { .. } => {}
                 WatchEvent::Delete { key, .. } => changed |= self.state().assignments.remove(&key).is_some(),
                 // It comes as a heartbeat too.
@@ -126,6 +136,7 @@ impl State {
             conditions: Vec::new(),
             images: BTreeMap::new(),
             instances: self.assignments.values().map(|it| self.status(it)).collect(),
+            mark: self.mark,
         }
     }
 

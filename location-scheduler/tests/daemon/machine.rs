@@ -9,7 +9,7 @@ use std::{
 use anyplace_api::{Client, WatchEvent, Watcher};
 use anyplace_model::{
     Assignment, Bytes, Gpu, ImageState, InstanceId, InstancePhase, InstanceStatus, Isolation, MachineDesired,
-    MachineId, MachineReport, MilliCpu,
+    MachineId, MachineReport, Mark, MilliCpu,
 };
 use axum::{
     Router,
@@ -47,6 +47,7 @@ struct Inner {
     silent: bool,
     deaf: bool,
     fetching: bool,
+    mark: Option<Mark>,
 }
 
 impl Machine {
@@ -68,6 +69,7 @@ impl Machine {
             silent: false,
             deaf: false,
             fetching: true,
+            mark: None,
         };
         let shared = Arc::new(Shared { inner: Mutex::new(inner), poke: Notify::new() });
         let stop = CancellationToken::new();
@@ -147,6 +149,7 @@ impl Inner {
             match item {
                 MachineDesired::Image { image, .. } if self.fetching => drop(self.warm.insert(image.clone())),
                 MachineDesired::Image { .. } => {}
+                MachineDesired::Mark(mark) => self.mark = Some(*mark),
                 MachineDesired::Instance(assignment) => {
                     let started = &mut self.started;
                     self.containers
@@ -166,7 +169,7 @@ impl Inner {
         self.sequence += 1;
         let images = self.wanted.values().filter_map(|item| match item {
             MachineDesired::Image { image, .. } => Some(image.clone()),
-            MachineDesired::Instance(_) => None,
+            MachineDesired::Instance(_) | MachineDesired::Mark(_) => None,
         });
         let state = |image: &String| match self.warm.contains(image) {
             true => ImageState::Warm,
@@ -187,6 +190,7 @@ impl Inner {
             conditions: Vec::new(),
             images: images.map(|image| (image.clone(), state(&image))).collect(),
             instances: self.containers.values().map(|held| self.status(held)).collect(),
+            mark: self.mark,
         }
     }
 

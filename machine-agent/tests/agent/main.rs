@@ -8,6 +8,7 @@ mod control;
 mod fabric;
 mod images;
 mod ipv6;
+mod marks;
 
 use std::{
     fs,

@@ -45,11 +45,11 @@ impl Group<'_> {
         self.running() + self.old.len()
     }
 
-    /// Copies of instances that leave take their places.
+    /// Copies of instances that leave take their places. One that has may move again: then it has a copy itself.
     fn settle(&mut self) {
-        let (copies, settled) = std::mem::take(&mut self.copies)
-            .into_iter()
-            .partition(|copy| self.current.iter().any(|held| replaces(copy, held)));
+        let all = std::mem::take(&mut self.copies);
+        let is_there = |copy: &&Reservation| self.current.iter().chain(&all).any(|held| replaces(copy, held));
+        let (copies, settled) = all.iter().copied().partition(is_there);
         self.copies = copies;
         self.current.extend::<Vec<_>>(settled);
     }

@@ -64,12 +64,12 @@ impl Planner<'_> {
                 let idle = life == Life::Alive && !runs;
                 (idle || since(since_ms, state.timing.drain_ms)).then_some(Ending::Remove)
             }
-            Stage::Removing { since_ms } => {
+            Stage::Removing { .. } => {
                 let gone = life == Life::Alive && phase.is_none();
-                let proved = self.observed.heard_ms(held) >= since_ms.saturating_add(state.timing.settle_ms);
                 // Wanted, it made way for a deployment.
                 let ending = if wanted == Some(true) { Ending::MadeWay } else { Ending::Release };
-                (gone && proved).then_some(ending)
+                // A report from before may leave the instance out because it wasn't known yet.
+                (gone && self.observed.knew_of_end(state, held)).then_some(ending)
             }
         }
     }

@@ -78,7 +78,7 @@ fn a_copy_starts_gets_ready_takes_over_and_then_the_newcomer_has_the_room() {
     assert_eq!(step_of(&world), [MoveStep::Draining]);
     // Whatever else comes, the room is kept.
     act(&mut world, Op::Change(2, 5));
-    for op in [Op::Work(0), Op::Time(500), Op::Work(0), Op::Work(0), Op::Time(200)] {
+    for op in [Op::Work(0), Op::Time(500), Op::Time(60_000), Op::Work(0)] {
         act(&mut world, op);
         assert_eq!(newcomers(&world), 0, "the old one isn't known to be gone");
     }

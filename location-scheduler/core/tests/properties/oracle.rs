@@ -222,7 +222,9 @@ pub(crate) fn takes(
         let kept: Vec<&Assignment> = kept.iter().filter(|(at, _)| at == name).map(|(_, it)| it).collect();
         let stranger = machine.report.instances.iter().any(|s| !state.reservations.contains_key(&s.instance));
         let closed = state.settings.draining || state.settings.machines.contains_key(name);
-        if machine.life != Life::Alive || closed || stranger {
+        // What was given away when it was lost may still be in use.
+        let knew = machine.report.mark.is_some_and(|mark| mark.number >= machine.given_away);
+        if machine.life != Life::Alive || closed || stranger || !knew {
             return false;
         }
         let Some(address) = machine

@@ -6,13 +6,17 @@ use std::{
 };
 
 use anyplace_location_core::{
-    Change, Life, Machine, MovePolicy, Moves, Plan, Reservation, Site, Stage, State, Timing, desired, plan,
+    Change, Life, Machine, MovePolicy, Moves, Plan, Reservation, Site, Stage, State, Timing, carry_out,
+    desired, fall_silent, plan,
 };
 use anyplace_model::{
     Assignment, AttemptId, Bytes, Gpu, ImageState, InstanceId, InstancePhase, InstanceStatus, Isolation,
-    LocationSettings, MachineDesired, MachineId, MachineMode, MachineReport, MilliCpu, Placement, Spec,
+    LocationSettings, MachineDesired, MachineId, MachineMode, MachineReport, Mark, MilliCpu, Placement, Spec,
     Workload,
 };
+
+/// The scheduler's process.
+const PROCESS: u64 = 7;
 
 /// What happens.
 #[derive(Debug, Clone, Copy)]
@@ -63,6 +67,7 @@ pub(crate) struct Agent {
     pub(crate) images: BTreeSet<String>,
     pub(crate) wanted_images: BTreeSet<String>,
     pub(crate) silent: bool,
+    mark: Option<Mark>,
 }
 
 #[derive(Debug)]
@@ -139,6 +144,7 @@ fn report(index: usize) -> MachineReport {
         conditions: Vec::new(),
         images: BTreeMap::new(),
         instances: Vec::new(),
+        mark: Some(Mark { process: PROCESS, number: 0 }),
     }
 }
 
@@ -146,8 +152,9 @@ impl World {
     pub(crate) fn new(machines: usize) -> Self {
         let state = State {
             revision: 1,
+            process: PROCESS,
             now_ms: 1_000_000,
-            timing: Timing { drain_ms: 500, settle_ms: 200 },
+            timing: Timing { drain_ms: 500 },
             site: Site {
                 location: "ams".parse().unwrap(),
                 region: "eu".into(),
@@ -161,11 +168,10 @@ impl World {
             settings: LocationSettings::default(),
             vip_prefixes: None,
             machines: (0..machines)
-                .map(|index| {
-                    (machine_id(index), Machine { life: Life::Alive, heard_ms: 0, report: report(index) })
-                })
+                .map(|index| (machine_id(index), Machine::new(Life::Alive, report(index))))
                 .collect(),
             reservations: BTreeMap::new(),
+            withdrawn: BTreeMap::new(),
             placements: BTreeMap::new(),
             attempts: BTreeMap::new(),
             remote: BTreeMap::new(),
@@ -176,7 +182,9 @@ impl World {
             wishes: BTreeMap::new(),
             moves: Moves { policy: MovePolicy { ready_ms: 2_000, tidy_pause_ms: None }, ..Moves::default() },
         };
-        let agents = (0..machines).map(|index| (machine_id(index), Agent::default())).collect();
+        let mark = Some(Mark { process: PROCESS, number: 0 });
+        let agent = Agent { mark, ..Agent::default() };
+        let agents = (0..machines).map(|index| (machine_id(index), agent.clone())).collect();
         Self { state, agents, runs: BTreeMap::new(), names: 0, tries: 0 }
     }
 
@@ -310,7 +318,7 @@ impl World {
 
     fn silence(&mut self, name: &MachineId, life: Life) {
         if let (Some(machine), Some(agent)) = (self.state.machines.get_mut(name), self.agents.get_mut(name)) {
-            machine.life = machine.life.max(life);
+            fall_silent(machine, life);
             agent.silent = true;
         }
     }
@@ -326,6 +334,7 @@ impl World {
         for item in desired.into_values() {
             match item {
                 MachineDesired::Image { image, .. } => drop(agent.wanted_images.insert(image)),
+                MachineDesired::Mark(mark) => agent.mark = Some(mark),
                 MachineDesired::Instance(assignment) => {
                     if let Workload::Job(attempt) = &assignment.workload {
                         self.runs.entry(attempt.clone()).or_default().insert(assignment.instance.clone());
@@ -349,8 +358,8 @@ impl World {
         let Some(agent) = self.agents.get(name).filter(|agent| !agent.silent) else { return };
         let machine = self.state.machines.get_mut(name).unwrap();
         machine.life = Life::Alive;
-        machine.heard_ms = self.state.now_ms;
         machine.report.sequence += 1;
+        machine.report.mark = agent.mark;
         machine.report.images = agent.images.iter().map(|image| (image.clone(), ImageState::Warm)).collect();
         machine.report.instances = agent.containers.values().map(|held| status(name, held)).collect();
     }
@@ -381,14 +390,8 @@ fn status(machine: &MachineId, container: &Container) -> InstanceStatus {
 
 /// Carries a plan out on a state.
 pub(crate) fn apply(state: &mut State, plan: &Plan, changes: Vec<Change>) {
-    for change in changes {
-        match change {
-            Change::Put(held) => drop(state.reservations.insert(held.assignment.instance.clone(), *held)),
-            Change::Delete(instance) => drop(state.reservations.remove(&instance)),
-            Change::Moves(cause, Some(moving)) => drop(state.moves.under_way.insert(cause, *moving)),
-            Change::Moves(cause, None) => drop(state.moves.under_way.remove(&cause)),
-        }
-    }
+    let (revision, now_ms) = (state.revision, state.now_ms);
+    carry_out(state, changes, revision, now_ms);
     state.prewarms = plan.prewarms.clone();
     state.warm = plan.warm.clone();
     state.moves.waiting = plan.waiting.clone();
