@@ -24,7 +24,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::shell;
-pub(crate) use report::Report;
+pub(crate) use report::{Op, Report};
 
 /// Names, and what they measure.
 pub(crate) const BENCHES: &[(&str, &str)] = &[

@@ -8,6 +8,7 @@ mod demo;
 mod ebpf;
 mod setup;
 mod shell;
+mod sim;
 mod test;
 
 use std::process::ExitCode;
@@ -25,6 +26,9 @@ Commands:
                  figures beside the peers': registry, images, router
   bench packing --nodes FILE --pods FILE [--json]
                  how much of a trace's GPUs are filled, beside the published figure
+  sim [--seeds N] [--seed S] [--json]
+                 the schedulers in simulated time, with faults from seeds, judged after every step; one seed alone
+                 tells all that happens in it
   ebpf           rebuild the eBPF object that is committed
   setup [--garage]
                  install the Debian packages and tools that the other commands need; garage, an S3 cluster for
@@ -53,6 +57,7 @@ fn run(words: &[&str]) -> Result<ExitCode> {
         ["test"] => return test::run(None),
         ["test", filter] if !filter.starts_with('-') => return test::run(Some(filter)),
         ["bench", words @ ..] => return bench::run(words),
+        ["sim", words @ ..] => return sim::run(words),
         ["ebpf"] => ebpf::build(&shell::root()?)?,
         ["setup"] => {
             setup::ensure()?;

@@ -68,6 +68,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "anyplace-state-router",
         ],
     ),
+    ("anyplace-sim", &["anyplace-location-core", "anyplace-model", "anyplace-seed"]),
     ("anyplace-tests", &[]),
     ("xtask", &["anyplace-tests"]),
 ];
