@@ -4,7 +4,7 @@
 //! has, and reports at each change and each heartbeat.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     rc::Rc,
 };
 
@@ -48,6 +48,8 @@ pub(crate) struct Agent {
     changed: bool,
     /// When the machine is looked at because time changes something.
     pub(crate) wakes_ms: u64,
+    /// What came on which connection and isn't read yet.
+    pub(crate) inbox: VecDeque<(u64, Rc<Desired>)>,
     /// The agent's process.
     pub(crate) boot: u64,
     pub(crate) frozen_until_ms: u64,
@@ -87,6 +89,7 @@ impl Agent {
             changed: true,
             wakes_ms: 0,
             report,
+            inbox: VecDeque::new(),
             boot: 0,
             frozen_until_ms: 0,
             cut_until_ms: 0,

@@ -53,6 +53,8 @@ pub(crate) enum Event {
     /// Its agent connects, and is told on a connection.
     Connect(usize, u64),
     Told(usize, u64, Rc<Desired>),
+    /// It reads what came while it was frozen.
+    Read(usize),
     Closed(usize, u64),
 }
 
@@ -160,6 +162,7 @@ impl Location {
             }
             Event::Connect(at, boot) => self.connect(clock, at, boot),
             Event::Told(at, connection, wanted) => self.told(clock, at, connection, wanted)?,
+            Event::Read(at) => self.read(clock, at)?,
             Event::Closed(at, connection) => self.closed(clock, at, connection),
         }
         if std::mem::take(&mut self.unjudged) { self.judge() } else { Ok(()) }

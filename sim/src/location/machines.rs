@@ -84,18 +84,27 @@ impl Location {
         connection: u64,
         wanted: Rc<Desired>,
     ) -> Judged {
-        let (now_ms, agent) = (clock.now_ms, &mut self.agents[at]);
-        if agent.stream.number != connection {
-            return Ok(());
+        self.agents[at].inbox.push_back((connection, wanted));
+        self.read(clock, at)
+    }
+
+    /// An agent that isn't frozen reads what has come on its present connection, in order.
+    pub(super) fn read(&mut self, clock: &mut Clock, at: usize) -> Judged {
+        let now_ms = clock.now_ms;
+        while let Some((connection, wanted)) = self.agents[at].inbox.pop_front() {
+            let agent = &mut self.agents[at];
+            if agent.frozen_until_ms > now_ms {
+                agent.inbox.push_front((connection, wanted));
+                let wait_ms = agent.frozen_until_ms - now_ms;
+                self.after(clock, wait_ms, Event::Read(at));
+                return Ok(());
+            }
+            if agent.stream.number == connection {
+                let deeds = agent.told(now_ms, &wanted, &mut clock.seed);
+                self.done(clock, at, deeds)?;
+            }
         }
-        if agent.frozen_until_ms >= now_ms {
-            // After what came before it.
-            let wait_ms = agent.frozen_until_ms - now_ms + 1;
-            self.after(clock, wait_ms, Event::Told(at, connection, wanted));
-            return Ok(());
-        }
-        let deeds = agent.told(now_ms, &wanted, &mut clock.seed);
-        self.done(clock, at, deeds)
+        Ok(())
     }
 
     /// An agent has done something: it says so, and looks again when time changes anything.
