@@ -17,6 +17,9 @@ use crate::transport::NOTHING;
 pub const PARTS: usize = 256;
 /// A part that was moved stays for so long.
 pub const REST_MS: u64 = 10_000;
+/// A part that had to leave a lost site may move so often more within that time: it goes where something is granted at that
+/// moment, however little, and then where grants are made for it.
+const SETTLING: u8 = 2;
 /// Changes that are remembered: what was in force before, so that running connections are found. At least as many as can
 /// come within [`REST_MS`], with one decision a second.
 const REMEMBERED: usize = 16;
@@ -51,14 +54,15 @@ pub struct Want<'a> {
 pub struct Shares {
     /// The newest first.
     changes: VecDeque<Away>,
-    /// When the ingress's own instances last served.
-    served_ms: Option<u64>,
+    /// When the ingress itself and those that had parts were last seen to serve: what is older than twice [`REST_MS`] is
+    /// forgotten.
+    served_ms: BTreeMap<usize, u64>,
 }
 
 impl Shares {
     /// As they were remembered, the newest first.
     pub fn remembered(changes: impl IntoIterator<Item = Away>) -> Self {
-        Self { changes: changes.into_iter().take(REMEMBERED).collect(), served_ms: None }
+        Self { changes: changes.into_iter().take(REMEMBERED).collect(), served_ms: BTreeMap::new() }
     }
 
     /// What was in force, the newest first.
@@ -80,9 +84,10 @@ impl Shares {
 
     /// Decides anew; returns whether anything changes.
     pub fn decide(&mut self, now_ms: u64, want: &Want<'_>) -> bool {
-        if (want.serves)(want.here) {
-            self.served_ms = Some(now_ms);
-        }
+        self.served_ms.retain(|_, at| *at + 2 * REST_MS > now_ms);
+        let now = self.counts();
+        let seen = now.keys().copied().chain([want.here]).filter(|site| (want.serves)(*site));
+        self.served_ms.extend(seen.map(|site| (site, now_ms)));
         let parts = |quota: f64| match want.asked {
             asked if asked > NOTHING => ((quota / asked * PARTS as f64) + 1e-6) as usize,
             // Nothing comes, so that it could go anywhere.
@@ -93,7 +98,6 @@ impl Shares {
             site if site == want.here => PARTS - counts.values().sum::<usize>(),
             site => counts.get(&site).copied().unwrap_or(0),
         };
-        let now = self.counts();
         let limit =
             |site: usize| if (want.serves)(site) { limits.get(&site).copied().unwrap_or(0) } else { 0 };
         let too_many = now.keys().copied().chain([want.here]).any(|site| has(site, &now) > limit(site));
@@ -180,26 +184,39 @@ impl Shares {
         owners
     }
 
-    /// Which parts moved within the last [`REST_MS`]. Those that had to leave a site which still can't take any may move
-    /// again: they went where there was room at that moment, before grants were made for it.
+    /// Which parts moved within the last [`REST_MS`], and may not move again. Those that had to leave a site which still
+    /// can't take any may [`SETTLING`] times.
     fn resting(&self, now_ms: u64, want: &Want<'_>) -> [bool; PARTS] {
-        let mut resting = [false; PARTS];
         let nothing = Away::default();
-        let fled = |from: usize, since_ms: u64| {
-            let served = from != want.here || self.served_ms.is_some_and(|at| at + REST_MS > since_ms);
-            served && !(want.serves)(from)
-        };
-        for (index, change) in self.changes.iter().enumerate() {
-            if change.since_ms + REST_MS <= now_ms {
-                break;
-            }
+        let mut moves_left = [None; PARTS];
+        let recent = self.changes.iter().take_while(|change| change.since_ms + REST_MS > now_ms).count();
+        for (index, change) in self.changes.iter().enumerate().take(recent).rev() {
             let before = self.changes.get(index + 1).unwrap_or(&nothing);
-            for (part, resting) in resting.iter_mut().enumerate() {
+            for (part, left) in moves_left.iter_mut().enumerate() {
                 let owner = |away: &Away| away.owners.get(part).copied().flatten().unwrap_or(want.here);
-                *resting |= owner(change) != owner(before) && !fled(owner(before), change.since_ms);
+                let from = owner(before);
+                if from != owner(change) {
+                    let settling = self.settling(from, change.since_ms, want);
+                    *left = settling.or(Some(left.unwrap_or(0_u8).saturating_sub(1)));
+                }
             }
         }
-        resting
+        moves_left.map(|left| left == Some(0))
+    }
+
+    /// How often a part may move more that left a site then, where it had to: the site had been lost, and still is.
+    fn settling(&self, from: usize, left_ms: u64, want: &Want<'_>) -> Option<u8> {
+        if (want.serves)(from) {
+            return None;
+        }
+        match (self.served_ms.get(&from), from == want.here) {
+            // It went while that site still served.
+            (Some(at), _) if *at >= left_ms => None,
+            // Routers had already sent it to the nearest.
+            (Some(at), true) if at + REST_MS > left_ms => Some(SETTLING - 1),
+            (_, true) => None,
+            (_, false) => Some(SETTLING),
+        }
     }
 }
 
@@ -329,5 +346,41 @@ mod tests {
         let steps: Vec<usize> =
             (3..7).map(|step| decide(&mut shares, step * 10_000, &[], 9).values().sum()).collect();
         assert_eq!(steps, [0, 0, 0, 0]);
+    }
+
+    /// A grant that was made before all of the news came covers few of them, the next one all: they needn't wait.
+    #[test]
+    fn parts_that_left_a_lost_site_may_move_twice_more() {
+        let first = BTreeMap::from([(1, 256)]);
+        let both = BTreeMap::from([(2, 28), (3, 228)]);
+        // Where nothing was granted elsewhere, and where something was.
+        for (granted, fled) in [(&[(1, 256.0)][..], vec![]), (&[(1, 228.0), (3, 28.0)][..], vec![(3, 256)])] {
+            let mut shares = Shares::default();
+            let mut decide = |now_ms: u64, quotas: &[(usize, f64)], lost: usize| {
+                let serves = |site: usize| site != 0 && site != lost;
+                shares.decide(now_ms, &Want { here: 0, asked: 256.0, quotas, serves: &serves });
+                shares.counts()
+            };
+            assert_eq!(decide(0, &[(1, 256.0)], 9), first);
+            assert_eq!(decide(20_000, granted, 1), fled.into_iter().collect());
+            assert_eq!(decide(20_200, &[(1, 228.0), (2, 28.0)], 1), BTreeMap::from([(2, 256)]));
+            assert_eq!(decide(21_200, &[(2, 28.0), (3, 228.0)], 1), both);
+            assert_eq!(decide(22_200, &[(2, 256.0)], 1), both, "those have moved often enough");
+            assert_eq!(decide(31_200, &[(2, 256.0)], 1), BTreeMap::from([(2, 256)]));
+        }
+    }
+
+    #[test]
+    fn parts_that_left_a_site_before_it_was_lost_rest() {
+        let mut shares = Shares::default();
+        let mut decide =
+            |now_ms: u64, quotas: &[(usize, f64)], gone| decide(&mut shares, now_ms, quotas, gone);
+        assert_eq!(decide(0, &[(1, 256.0)], 9), BTreeMap::from([(1, 256)]));
+        let moved = BTreeMap::from([(1, 156), (2, 100)]);
+        assert_eq!(decide(20_000, &[(1, 156.0), (2, 100.0)], 9), moved);
+        let fled = BTreeMap::from([(2, 100), (3, 156)]);
+        assert_eq!(decide(21_000, &[(2, 100.0), (3, 156.0)], 1), fled);
+        assert_eq!(decide(22_000, &[(3, 256.0)], 1), fled);
+        assert_eq!(decide(30_000, &[(3, 256.0)], 1), BTreeMap::from([(3, 256)]));
     }
 }

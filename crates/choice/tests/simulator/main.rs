@@ -367,3 +367,21 @@ fn herds() {
 fn losses() {
     campaign(Shape::Losses, 10);
 }
+
+/// A location got too much for 10 s, since parts that had fled rested where the first grants after that were, or were moved
+/// twice, as if they had fled, though they had left before the loss.
+#[test]
+fn fleets_with_losses_that_failed_once() {
+    let fleets = [
+        (14_554_951_681_199_132_678, 12),
+        (12_466_725_665_361_891_742, 24),
+        (35_810_962_617_903_922, 38),
+        (18_270_887_240_620_385_580, 27),
+        (1_611_520_470_698_814_446, 38),
+    ];
+    for (seed, sites) in fleets {
+        let judged = run(seed, sites, Shape::Losses);
+        let (load, twice) = (judged.worst_load, judged.double_moves);
+        assert!(load <= 1.0 && twice == 0, "fleet {seed}: load {load}, {twice} parts moved twice");
+    }
+}
