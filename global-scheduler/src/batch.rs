@@ -4,7 +4,7 @@ use anyplace_api::{Event, EventSeverity};
 use anyplace_model::{
     AttemptId, DeploymentName, JobName, LocationId, LocationSettings, Prewarm, Team, TeamSettings,
 };
-use anyplace_store::{MAX_TXN_BYTES, MAX_TXN_OPS, Op, Revision, Txn};
+use anyplace_store::{MAX_TXN_BYTES, MAX_TXN_OPS, Revision, Txn};
 use jiff::Timestamp;
 use serde::Serialize;
 
@@ -39,11 +39,7 @@ impl Batch {
 
     /// Whether it should be written before more is added: far from the limits of a transaction.
     pub(crate) fn is_full(&self) -> bool {
-        let bytes = self.txn.ops.iter().map(|op| match op {
-            Op::Put { value, .. } => value.len(),
-            _ => 0,
-        });
-        self.txn.ops.len() >= FULL_OPS || bytes.sum::<usize>() >= FULL_BYTES
+        self.txn.ops.len() >= FULL_OPS || self.txn.size_bytes() >= FULL_BYTES
     }
 
     fn put<T: Serialize>(&mut self, key: String, value: &T) -> anyhow::Result<()> {

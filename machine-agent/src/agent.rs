@@ -11,7 +11,9 @@ use std::{
 use anyhow::Context as _;
 use anyplace_api::{Client, ClientError, WatchEvent, Watcher};
 use anyplace_images::{Credentials, Store};
-use anyplace_model::{Assignment, Condition, InstanceId, MachineDesired, MachineReport, Mark, ReasonCode};
+use anyplace_model::{
+    Assignment, Condition, InstanceId, InstanceStatus, MachineDesired, MachineReport, Mark, ReasonCode,
+};
 use anyplace_service::{TokenHash, install_crypto_provider, read_token, serve, unix_epoch};
 use tokio::{
     sync::{mpsc, watch},
@@ -250,7 +252,7 @@ impl Control {
         let (instance, address, assignment) =
             (assignment.instance.clone(), assignment.address, Arc::new(assignment));
         // Before its task has said anything: a report without it would say that it is gone.
-        self.ctx.board.expect_instance(instance::assigned(&self.ctx.config.machine, &assignment));
+        self.ctx.board.expect_instance(InstanceStatus::assigned(&self.ctx.config.machine, &assignment));
         let (sender, wanted) = watch::channel(Wanted::Run(assignment.clone()));
         let task = instance::run(self.ctx.clone(), assignment, wanted, origin);
         self.tasks.spawn(async { Some(task.await) });

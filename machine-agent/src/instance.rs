@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyplace_images::{Digest, PulledImage};
-use anyplace_model::{Assignment, InstanceId, InstancePhase, InstanceStatus, MachineId};
+use anyplace_model::{Assignment, InstanceId, InstanceStatus};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::{
@@ -119,24 +119,6 @@ enum Message {
     Pulled(Box<Result<PulledImage, ImageProblem>>),
     Started { run: u32, started: Started },
     Event { run: u32, event: Event },
-}
-
-/// The status of an instance that nothing is known of but that it should be here.
-pub(crate) fn assigned(machine: &MachineId, assignment: &Assignment) -> InstanceStatus {
-    InstanceStatus {
-        instance: assignment.instance.clone(),
-        workload: assignment.workload.clone(),
-        generation: assignment.generation,
-        machine: machine.clone(),
-        address: assignment.address,
-        phase: InstancePhase::Assigned,
-        ready: false,
-        restarts: 0,
-        exit_code: None,
-        started_at: None,
-        ended_at: None,
-        reason: None,
-    }
 }
 
 /// Runs an instance until it is removed. Dropping the future leaves the container as it is.

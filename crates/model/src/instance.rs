@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::{AttemptId, InstanceId, LocationId, MachineId, Refusal, Workload};
+use crate::{Assignment, AttemptId, InstanceId, LocationId, MachineId, Refusal, Workload};
 
 /// Where an instance is in its life. Written by its machine agent; `Assigned` and `Lost` by the location
 /// scheduler, for an instance that the agent hasn't reported yet or no longer reports.
@@ -63,6 +63,26 @@ pub struct InstanceStatus {
     pub ended_at: Option<Timestamp>,
     /// Why it is not running or not ready.
     pub reason: Option<Refusal>,
+}
+
+impl InstanceStatus {
+    /// Of an instance that nothing is known of but that a machine should run it.
+    pub fn assigned(machine: &MachineId, assignment: &Assignment) -> Self {
+        Self {
+            instance: assignment.instance.clone(),
+            workload: assignment.workload.clone(),
+            generation: assignment.generation,
+            machine: machine.clone(),
+            address: assignment.address,
+            phase: InstancePhase::Assigned,
+            ready: false,
+            restarts: 0,
+            exit_code: None,
+            started_at: None,
+            ended_at: None,
+            reason: None,
+        }
+    }
 }
 
 /// Where a job is in its life.

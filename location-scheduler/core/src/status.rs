@@ -236,21 +236,8 @@ fn made_way(mut status: InstanceStatus, stage: Stage) -> InstanceStatus {
 
 /// An instance's status as reported, corrected by what only the scheduler knows.
 fn completed(observed: &Observed<'_>, held: &Reservation) -> InstanceStatus {
-    let assignment = &held.assignment;
-    let mut status = observed.status(held).cloned().unwrap_or_else(|| InstanceStatus {
-        instance: assignment.instance.clone(),
-        workload: assignment.workload.clone(),
-        generation: assignment.generation,
-        machine: held.machine.clone(),
-        address: assignment.address,
-        phase: InstancePhase::Assigned,
-        ready: false,
-        restarts: 0,
-        exit_code: None,
-        started_at: None,
-        ended_at: None,
-        reason: None,
-    });
+    let unheard = || InstanceStatus::assigned(&held.machine, &held.assignment);
+    let mut status = observed.status(held).cloned().unwrap_or_else(unheard);
     status.ready = observed.ready(held);
     status.generation = held.generation;
     let ended = matches!(status.phase, InstancePhase::Exited | InstancePhase::Failed);
